@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+# Needs Python 3.11 or newer with its venv module, and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+PROMPT ?= Once upon a time
+MAX_TOKENS ?= 120
+GENERATE_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+# `make constraints` only: holds jax and jaxlib at this version instead of the newest.
+JAX ?=
+
+# Unexpanded, and by the environment, so that quotes and dollars in a prompt stay what they are.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+BIN := $(VENV)/bin
+PYVER := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null)
+CONSTRAINTS := $(wildcard constraints/py$(PYVER).txt)
+INPUTS := pyproject.toml $(CONSTRAINTS)
+
+# Each stamp says that one set of extras is installed; its name holds the interpreter's version, so
+# that another PYTHON makes the environment anew.
+MADE := $(VENV)/.made-py$(PYVER)
+RUN := $(VENV)/.run-py$(PYVER)
+TEST := $(VENV)/.test-py$(PYVER)
+DEV := $(VENV)/.dev-py$(PYVER)
+
+, := ,
+WITH := $(if $(CONSTRAINTS),with $(CONSTRAINTS),WITHOUT constraints (no constraints/py$(PYVER).txt))
+
+# $(call install,EXTRAS): -qq, as pip's progress and the state of its cache are no news.
+define install
+@echo "make: installing jpaged$(1) into $(VENV) $(WITH)"
+@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.$(1)' \
+  $(addprefix -c ,$(CONSTRAINTS))
+endef
+
+.DEFAULT_GOAL := help
+# Two pips must not write into one environment at once.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help generate test lint types format bench demo constraints clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+generate: $(RUN) ## Generate text with the shipped checkpoint (PROMPT=, MAX_TOKENS=, GENERATE_ARGS=)
+	$(BIN)/python -m scripts.generate --prompt="$$PROMPT" --max_tokens=$(MAX_TOKENS) $(GENERATE_ARGS)
+
+test: $(TEST) ## Run the whole test suite (PYTEST_ARGS='-m "not slow"' for the fast part)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(DEV) ## Check style and formatting (ruff)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(DEV) ## Check types (pyright)
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+format: $(DEV) ## Format the code and apply ruff's safe fixes
+	$(BIN)/python -m ruff check --fix-only .
+	$(BIN)/python -m ruff format .
+
+bench: $(RUN) ## Measure throughput and cache use (BENCH_ARGS=)
+	$(BIN)/python -m scripts.benchmark $(BENCH_ARGS)
+
+demo: $(DEV) ## Train the shipped checkpoint anew (DEMO_ARGS=)
+	$(BIN)/python -m scripts.train_demo $(DEMO_ARGS)
+
+# In an environment of its own, so that nothing installed by hand gets into the file.
+constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at a version)
+	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(PYTHON) -m venv "$$tmp"; \
+	"$$tmp/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev,train]' \
+	  $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)); \
+	{ echo "# SPDX-License-Identifier: Apache-2.0"; \
+	  echo "# Made by: make constraints PYTHON=python$(PYVER:3%=3.%)$(if $(JAX), JAX=$(JAX))"; \
+	  "$$tmp/bin/python" -m pip freeze --exclude-editable; } > "$$tmp/lock"; \
+	mv "$$tmp/lock" constraints/py$(PYVER).txt; \
+	echo "make: wrote constraints/py$(PYVER).txt"
+
+clean: ## Remove the environments, caches and build outputs
+	rm -rf $(VENV) .venv .venv-newest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: PYTHON=$(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "make: creating $(VENV) with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(if $(wildcard $(VENV)/.made-*),--clear) $(VENV)
+	@touch $@
+
+$(RUN): $(MADE) $(INPUTS)
+	$(call install,)
+	@touch $@
+
+$(TEST): $(MADE) $(INPUTS)
+	$(call install,[test])
+	@touch $(RUN) $@
+
+$(DEV): $(MADE) $(INPUTS)
+	$(call install,[dev$(,)train])
+	@touch $(RUN) $(TEST) $@

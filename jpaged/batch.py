@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scheduled step to padded arrays; every shape the device ever sees is chosen here."""
+
+import dataclasses
+
+import numpy as np
+
+from jpaged.page_table import PageTable
+from jpaged.scheduler import ScheduledStep
+from jpaged.sequence import Sequence
+
+_MIN_PREFILL_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class StepShape:
+    """What a compiled step is keyed by.
+
+    Attributes:
+      num_tokens: padded length of the token axis.
+      num_rows: padded number of sequences, and of samples.
+    """
+
+    num_tokens: int
+    num_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeBuckets:
+    """The few shapes that steps are padded to.
+
+    A decode step, one token a row, is padded to a power of two of rows. Any other step gets rows
+    from a coarser ladder and a power of two of tokens above them.
+
+    Attributes:
+      max_num_tokens: largest number of tokens a step computes.
+      max_num_rows: largest number of sequences, or samples, in a step.
+      single: whether there is one shape only, the largest.
+    """
+
+    max_num_tokens: int
+    max_num_rows: int
+    single: bool = False
+
+    def shape(self, num_tokens: int, num_rows: int, num_samples: int) -> StepShape:
+        """The shape that a step of these numbers is padded to."""
+        rows = max(num_rows, num_samples)
+        if self.single:
+            return StepShape(self.max_num_tokens, self.max_num_rows)
+        if num_tokens == rows:
+            rows = min(_power_of_two(rows), self.max_num_rows)
+            return StepShape(rows, rows)
+        rows = next(r for r in self._row_ladder() if r >= rows)
+        tokens = max(_power_of_two(num_tokens), _MIN_PREFILL_TOKENS, 2 * _power_of_two(rows))
+        return StepShape(max(min(tokens, self.max_num_tokens), num_tokens), rows)
+
+    def all_shapes(self) -> list[StepShape]:
+        """Every shape that `shape` can return, smallest first."""
+        if self.single:
+            return [StepShape(self.max_num_tokens, self.max_num_rows)]
+        decode_rows = {
+            min(2**i, self.max_num_rows) for i in range(self.max_num_rows.bit_length() + 1)
+        }
+        shapes = {StepShape(rows, rows) for rows in decode_rows if rows <= self.max_num_tokens}
+        sizes = {
+            min(2**i, self.max_num_tokens) for i in range(self.max_num_tokens.bit_length() + 1)
+        }
+        for rows in self._row_ladder():
+            shapes |= {self.shape(tokens, 1, rows) for tokens in sizes if tokens != rows}
+        return sorted(shapes)
+
+    def _row_ladder(self) -> list[int]:
+        ladder = [4]
+        while ladder[-1] < self.max_num_rows:
+            ladder.append(4 * ladder[-1])
+        return [min(rows, self.max_num_rows) for rows in ladder]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step as NumPy arrays, padded to `shape`; see `models.inputs.PagedInputs` for the meaning.
+
+    Attributes:
+      shape: what it is padded to.
+      token_ids: i32[num_tokens]; not read where `previous_slots` is set.
+      previous_slots: i32[num_tokens], which sample of the step before is this token, or -1.
+      positions: i32[num_tokens].
+      page_table: i32[num_rows, pages_per_seq].
+      kv_lens: i32[num_rows].
+      cu_q_lens: i32[num_rows + 1].
+      num_seqs: i32[1].
+      logits_indices: i32[num_rows], the token each sample continues.
+      temperature, top_p, min_p: f32[num_rows], per sample.
+      top_k, sample_positions: i32[num_rows], per sample.
+      seeds, sample_indices: u32[num_rows], per sample.
+      num_samples: live samples.
+      num_logprobs: likeliest tokens wanted with each sample; 0 for none.
+    """
+
+    shape: StepShape
+    token_ids: np.ndarray
+    previous_slots: np.ndarray
+    positions: np.ndarray
+    page_table: np.ndarray
+    kv_lens: np.ndarray
+    cu_q_lens: np.ndarray
+    num_seqs: np.ndarray
+    logits_indices: np.ndarray
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+    sample_indices: np.ndarray
+    sample_positions: np.ndarray
+    num_samples: int
+    num_logprobs: int
+
+
+def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) -> Batch:
+    """Pads a scheduled step to the nearest shape.
+
+    Args:
+      step: a step with at least one sequence, as just scheduled.
+      table: the page table, as the scheduler left it.
+      buckets: the shapes to choose from.
+
+    Returns:
+      The batch; it shares no memory with `table`.
+    """
+    num_rows, num_samples = len(step.seqs), len(step.samples)
+    q_lens = np.array(step.num_scheduled_tokens, np.int32)
+    num_tokens = int(q_lens.sum())
+    shape = buckets.shape(num_tokens, num_rows, num_samples)
+
+    cu_q_lens = np.full(shape.num_rows + 1, num_tokens, np.int32)
+    cu_q_lens[0] = 0
+    np.cumsum(q_lens, out=cu_q_lens[1 : num_rows + 1])
+    kv_lens = np.zeros(shape.num_rows, np.int32)
+    kv_lens[:num_rows] = [seq.num_computed_tokens for seq in step.seqs]
+
+    token_ids = np.zeros(shape.num_tokens, np.int32)
+    previous_slots = np.full(shape.num_tokens, -1, np.int32)
+    positions = np.zeros(shape.num_tokens, np.int32)
+    offsets = kv_lens[:num_rows] - cu_q_lens[1 : num_rows + 1]
+    positions[:num_tokens] = np.arange(num_tokens, dtype=np.int32) + np.repeat(offsets, q_lens)
+
+    token = 0
+    for seq, count, slot in zip(
+        step.seqs, step.num_scheduled_tokens, step.input_slots, strict=True
+    ):
+        end = seq.num_computed_tokens
+        if slot >= 0:
+            # Sampled by the step before and still on the device; always a row's only token.
+            previous_slots[token] = slot
+        elif count == 1:
+            token_ids[token] = seq.token_ids[end - 1]
+        else:
+            token_ids[token : token + count] = seq.token_ids[end - count : end]
+        token += count
+
+    logits_indices = np.zeros(shape.num_rows, np.int32)
+    logits_indices[:num_samples] = cu_q_lens[1:][step.sample_rows] - 1
+    return Batch(
+        shape=shape,
+        token_ids=token_ids,
+        previous_slots=previous_slots,
+        positions=positions,
+        page_table=table.snapshot([seq.table_id for seq in step.seqs], shape.num_rows),
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        num_seqs=np.array([num_rows], np.int32),
+        logits_indices=logits_indices,
+        **_sampling_arrays(step.samples, shape.num_rows),
+        num_samples=num_samples,
+        num_logprobs=max((seq.request.params.logprobs or 0 for seq in step.samples), default=0),
+    )
+
+
+def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> Batch:
+    """A batch without a live row, to compile a shape with: running it changes nothing."""
+    tokens, rows = np.zeros(shape.num_tokens, np.int32), np.zeros(shape.num_rows, np.int32)
+    return Batch(
+        shape=shape,
+        token_ids=tokens,
+        previous_slots=tokens - 1,
+        positions=tokens,
+        page_table=np.zeros((shape.num_rows, pages_per_seq), np.int32),
+        kv_lens=rows,
+        cu_q_lens=np.zeros(shape.num_rows + 1, np.int32),
+        num_seqs=np.zeros(1, np.int32),
+        logits_indices=rows,
+        **_sampling_arrays([], shape.num_rows),
+        num_samples=0,
+        num_logprobs=num_logprobs,
+    )
+
+
+def _sampling_arrays(samples: list[Sequence], num_rows: int) -> dict[str, np.ndarray]:
+    """Per-sample parameters, padded with those of greedy sampling."""
+    params = [seq.request.params for seq in samples]
+
+    def column(values: list, dtype: type) -> np.ndarray:
+        padded = np.zeros(num_rows, dtype)
+        padded[: len(values)] = values
+        return padded
+
+    return {
+        "temperature": column([p.temperature for p in params], np.float32),
+        "top_k": column([p.top_k for p in params], np.int32),
+        "top_p": column([p.top_p for p in params], np.float32),
+        "min_p": column([p.min_p for p in params], np.float32),
+        "seeds": column([seq.request.seed for seq in samples], np.uint32),
+        "sample_indices": column([seq.sample_index for seq in samples], np.uint32),
+        "sample_positions": column([seq.num_computed_tokens for seq in samples], np.int32),
+    }
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request gives back."""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sample.
+
+    Attributes:
+      text: what the tokens say, a stop string cut off; "" for a model without a tokenizer.
+      token_ids: the generated tokens, one that ended the sample included.
+      cumulative_logprob: sum of the tokens' log-probabilities under the model, before temperature
+        and filters.
+      logprobs: per token, `{token_id: log-probability}` of the chosen token and of the likeliest
+        ones; None unless asked for.
+      finish_reason: "stop", "length" or "abort"; None while it grows.
+    """
+
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A request as far as it has come.
+
+    Attributes:
+      request_id: as given or returned by `add_request`.
+      prompt_token_ids: the prompt as the model saw it.
+      outputs: the samples, in order.
+      finished: whether all of them have ended.
+      time_to_first_token_s: seconds from arrival to the first sampled token; None before it.
+      latency_s: seconds from arrival until now, or until the end.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    finished: bool
+    time_to_first_token_s: float | None
+    latency_s: float
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `generate`; carries what was produced until then.
+
+    Attributes:
+      outputs: one a prompt, in order; unfinished samples have the finish_reason "abort".
+    """
+
+    def __init__(self, outputs: Sequence[RequestOutput]):
+        super().__init__("interrupted")
+        self.outputs = list(outputs)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's map from each sequence's logical pages to physical ones."""
+
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from jpaged.page_pool import NULL_PAGE, PagePool
+
+
+class PageTable:
+    """Which pages hold which tokens of which sequence.
+
+    A sequence is known by the small integer that `add` or `fork` returned. Forks share every page,
+    the partial last one too; the first owner to append to a shared partial page gets a copy of its
+    own, and the last owner writes in place (copy-on-write).
+
+    The map lives in one array so that a step's snapshot is one indexing operation; a sequence keeps
+    its line of the array from `add` to `free`.
+
+    Invariants:
+      - The references that the pool counts are exactly the entries of this table.
+      - Only the last page that holds tokens of a sequence can be partial; full pages are never
+        written again.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, pages_per_seq: int):
+        """Makes an empty table.
+
+        Args:
+          pool: where pages come from; this table is its only client.
+          page_size: tokens a page holds.
+          pages_per_seq: most pages a sequence may have.
+        """
+        if page_size < 1 or pages_per_seq < 1:
+            raise ValueError(
+                f"page_size={page_size} and pages_per_seq={pages_per_seq} must be at least 1"
+            )
+        self.pool = pool
+        self.page_size = page_size
+        self.pages_per_seq = pages_per_seq
+        self._pages: dict[int, list[int]] = {}
+        self._num_tokens: dict[int, int] = {}
+        self._array = np.full((8, pages_per_seq), NULL_PAGE, np.int32)
+        self._free_lines = list(range(7, -1, -1))
+        self._num_live_cells = 0
+
+    @property
+    def num_live_cells(self) -> int:
+        """Cells of used pages that hold a token, a shared cell counted once."""
+        return self._num_live_cells
+
+    @property
+    def num_allocated_cells(self) -> int:
+        """Cells of used pages."""
+        return self.pool.num_used_pages * self.page_size
+
+    def num_tokens(self, seq: int) -> int:
+        """Tokens that `seq` holds."""
+        return self._num_tokens[seq]
+
+    def pages(self, seq: int) -> tuple[int, ...]:
+        """Physical pages of `seq`, in order of position."""
+        return tuple(self._pages[seq])
+
+    def add(self) -> int:
+        """Returns a new sequence without tokens."""
+        if not self._free_lines:
+            lines = len(self._array)
+            self._array = np.concatenate([self._array, np.full_like(self._array, NULL_PAGE)])
+            self._free_lines = list(range(2 * lines - 1, lines - 1, -1))
+        seq = self._free_lines.pop()
+        self._pages[seq] = []
+        self._num_tokens[seq] = 0
+        return seq
+
+    def fork(self, parent: int) -> int:
+        """Returns a new sequence with the tokens of `parent`, sharing their pages; copies none.
+
+        Pages that `parent` has reserved beyond its tokens stay its own.
+        """
+        held = self._num_tokens[parent]
+        pages = self._pages[parent][: -(-held // self.page_size)]
+        self.pool.share(pages)
+        child = self.add()
+        self._pages[child] = pages
+        self._num_tokens[child] = held
+        self._array[child, : len(pages)] = pages
+        return child
+
+    def pages_needed(self, seq: int, num_tokens: int) -> int:
+        """Free pages that `append(seq, num_tokens)` would take, a copy-on-write page included."""
+        held, pages = self._num_tokens[seq], self._pages[seq]
+        needed = -(-(held + num_tokens) // self.page_size) - len(pages)
+        return max(needed, 0) + (num_tokens > 0 and self._copy_due(seq))
+
+    def append(self, seq: int, num_tokens: int) -> list[tuple[int, int]]:
+        """Makes room for `num_tokens` more tokens.
+
+        Args:
+          seq: the sequence to grow.
+          num_tokens: how many tokens it is about to write.
+
+        Returns:
+          `(src, dst)` pages that must be copied on the device before those tokens are written: one
+          pair if the sequence's partial last page is shared, else none.
+
+        Raises:
+          OutOfPagesError: if the pool lacks the pages; then nothing has changed.
+          ValueError: if the sequence would exceed `pages_per_seq`.
+        """
+        held, pages = self._num_tokens[seq], self._pages[seq]
+        total = held + num_tokens
+        capacity = len(pages) * self.page_size
+        copy_due = num_tokens > 0 and self._copy_due(seq)
+        if total > capacity or copy_due:
+            needed = max(-(-total // self.page_size) - len(pages), 0)
+            if len(pages) + needed > self.pages_per_seq:
+                raise ValueError(
+                    f"{total} tokens need {len(pages) + needed} pages of {self.page_size}, more "
+                    f"than the {self.pages_per_seq} of a sequence"
+                )
+            new = self.pool.allocate(needed + copy_due)
+            copies = [self._replace_partial_page(seq, new.pop())] if copy_due else []
+            self._array[seq, len(pages) : len(pages) + needed] = new
+            pages += new
+        else:
+            copies = []
+        self._num_tokens[seq] = total
+        self._num_live_cells += num_tokens
+        return copies
+
+    def reserve(self, seq: int, num_tokens: int) -> None:
+        """Takes pages for `num_tokens` in all now, as contiguous preallocation does.
+
+        Raises:
+          OutOfPagesError: if the pool lacks the pages; then nothing has changed.
+        """
+        pages = self._pages[seq]
+        new = self.pool.allocate(max(-(-num_tokens // self.page_size) - len(pages), 0))
+        self._array[seq, len(pages) : len(pages) + len(new)] = new
+        pages += new
+
+    def free(self, seq: int) -> None:
+        """Forgets `seq`; its pages return to the pool where nobody else refers to them.
+
+        Raises:
+          KeyError: if the sequence is not known, for instance because it was freed before.
+        """
+        pages, left = self._pages.pop(seq), self._num_tokens.pop(seq)
+        for page in pages:
+            held = min(max(left, 0), self.page_size)
+            left -= held
+            if self.pool.release(page):
+                self._num_live_cells -= held
+        self._array[seq, : len(pages)] = NULL_PAGE
+        self._free_lines.append(seq)
+
+    def snapshot(self, seqs: SequenceOf[int], num_rows: int) -> np.ndarray:
+        """Freezes the map for one step.
+
+        Args:
+          seqs: the step's sequences, in order of row.
+          num_rows: rows wanted, at least `len(seqs)`.
+
+        Returns:
+          i32[num_rows, pages_per_seq], read-only, padded with `NULL_PAGE`; later changes of this
+          table do not reach it.
+        """
+        table = np.full((num_rows, self.pages_per_seq), NULL_PAGE, np.int32)
+        np.take(self._array, seqs, axis=0, out=table[: len(seqs)], mode="clip")
+        table.flags.writeable = False
+        return table
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if the books do not balance. Cost: every page; for tests."""
+        self.pool.check_invariants()
+        references = Counter(page for pages in self._pages.values() for page in pages)
+        for page in range(self.pool.num_pages):
+            assert self.pool.refcount(page) == references[page], f"page {page}: count differs"
+        fill: dict[int, int] = {}
+        for seq, pages in self._pages.items():
+            held = self._num_tokens[seq]
+            assert held <= len(pages) * self.page_size
+            assert len(set(pages)) == len(pages), f"sequence {seq} owns a page twice"
+            assert self._array[seq, : len(pages)].tolist() == pages
+            assert (self._array[seq, len(pages) :] == NULL_PAGE).all()
+            for index, page in enumerate(pages):
+                used = min(max(held - index * self.page_size, 0), self.page_size)
+                assert fill.setdefault(page, used) == used, f"owners of page {page} disagree"
+        assert self._num_live_cells == sum(fill.values())
+        lines = sorted([*self._free_lines, *self._pages])
+        assert lines == list(range(len(self._array))), "a line is lost or held twice"
+
+    def _copy_due(self, seq: int) -> bool:
+        """Whether the page that the next token goes to is partial and shared."""
+        held = self._num_tokens[seq]
+        if held % self.page_size == 0:
+            return False
+        return self.pool.refcount(self._pages[seq][held // self.page_size]) > 1
+
+    def _replace_partial_page(self, seq: int, dst: int) -> tuple[int, int]:
+        index, filled = divmod(self._num_tokens[seq], self.page_size)
+        src = self._pages[seq][index]
+        self.pool.release(src)
+        self._pages[seq][index] = dst
+        self._array[seq, index] = dst
+        self._num_live_cells += filled
+        return src, dst

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a request wants its tokens chosen and when it wants to stop."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling parameters, checked when made.
+
+    Filters apply in the order temperature, top_k, top_p, min_p; a tie at a filter's edge is kept
+    whole.
+
+    Attributes:
+      max_tokens: most tokens to generate, >= 1.
+      temperature: divides the logits; 0 is greedy.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the smallest set of likeliest tokens whose probability reaches this, in (0, 1].
+      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
+      n: samples to draw from the prompt, >= 1; they share its pages.
+      beam_width: reserved for beam search, which this version does not have: must be None.
+      seed: makes the request reproducible, in [0, 2**32); None draws one.
+      stop: strings that end a sample; they are cut from its text.
+      stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
+      ignore_eos: whether to go on after the model's end-of-sequence tokens.
+      logprobs: how many likeliest tokens to report with each token; None reports none.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    n: int = 1
+    beam_width: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] | str = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for holds, name, rule in (
+            (self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (
+                0 <= self.temperature < math.inf,
+                "temperature",
+                "finite and at least 0 (0 is greedy)",
+            ),
+            (self.top_k >= 0, "top_k", "at least 0 (0 keeps every token)"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (1 keeps every token)"),
+            (0 <= self.min_p <= 1, "min_p", "between 0 and 1 (0 keeps every token)"),
+            (self.n >= 1, "n", "at least 1"),
+            (self.seed is None or 0 <= self.seed < 2**32, "seed", "in [0, 2**32), or None"),
+            (all(self.stop), "stop", "free of empty strings"),
+            (self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0, or None"),
+            (
+                self.beam_width is None,
+                "beam_width",
+                "None: this version has no beam search; n draws independent samples",
+            ),
+        ):
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")

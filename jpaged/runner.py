@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs steps on the device: owns the page pool, donates it to every step, counts compilations."""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from jpaged import sampling
+from jpaged.batch import Batch, StepShape, empty_batch
+from models.inputs import PagedInputs
+
+logger = logging.getLogger(__name__)
+
+# apply(params, inputs, kv_pages) -> (logits, kv_pages)
+ApplyFn = Callable[[Any, PagedInputs, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One step's samples, still on the device until they are read.
+
+    Attributes:
+      tokens: i32[max_num_seqs], the first `num_samples` live.
+      logprobs: f32[num_rows], of the tokens.
+      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
+      num_samples: live samples.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top: tuple[jax.Array, jax.Array] | None
+    num_samples: int
+
+    def read(self) -> tuple[list[int], list[float], list[Mapping[int, float]] | None]:
+        """Waits for the step and returns its tokens, log-probabilities and likeliest tokens."""
+        tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
+        logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
+        if self.top is None:
+            return tokens, logprobs, None
+        ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
+        return (
+            tokens,
+            logprobs,
+            [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)],
+        )
+
+
+class ModelRunner:
+    """The device side of an engine, and the only owner of the page pool.
+
+    Steps are dispatched in order and run in order, so a page that the host has given to another
+    sequence is written only after the steps that read it.
+
+    Attributes:
+      num_compilations: programs compiled so far.
+      num_unplanned_compilations: those of them after `warm_up`; each is logged with its shape.
+    """
+
+    def __init__(
+        self,
+        apply: ApplyFn,
+        params: Any,
+        kv_pages_shape: tuple[int, ...],
+        dtype: jnp.dtype,
+        *,
+        max_num_samples: int,
+        pages_per_seq: int,
+        vocab_size: int,
+        backend: str,
+    ):
+        """Allocates the pool.
+
+        Args:
+          apply: the model as a pure function.
+          params: its parameters; replace the attribute between steps to swap weights.
+          kv_pages_shape: see `pallas_kernels.kv_pages_shape`.
+          dtype: of the pool.
+          max_num_samples: most samples a step takes.
+          pages_per_seq: width of the page table.
+          vocab_size: of the logits.
+          backend: which kernels copy pages.
+        """
+        self.params = params
+        self.num_compilations = 0
+        self.num_unplanned_compilations = 0
+        self._warm = False
+        self._pages_per_seq = pages_per_seq
+        self._vocab_size = vocab_size
+        self._max_num_samples = max_num_samples
+        self._kv_pages = jnp.zeros(kv_pages_shape, dtype)
+        self._tokens = jnp.zeros(max_num_samples, jnp.int32)
+
+        def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
+            # Slot -1 indexes the last sample, and is then not used.
+            token_ids = jnp.where(previous_slots < 0, token_ids, previous_tokens[previous_slots])
+            return apply(params, PagedInputs(token_ids=token_ids, **inputs), kv_pages)
+
+        def sample(logits, rows):
+            tokens, logprobs = sampling.sample(logits, rows)
+            # Padded to one length, so that the next step does not depend on this step's shape.
+            return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
+
+        copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
+        self._step = jax.jit(self._counted("step", step), donate_argnums=1)
+        self._sample = jax.jit(self._counted("sample", sample))
+        self._copy_pages = jax.jit(self._counted("copy_pages", copy_pages), donate_argnums=0)
+        self._top_logprobs = jax.jit(
+            self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
+        )
+
+    @property
+    def kv_pages_bytes(self) -> int:
+        """Bytes of the page pool."""
+        return self._kv_pages.nbytes
+
+    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult:
+        """Dispatches a step and returns without waiting for it.
+
+        Args:
+          batch: what to compute.
+          copies: `(src, dst)` pages to copy first.
+
+        Returns:
+          The samples, to be read when they are needed.
+        """
+        start, compiled = time.perf_counter(), self.num_compilations
+        if copies := list(copies):
+            self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+        logits, self._kv_pages = self._step(
+            self.params,
+            self._kv_pages,
+            batch.token_ids,
+            batch.previous_slots,
+            self._tokens,
+            positions=batch.positions,
+            page_table=batch.page_table,
+            kv_lens=batch.kv_lens,
+            cu_q_lens=batch.cu_q_lens,
+            num_seqs=batch.num_seqs,
+            logits_indices=batch.logits_indices,
+        )
+        rows = sampling.SamplingRows(
+            temperature=batch.temperature,
+            top_k=batch.top_k,
+            top_p=batch.top_p,
+            min_p=batch.min_p,
+            seeds=batch.seeds,
+            sample_indices=batch.sample_indices,
+            positions=batch.sample_positions,
+        )
+        self._tokens, logprobs = self._sample(logits, rows)
+        top = None
+        if batch.num_logprobs:
+            # A power of two, so that requests that differ a little share a program.
+            count = 1 << (batch.num_logprobs - 1).bit_length()
+            top = self._top_logprobs(logits, min(count, self._vocab_size))
+        if self._warm and self.num_compilations > compiled:
+            logger.warning(
+                "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
+                self.num_compilations - compiled,
+                batch.shape,
+                len(copies),
+                time.perf_counter() - start,
+            )
+            self.num_unplanned_compilations += self.num_compilations - compiled
+        return StepResult(self._tokens, logprobs, top, batch.num_samples)
+
+    def warm_up(self, shapes: Iterable[StepShape], num_logprobs: int = 0) -> None:
+        """Compiles steps of the given shapes, and every size of page copy, ahead of need.
+
+        Args:
+          shapes: what to compile; later steps of other shapes count as unplanned.
+          num_logprobs: also compile the report of this many likeliest tokens.
+        """
+        for shape in shapes:
+            self.run(empty_batch(shape, self._pages_per_seq, num_logprobs))
+        null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
+        count = 1
+        while count < 2 * self._max_num_samples:
+            # The null page may be copied onto itself: nobody reads it.
+            copies = [null_pair] * min(count, self._max_num_samples)
+            self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+            count *= 2
+        jax.block_until_ready(self._kv_pages)
+        self._warm = True
+
+    def _counted(self, name: str, function: Callable) -> Callable:
+        """Counts the traces of a function, each of which jit follows with a compilation."""
+
+        def traced(*args, **kwargs):
+            self.num_compilations += 1
+            shapes = [
+                f"{leaf.dtype}{list(leaf.shape)}"
+                for leaf in jax.tree.leaves((args[1:], kwargs))
+                if hasattr(leaf, "shape")
+            ]
+            logger.debug("compiling %s for %s", name, " ".join(shapes))
+            return function(*args, **kwargs)
+
+        return traced
+
+
+def _pad_copies(copies: list[tuple[int, int]]) -> np.ndarray:
+    """i32[2, count]: sources and destinations, padded to a power of two with the null page."""
+    padded = np.full((2, 1 << (len(copies) - 1).bit_length()), pallas_kernels.NULL_PAGE, np.int32)
+    padded[:, : len(copies)] = np.array(copies, np.int32).T
+    return padded

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses tokens from logits on the device: pure, jitted, with parameters of each row's own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingRows:
+    """Sampling parameters, one entry a sample; see `jpaged.params.SamplingParams`.
+
+    Attributes:
+      temperature: f32[num_samples]; 0 is greedy.
+      top_k: i32[num_samples]; 0 keeps all.
+      top_p: f32[num_samples]; 1 keeps all.
+      min_p: f32[num_samples].
+      seeds: u32[num_samples], the request's seed.
+      sample_indices: u32[num_samples], which of the request's samples.
+      positions: i32[num_samples], position of the token to be chosen.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    seeds: jax.Array
+    sample_indices: jax.Array
+    positions: jax.Array
+
+
+def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:
+    """Chooses one token a row.
+
+    The random bits of a token depend on its request's seed, its sample and its position, and on
+    nothing else: not on the row, the step or the other rows.
+
+    Args:
+      logits: f32[num_samples, vocab_size].
+      rows: parameters of each sample.
+
+    Returns:
+      i32[num_samples] tokens and f32[num_samples], their log-probabilities under the model as it
+      is, before temperature and filters.
+    """
+    vocab_size = logits.shape[-1]
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+        filters = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+        scaled = jax.lax.cond(
+            (filters & (rows.temperature > 0)).any(), lambda: _filter(scaled, rows), lambda: scaled
+        )
+        noise = jax.vmap(lambda *ids: jax.random.gumbel(_token_key(*ids), (vocab_size,)))
+        scaled = scaled + noise(rows.seeds, rows.sample_indices, rows.positions)
+        return jnp.where(rows.temperature > 0, jnp.argmax(scaled, axis=-1), greedy)
+
+    tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The likeliest tokens of each row.
+
+    Args:
+      logits: f32[num_samples, vocab_size].
+      count: how many; static.
+
+    Returns:
+      i32[num_samples, count] tokens, likeliest first, and their log-probabilities, f32.
+    """
+    logprobs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
+    return tokens, logprobs
+
+
+def _token_key(seed: jax.Array, sample_index: jax.Array, position: jax.Array) -> jax.Array:
+    # The implementation is named: results must not change with a user's jax_default_prng_impl.
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
+
+
+def _filter(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Sets logits that top_k, then top_p, then min_p cut off to -inf; keeps ties at the edge.
+
+    Thresholds are found by bisection over the float32 numbers, which is exact and needs no sort of
+    the vocabulary (a sort took longer than a decode step on CPU: docs/decisions.md).
+    """
+    top_k = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, logits.shape[-1]), logits.shape[-1])
+    kept = _largest_threshold(logits, lambda above: above.sum(axis=-1, dtype=jnp.int32) >= top_k)
+    logits = jnp.where(logits >= kept[:, None], logits, -jnp.inf)
+
+    probs = jax.nn.softmax(logits, axis=-1)
+    kept = _largest_threshold(
+        probs, lambda above: jnp.where(above, probs, 0).sum(axis=-1) >= rows.top_p
+    )
+    # Rounding can leave the whole mass short of 1; then nothing is cut.
+    cut = (rows.top_p < 1)[:, None] & (probs < kept[:, None])
+    logits = jnp.where(cut, -jnp.inf, logits)
+
+    least = jnp.max(probs, axis=-1) * rows.min_p
+    return jnp.where(probs < least[:, None], -jnp.inf, logits)
+
+
+def _largest_threshold(values: jax.Array, enough) -> jax.Array:
+    """The largest t in each row for which `enough(values >= t)` holds; it falls as t grows.
+
+    Args:
+      values: f32[rows, columns], no NaN.
+      enough: bool[rows, columns] -> bool[rows].
+
+    Returns:
+      f32[rows], one of the row's values; NaN, which nothing is below, where no t is small enough.
+    """
+    # Same-sized integers in the order of the floats: negative floats have all their bits turned.
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    low = jnp.full(values.shape[0], jnp.iinfo(jnp.int32).min, jnp.int32)
+    high = order.max(axis=-1)
+
+    def halve(_, bounds):
+        low, high = bounds
+        # (low + high) / 2 rounded up, without the sum, which may not fit.
+        middle = (low | high) - ((low ^ high) >> 1)
+        holds = enough(order >= middle[:, None])
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle - 1)
+
+    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
+    bits = jnp.where(low < 0, low ^ jnp.int32(0x7FFFFFFF), low)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's unit of work, and the scheduler's."""
+
+import enum
+import time
+
+from jpaged.params import SamplingParams
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = enum.auto()  # holds no pages
+    RUNNING = enum.auto()  # holds pages, is scheduled
+    DRAINING = enum.auto()  # its last step is on the device; is not scheduled again
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """One stream of tokens; the unit that is scheduled, preempted and finished.
+
+    Attributes:
+      request: whose sample this is.
+      sample_index: which of the request's `n` samples.
+      token_ids: prompt and generated tokens that the host knows.
+      num_prompt_tokens: how many of them are the prompt.
+      num_computed_tokens: tokens whose keys and values are in pages, or are about to be by steps
+        already scheduled.
+      num_inflight_tokens: tokens sampled on the device, or about to be, and not read yet: at most
+        one of a step that runs and one of a step that waits.
+      sample_slot: where the newest of them stands among its step's samples.
+      max_total_tokens: prompt and generated tokens at which the sequence ends by length.
+      table_id: the sequence's key in the `PageTable`, or None while it holds no pages.
+      num_pending_forks: samples still to be forked off when the prompt has been computed.
+      status: see `Status`.
+      finish_reason: "stop", "length" or "abort" once finished.
+      cumulative_logprob: sum over the generated tokens that the host knows.
+      logprobs: per generated token, `{token_id: logprob}`, where the request wants them.
+      text: what the tokens say, once finished.
+    """
+
+    __slots__ = (
+        "cumulative_logprob",
+        "finish_reason",
+        "logprobs",
+        "max_total_tokens",
+        "num_computed_tokens",
+        "num_inflight_tokens",
+        "num_pending_forks",
+        "num_prompt_tokens",
+        "request",
+        "sample_index",
+        "sample_slot",
+        "status",
+        "table_id",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(self, request: "Request", sample_index: int, max_total_tokens: int):
+        self.request = request
+        self.sample_index = sample_index
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_inflight_tokens = 0
+        self.sample_slot = 0
+        self.max_total_tokens = max_total_tokens
+        self.table_id: int | None = None
+        self.num_pending_forks = 0
+        self.status = Status.WAITING
+        self.finish_reason: str | None = None
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[dict[int, float]] = []
+        self.text = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the sequence, those that only the device knows included."""
+        return len(self.token_ids) + self.num_inflight_tokens
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        """Tokens after the prompt that the host knows."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id!r}#{self.sample_index}, {self.status.name}, "
+            f"{self.num_computed_tokens}/{self.num_tokens} tokens computed)"
+        )
+
+
+class Request:
+    """A prompt, its parameters and the samples that grow from it.
+
+    Attributes:
+      request_id: unique among live requests.
+      prompt_token_ids: at least one token.
+      params: how to sample and when to stop.
+      seed: the seed in use, `params.seed` or a drawn one.
+      stream: whether every step that adds to a sample reports it.
+      sequences: the samples, in order of `sample_index`; the later ones appear when they fork.
+      arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_model_len: int,
+        stream: bool = False,
+    ):
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.seed = seed
+        self.stream = stream
+        self.arrival_s = time.perf_counter()
+        self.first_token_s: float | None = None
+        max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
+        first = Sequence(self, 0, max_total_tokens)
+        first.num_pending_forks = params.n - 1
+        self.sequences = [first]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every one of the `n` samples has ended."""
+        return len(self.sequences) == self.params.n and all(
+            seq.status is Status.FINISHED for seq in self.sequences
+        )
+
+    def fork_sequence(self, parent: Sequence) -> Sequence:
+        """Returns the next sample, with all that `parent` has computed but its pages."""
+        child = Sequence(self, len(self.sequences), parent.max_total_tokens)
+        child.num_computed_tokens = parent.num_computed_tokens
+        self.sequences.append(child)
+        return child

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder for every dense family: `apply(params, inputs, kv_pages) -> (logits, kv_pages)`."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from models import layers
+from models.config import ModelConfig
+from models.inputs import PagedInputs
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model as pure functions of a plain parameter pytree.
+
+    Attributes:
+      config: the model's shape.
+      scan_layers: False unrolls the layers (fastest on CPU); True scans over stacked weights, which
+        compiles in a time that does not grow with depth (right for TPU and GPU). The parameter tree
+        differs: see `stack_layers`.
+      backend: which kernels to use, as in `pallas_kernels.paged_attention`.
+    """
+
+    config: ModelConfig
+    scan_layers: bool = False
+    backend: str | None = None
+
+    def init(self, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+        """Random parameters. Args: a PRNG key and the dtype of every parameter."""
+        token_ids = jnp.zeros((1, 1), jnp.int32)
+        params = self._dense_module(1, dtype).init(key, token_ids.reshape(-1), token_ids[0], None)
+        params = params["params"]
+        return stack_layers(params) if self.scan_layers else params
+
+    def abstract_params(self, dtype: jnp.dtype = jnp.float32) -> Params:
+        """The parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
+        return jax.eval_shape(functools.partial(self.init, dtype=dtype), jax.random.key(0))
+
+    def apply(
+        self, params: Params, inputs: PagedInputs, kv_pages: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs one step: writes the new tokens' keys and values, and attends over all.
+
+        Args:
+          params: as `init` makes them.
+          inputs: the step's tokens and page table.
+          kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim]; may be donated.
+
+        Returns:
+          f32[num_samples, vocab_size], logits after each token of `inputs.logits_indices`, and
+          kv_pages with the step's keys and values written.
+        """
+        module = _DecoderModule(
+            self.config,
+            functools.partial(_paged_attend, backend=self.backend),
+            self.scan_layers,
+            _dtype_of(params),
+        )
+        return module.apply(
+            {"params": params},
+            inputs.token_ids,
+            inputs.positions,
+            inputs,
+            kv_pages,
+            inputs.logits_indices,
+        )
+
+    def apply_dense(self, params: Params, token_ids: jax.Array) -> jax.Array:
+        """Runs whole sequences without a cache; differentiable, for training and for checks.
+
+        Args:
+          params: unstacked, as `init` makes them with scan_layers=False.
+          token_ids: i32[batch, seq_len].
+
+        Returns:
+          f32[batch, seq_len, vocab_size].
+        """
+        batch, seq_len = token_ids.shape
+        positions = jnp.tile(jnp.arange(seq_len, dtype=jnp.int32), batch)
+        logits, _ = self._dense_module(batch, _dtype_of(params)).apply(
+            {"params": params}, token_ids.reshape(-1), positions, None
+        )
+        return logits.reshape(batch, seq_len, -1)
+
+    def _dense_module(self, batch: int, dtype: jnp.dtype) -> "_DecoderModule":
+        return _DecoderModule(
+            self.config, functools.partial(_dense_attend, batch=batch), False, dtype
+        )
+
+
+def stack_layers(params: Params) -> Params:
+    """Turns `layers_0 .. layers_n` into one `layers` tree with a leading layer axis, for a scan."""
+    num_layers = sum(name.startswith("layers_") for name in params)
+    per_layer = [params[f"layers_{i}"] for i in range(num_layers)]
+    rest = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
+    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)}
+
+
+class _DecoderModule(nn.Module):
+    """Embedding, layers, final norm and head over a flat axis of tokens."""
+
+    config: ModelConfig
+    attend: layers.AttendFn
+    scan_layers: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, token_ids, positions, inputs, kv_pages=None, logits_indices=None):
+        c = self.config
+        embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
+        )
+        rope = layers.rope_table(c, positions)
+        carry = (embedding[token_ids], kv_pages)
+        if self.scan_layers:
+            stack = nn.scan(
+                layers.DecoderLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=c.num_layers,
+            )(c, self.attend, name="layers")
+            carry, _ = stack(carry, jnp.arange(c.num_layers, dtype=jnp.int32), rope, inputs)
+        else:
+            for i in range(c.num_layers):
+                layer = layers.DecoderLayer(c, self.attend, name=f"layers_{i}")
+                carry, _ = layer(carry, i, rope, inputs)
+        x, kv_pages = carry
+        if logits_indices is not None:
+            x = x[logits_indices]
+        x = layers.RMSNorm(c.rms_norm_eps, name="final_norm")(x)
+        head = embedding
+        if not c.tie_word_embeddings:
+            head = self.param(
+                "lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
+            )
+        logits = jax.lax.dot_general(
+            x, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return logits, kv_pages
+
+
+def _paged_attend(q, k, v, kv_pages, layer, inputs: PagedInputs, *, backend):
+    index = (inputs.page_table, inputs.kv_lens, inputs.cu_q_lens, inputs.num_seqs)
+    kv_pages = pallas_kernels.write_kv(kv_pages, k, v, *index, layer=layer, backend=backend)
+    out = pallas_kernels.paged_attention(q, kv_pages, *index, layer=layer, backend=backend)
+    return out, kv_pages
+
+
+def _dense_attend(q, k, v, kv_pages, layer, inputs, *, batch):
+    del layer, inputs  # nothing is cached
+    split = (batch, -1)
+    out = jax.nn.dot_product_attention(
+        q.reshape(split + q.shape[1:]),
+        k.reshape(split + k.shape[1:]),
+        v.reshape(split + v.shape[1:]),
+        is_causal=True,
+    )
+    return out.reshape(q.shape), kv_pages
+
+
+def _dtype_of(params: Params) -> jnp.dtype:
+    return params["embedding"].dtype

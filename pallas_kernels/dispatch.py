@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the backend of each public function; never falls back in silence."""
+
+import jax
+
+from pallas_kernels import validation, xla
+
+BACKENDS = ("tpu", "gpu", "xla")
+_BACKEND_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+
+
+def resolve_backend(backend: str | None) -> str:
+    """Returns the backend to use: as asked, or that of JAX's default device.
+
+    Raises:
+      ValueError: for a name that is no backend, or a backend that has no kernels yet.
+    """
+    asked = backend if backend is not None else _BACKEND_OF_PLATFORM.get(jax.default_backend())
+    if asked not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} on platform {jax.default_backend()!r}: choose one of {BACKENDS}"
+        )
+    if asked != "xla":
+        raise ValueError(
+            f"backend {asked!r} has no kernels in this version; pass backend='xla' to run the XLA "
+            "kernels on this device instead (correct, but slower than a kernel made for it)"
+        )
+    return asked
+
+
+def paged_attention(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    layer: int | jax.Array = 0,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    kv_scale: jax.Array | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Attends ragged queries to keys and values stored in pages.
+
+    One call serves decode (one query a row), a prefill chunk, and any mix of both: row i's queries
+    are the last `cu_q_lens[i+1] - cu_q_lens[i]` positions of its `kv_lens[i]` tokens, each
+    attending causally. Rows past `num_seqs`, tokens past `cu_q_lens[num_seqs]` and table entries past a
+    sequence's last page are padding: what they hold, NaN included, never reaches a live row.
+
+    Args:
+      q: bf16|f16|f32[num_tokens, num_q_heads, head_dim], sequences back to back.
+      kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim], the queries' own keys and
+        values included (see `write_kv`); any float dtype, or int8 with `kv_scale`.
+      page_table: i32[max_num_seqs, pages_per_seq], physical page ids.
+      kv_lens: i32[max_num_seqs], tokens visible to each sequence, this step's included.
+      cu_q_lens: i32[max_num_seqs + 1], where each row's queries start.
+      num_seqs: i32[1], live rows.
+      layer: which layer of the pool to read; may be traced.
+      sm_scale: multiplies the scores; 1 / sqrt(head_dim) by default.
+      sliding_window: a query sees itself and the `sliding_window - 1` tokens before it.
+      soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
+      kv_scale: f32[2], what stored keys and stored values are multiplied by.
+      backend: "tpu", "gpu" or "xla"; by default the one of JAX's default device.
+
+    Returns:
+      Same shape and dtype as `q`, accumulated in float32; zeros for padding tokens.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or the backend is not available.
+
+    Source: Kwon et al. 2023, section 4.1; online softmax, Milakov & Gimelshein 2018.
+    """
+    resolve_backend(backend)
+    validation.check_attention(
+        q,
+        kv_pages,
+        page_table,
+        kv_lens,
+        cu_q_lens,
+        num_seqs,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        kv_scale=kv_scale,
+    )
+    return xla.paged_attention(
+        q,
+        kv_pages,
+        page_table,
+        kv_lens,
+        cu_q_lens,
+        num_seqs,
+        layer=layer,
+        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        kv_scale=kv_scale,
+    )
+
+
+def write_kv(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    num_seqs: jax.Array,
+    *,
+    layer: int | jax.Array = 0,
+    kv_scale: jax.Array | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """Writes the step's new keys and values into their sequences' pages.
+
+    Every other cell, those of other layers included, stays as it was; under donation nothing but
+    the written cells moves.
+
+    Args:
+      kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim]; may be donated.
+      k: [num_tokens, num_kv_heads, head_dim], keys of the tokens that `cu_q_lens` delimits.
+      v: same shape and dtype as `k`.
+      page_table: i32[max_num_seqs, pages_per_seq].
+      kv_lens: i32[max_num_seqs], this step's tokens included.
+      cu_q_lens: i32[max_num_seqs + 1].
+      num_seqs: i32[1].
+      layer: which layer of the pool to write; may be traced.
+      kv_scale: f32[2]; keys are stored divided by the first, values by the second.
+      backend: as in `paged_attention`.
+
+    Returns:
+      `kv_pages` with the cells written, converted to the pool's dtype.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or the backend is not available.
+    """
+    resolve_backend(backend)
+    validation.check_write(
+        kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, kv_scale=kv_scale
+    )
+    return xla.write_kv(
+        kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, layer=layer, kv_scale=kv_scale
+    )
+
+
+def copy_pages(
+    kv_pages: jax.Array,
+    src_page_ids: jax.Array,
+    dst_page_ids: jax.Array,
+    *,
+    backend: str | None = None,
+) -> jax.Array:
+    """Copies whole pages in every layer; all sources are read before any destination is written.
+
+    Args:
+      kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim]; may be donated.
+      src_page_ids: i32[num_copies]; pad with `NULL_PAGE`.
+      dst_page_ids: i32[num_copies], distinct but for the padding; pad with `NULL_PAGE`.
+      backend: as in `paged_attention`.
+
+    Returns:
+      `kv_pages` with the copies made.
+
+    Raises:
+      ValueError: if shapes or dtypes do not fit together, or the backend is not available.
+    """
+    resolve_backend(backend)
+    validation.check_copy(kv_pages, src_page_ids, dst_page_ids)
+    return xla.copy_pages(kv_pages, src_page_ids, dst_page_ids)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the kernels' arguments: shapes and dtypes at trace time, contents in tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_attention(
+    q, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, *, sliding_window, soft_cap, kv_scale
+) -> None:
+    """Raises ValueError where the arguments of `paged_attention` do not fit together."""
+    _check_rank("q", q, "[num_tokens, num_q_heads, head_dim]")
+    _check_float("q", q)
+    _check_pool(kv_pages, kv_scale)
+    _check_index(page_table, kv_lens, cu_q_lens, num_seqs)
+    num_q_heads, num_kv_heads = q.shape[1], kv_pages.shape[2]
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"q has {num_q_heads} heads, not a multiple of the {num_kv_heads} KV heads of kv_pages"
+        )
+    _check_lanes("q", q.shape[2], kv_pages)
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window} must be at least 1, or None")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap={soft_cap} must be positive, or None")
+
+
+def check_write(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, kv_scale) -> None:
+    """Raises ValueError where the arguments of `write_kv` do not fit together."""
+    _check_rank("k", k, "[num_tokens, num_kv_heads, head_dim]")
+    _check_float("k", k)
+    _check_pool(kv_pages, kv_scale)
+    _check_index(page_table, kv_lens, cu_q_lens, num_seqs)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v is {v.dtype}{list(v.shape)}, but k is {k.dtype}{list(k.shape)}")
+    if k.shape[1] != kv_pages.shape[2]:
+        raise ValueError(f"k has {k.shape[1]} heads, but kv_pages has {kv_pages.shape[2]}")
+    _check_lanes("k", k.shape[2], kv_pages)
+
+
+def check_copy(kv_pages, src_page_ids, dst_page_ids) -> None:
+    """Raises ValueError where the arguments of `copy_pages` do not fit together."""
+    _check_rank("kv_pages", kv_pages, _POOL)
+    for name, ids in (("src_page_ids", src_page_ids), ("dst_page_ids", dst_page_ids)):
+        _check_rank(name, ids, "[num_copies]")
+        _check_int32(name, ids)
+    if src_page_ids.shape != dst_page_ids.shape:
+        raise ValueError(
+            f"{src_page_ids.shape[0]} src_page_ids do not pair with {dst_page_ids.shape[0]} "
+            "dst_page_ids"
+        )
+
+
+def check_contents(kv_pages, page_table, kv_lens, cu_q_lens, num_seqs) -> None:
+    """Raises ValueError where the index arrays break the contract; for tests and debugging.
+
+    Reads every array on the host, so it belongs in no hot path and under no `jit`.
+
+    Args:
+      kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim].
+      page_table: i32[max_num_seqs, pages_per_seq].
+      kv_lens: i32[max_num_seqs].
+      cu_q_lens: i32[max_num_seqs + 1].
+      num_seqs: i32[1].
+    """
+    num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
+    page_table, kv_lens, cu_q_lens = map(np.asarray, (page_table, kv_lens, cu_q_lens))
+    live = int(np.asarray(num_seqs)[0])
+    max_num_seqs, pages_per_seq = page_table.shape
+    if not 0 <= live <= max_num_seqs:
+        raise ValueError(f"num_seqs={live} is outside [0, {max_num_seqs}]")
+    q_lens = np.diff(cu_q_lens[: live + 1])
+    if cu_q_lens[0] != 0 or (q_lens < 0).any():
+        raise ValueError(f"cu_q_lens={cu_q_lens[: live + 1]} must start at 0 and never fall")
+    for row in range(live):
+        kv_len = int(kv_lens[row])
+        if kv_len < q_lens[row]:
+            raise ValueError(f"row {row}: {q_lens[row]} queries, but kv_lens is {kv_len}")
+        used = -(-kv_len // page_size)
+        if used > pages_per_seq:
+            raise ValueError(
+                f"row {row}: kv_lens={kv_len} needs {used} pages of {page_size} tokens, but the "
+                f"page table holds {pages_per_seq}"
+            )
+        ids = page_table[row, :used]
+        if ((ids < 1) | (ids >= num_pages)).any():
+            raise ValueError(
+                f"row {row}: page ids {ids[(ids < 1) | (ids >= num_pages)]} are outside "
+                f"[1, {num_pages})"
+            )
+
+
+_POOL = "[num_layers, num_pages, num_kv_heads, page_size, kv_dim]"
+
+
+def _check_rank(name: str, array: jax.Array, dims: str) -> None:
+    rank = dims.count(",") + 1
+    if array.ndim != rank:
+        raise ValueError(f"{name} has shape {list(array.shape)}, expected {dims}")
+
+
+def _check_int32(name: str, array: jax.Array) -> None:
+    if array.dtype != jnp.int32:
+        raise ValueError(f"{name} has dtype {array.dtype}, expected int32")
+
+
+def _check_float(name: str, array: jax.Array) -> None:
+    if array.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"{name} has dtype {array.dtype}, expected bfloat16, float16 or float32")
+
+
+def _check_pool(kv_pages: jax.Array, kv_scale: jax.Array | None) -> None:
+    _check_rank("kv_pages", kv_pages, _POOL)
+    if jnp.issubdtype(kv_pages.dtype, jnp.integer):
+        if kv_pages.dtype != jnp.int8:
+            raise ValueError(f"kv_pages has dtype {kv_pages.dtype}, expected a float or int8")
+        if kv_scale is None:
+            raise ValueError("kv_pages of int8 need kv_scale, the size of one step of keys, values")
+    if kv_scale is not None and kv_scale.shape != (2,):
+        raise ValueError(f"kv_scale has shape {list(kv_scale.shape)}, expected [2]: keys, values")
+
+
+def _check_index(page_table, kv_lens, cu_q_lens, num_seqs) -> None:
+    _check_rank("page_table", page_table, "[max_num_seqs, pages_per_seq]")
+    rows = page_table.shape[0]
+    for name, array, shape in (
+        ("kv_lens", kv_lens, (rows,)),
+        ("cu_q_lens", cu_q_lens, (rows + 1,)),
+        ("num_seqs", num_seqs, (1,)),
+    ):
+        if array.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(array.shape)}, expected {list(shape)} for a page_table of "
+                f"{rows} rows"
+            )
+    for name, array in (
+        ("page_table", page_table),
+        ("kv_lens", kv_lens),
+        ("cu_q_lens", cu_q_lens),
+        ("num_seqs", num_seqs),
+    ):
+        _check_int32(name, array)
+
+
+def _check_lanes(name: str, head_dim: int, kv_pages: jax.Array) -> None:
+    if 2 * head_dim > kv_pages.shape[4]:
+        raise ValueError(
+            f"{name} has head_dim {head_dim}, but a cell of kv_pages has {kv_pages.shape[4]} "
+            f"lanes, fewer than the {2 * head_dim} that a key and a value need"
+        )

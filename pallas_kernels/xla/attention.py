@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention as loops whose trip counts follow the live pages."""
+
+import jax
+import jax.numpy as jnp
+
+# Tokens whose keys and values are gathered at once, whatever the page size: the order of every sum
+# then depends on positions alone.
+_KV_BLOCK_TOKENS = 128
+_QUERY_TILE_TOKENS = 32
+# Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.
+_MASKED = -1e30
+
+
+def paged_attention(
+    q,
+    kv_pages,
+    page_table,
+    kv_lens,
+    cu_q_lens,
+    num_seqs,
+    *,
+    layer,
+    sm_scale,
+    sliding_window,
+    soft_cap,
+    kv_scale,
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention`.
+
+    Three nested loops: live rows, tiles of a row's queries, blocks of its keys up to the last one
+    that the tile can see. Tiles and blocks start at multiples of their size in the sequence, so
+    that a query is computed the same way however its prompt was cut into chunks. A step that has no more
+    tokens than rows is taken for decode and gets tiles of one query.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = kv_pages.shape[2:4]
+    cell_dim = 2 * head_dim  # lanes past it are alignment
+    group = num_q_heads // num_kv_heads
+    tile = 1 if num_tokens <= page_table.shape[0] else _QUERY_TILE_TOKENS
+    block_pages = max(1, _KV_BLOCK_TOKENS // page_size)
+    block = block_pages * page_size
+    # The last block of a full row must not run past the table: dynamic_slice would shift it.
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block_pages)))
+    layer = jnp.int32(layer)
+    scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
+
+    # A tile may reach past its row's queries on both sides; padding keeps the slices in range.
+    pad = tile - 1
+    q = jnp.pad(q, ((pad, pad), (0, 0), (0, 0)))
+
+    def load_block(row, index, kv_len):
+        """f32[num_kv_heads, block, cell_dim]; dead cells are zero, for 0 * NaN is NaN."""
+        ids = jax.lax.dynamic_slice(page_table, (row, index * block_pages), (1, block_pages))[0]
+        first = index * block + jnp.arange(block_pages) * page_size
+        ids = jnp.where(first < kv_len, ids, 0)
+        cells = kv_pages[layer, ids, :, :, :cell_dim].swapaxes(0, 1)
+        cells = cells.reshape(num_kv_heads, block, cell_dim)
+        live = index * block + jnp.arange(block) < kv_len
+        return jnp.where(live[None, :, None], cells, 0).astype(jnp.float32)
+
+    def attend_tile(row, kv_len, start, q_tile):
+        """f32[num_kv_heads, group * tile, head_dim] for the queries at `start .. start + tile`."""
+        positions = jnp.tile(start + jnp.arange(tile), group)[None, :, None]
+
+        def attend_block(index, state):
+            peak, total, acc = state
+            cells = load_block(row, index, kv_len)
+            # One query cannot pay for splitting a cell's lanes: it is padded over the values' lanes
+            # instead, and the sum over values drops the keys' lanes at the end.
+            keys = cells if tile == 1 else cells[..., :head_dim]
+            values = cells if tile == 1 else cells[..., head_dim:]
+            scores = jnp.einsum("kmd,ksd->kms", q_tile, keys)
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            kv_positions = (index * block + jnp.arange(block))[None, None, :]
+            visible = kv_positions <= positions
+            if sliding_window is not None:
+                visible &= kv_positions > positions - sliding_window
+            scores = jnp.where(visible, scores, _MASKED)
+            new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
+            weights = jnp.where(visible, jnp.exp(scores - new_peak), 0)
+            shrink = jnp.exp(peak - new_peak)
+            total = total * shrink + weights.sum(axis=-1, keepdims=True)
+            acc = acc * shrink + jnp.einsum("kms,ksd->kmd", weights, values)
+            return new_peak, total, acc
+
+        queries = (num_kv_heads, group * tile)
+        state = (
+            jnp.full((*queries, 1), _MASKED),
+            jnp.zeros((*queries, 1)),
+            jnp.zeros((*queries, cell_dim if tile == 1 else head_dim)),
+        )
+        first_key = 0 if sliding_window is None else jnp.maximum(start - sliding_window + 1, 0)
+        last_key = jnp.minimum(start + tile, kv_len)
+        _, total, acc = jax.lax.fori_loop(
+            first_key // block, (last_key + block - 1) // block, attend_block, state
+        )
+        values = acc[..., head_dim:] if tile == 1 else acc
+        return values * scale[1] / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+
+    def attend_row(row, out):
+        kv_len = kv_lens[row]
+        first_token = cu_q_lens[row]
+        first_position = kv_len - (cu_q_lens[row + 1] - first_token)
+
+        def attend_one_tile(index, out):
+            start = index * tile
+            # Where the tile's first query lies on the padded token axis; before the row's own
+            # queries when a chunk starts inside a tile.
+            at = first_token + start - first_position + pad
+            q_tile = jax.lax.dynamic_slice_in_dim(q, at, tile).astype(jnp.float32)
+            q_tile = q_tile * (sm_scale * scale[0])
+            q_tile = q_tile.reshape(tile, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+            q_tile = q_tile.reshape(num_kv_heads, group * tile, head_dim)
+            if tile == 1:
+                q_tile = jnp.pad(q_tile, ((0, 0), (0, 0), (0, head_dim)))
+            result = attend_tile(row, kv_len, start, q_tile)
+            result = result.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
+            result = result.reshape(tile, num_q_heads, head_dim).astype(out.dtype)
+            if tile > 1:
+                position = start + jnp.arange(tile)
+                own = (position >= first_position) & (position < kv_len)
+                old = jax.lax.dynamic_slice_in_dim(out, at, tile)
+                result = jnp.where(own[:, None, None], result, old)
+            return jax.lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
+
+        return jax.lax.fori_loop(
+            first_position // tile, (kv_len + tile - 1) // tile, attend_one_tile, out
+        )
+
+    out = jax.lax.fori_loop(0, num_seqs[0], attend_row, jnp.zeros_like(q))
+    return out[pad : pad + num_tokens]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes to the page pool, in place under donation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.reference import copy_pages, pack_cells, token_positions, token_rows
+
+__all__ = ["copy_pages", "write_kv"]
+
+
+def write_kv(
+    kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer, kv_scale
+) -> jax.Array:
+    """See `pallas_kernels.write_kv`; a loop over the live tokens, one cell of all heads each."""
+    page_size = kv_pages.shape[3]
+    cells = pack_cells(k, v, kv_pages.dtype, kv_scale)
+    rows, _ = token_rows(cu_q_lens, num_seqs, k.shape[0])
+    positions = token_positions(kv_lens, cu_q_lens, rows)
+    page_ids = page_table[rows, positions // page_size]
+    slots = positions % page_size
+    layer, zero = jnp.int32(layer), jnp.int32(0)
+
+    def write_token(token, kv_pages):
+        start = (layer, page_ids[token], zero, slots[token], zero)
+        return jax.lax.dynamic_update_slice(kv_pages, cells[token][None, None, :, None, :], start)
+
+    return jax.lax.fori_loop(0, cu_q_lens[num_seqs[0]], write_token, kv_pages)
