@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import tokenizers
 import tqdm
 
-import pallas_kernels
-from jpaged.batch import ShapeBuckets, StepShape, build_batch
+from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch
 from jpaged.config import EngineConfig
-from jpaged.memory import choose_pool_size
-from jpaged.outputs import Completion, GenerationInterrupted, RequestOutput
+from jpaged.memory import default_dtype, plan_pool
+from jpaged.outputs import GenerationInterrupted, RequestOutput, output_of
 from jpaged.page_pool import PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
@@ -68,28 +67,8 @@ class Engine:
         config = config or EngineConfig()
         backend = resolve_backend(config.backend)
         device = jax.devices()[0]
-        max_model_len = config.max_model_len or model_config.max_position_embeddings
-        if max_model_len > model_config.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len={max_model_len} exceeds the model's max_position_embeddings="
-                f"{model_config.max_position_embeddings}"
-            )
-        dtype = jnp.dtype(config.dtype or default_dtype())
-        pages_per_seq = -(-max_model_len // config.page_size)
-        page_shape = pallas_kernels.kv_pages_shape(
-            model_config.num_layers,
-            1,
-            model_config.num_kv_heads,
-            config.page_size,
-            model_config.head_dim,
-            backend=backend,
-        )
-        page_bytes = dtype.itemsize
-        for size in page_shape:
-            page_bytes *= size
-        pool_size = choose_pool_size(config, max_model_len, page_bytes, device)
-        logger.info("page pool: %s", pool_size)
-        table = PageTable(PagePool(pool_size.num_pages), config.page_size, pages_per_seq)
+        plan = plan_pool(config, model_config, backend, device)
+        logger.info("page pool: %s", plan)
         scan_layers = config.scan_layers
         if scan_layers is None:
             scan_layers = device.platform != "cpu"
@@ -97,34 +76,34 @@ class Engine:
         self.model_config = model_config
         self.config = config
         self.tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._page_bytes = page_bytes
+        self._plan = plan
+        self._table = PageTable(PagePool(plan.num_pages), config.page_size, plan.pages_per_seq)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
-                max_model_len=max_model_len,
+                max_model_len=plan.max_model_len,
                 reservation=config.reservation,
             ),
-            table,
+            self._table,
         )
-        self._table = table
         self._buckets = ShapeBuckets(
             config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
         )
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, plan.dtype), params)
         self._runner = ModelRunner(
             Decoder(model_config, scan_layers, backend).apply,
             stack_layers(params) if scan_layers else params,
-            (page_shape[0], pool_size.num_pages, *page_shape[2:]),
-            dtype,
+            plan,
             max_num_samples=config.max_num_seqs,
-            pages_per_seq=pages_per_seq,
             vocab_size=model_config.vocab_size,
             backend=backend,
         )
         self._requests: dict[str, Request] = {}
         self._texts: dict[Sample, TextStream] = {}
         self._request_counter = itertools.count()
+        # A step that is scheduled but not dispatched, and one that is dispatched but not read.
+        self._planned: tuple[ScheduledStep, Batch] | None = None
         self._inflight: tuple[ScheduledStep, StepResult] | None = None
         self._totals = Counters()
         self._preemptions_before_reset = 0
@@ -146,7 +125,7 @@ class Engine:
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config = config or EngineConfig()
-        dtype = jnp.dtype(config.dtype or default_dtype())
+        dtype = default_dtype(config)
         start = time.perf_counter()
         model_config, params = checkpoint.load(model_path, dtype)
         tokenizer = load_tokenizer(pathlib.Path(model_path).expanduser())
@@ -162,7 +141,7 @@ class Engine:
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do."""
-        return bool(self._requests) or self._inflight is not None
+        return bool(self._requests)
 
     def generate(
         self,
@@ -210,7 +189,7 @@ class Engine:
                     for output in self.step():
                         done[output.request_id] = output
                         bar.update()
-                    bar.set_postfix_str(self._progress_line(), refresh=False)
+                    bar.set_postfix_str(self.stats().progress_line(), refresh=False)
         except KeyboardInterrupt:
             for request in requests:
                 if request.request_id not in done:
@@ -270,14 +249,14 @@ class Engine:
         previous, self._inflight = self._inflight, None
         if previous is None:
             self._last_step_end_s = time.perf_counter()
-        if self._scheduler.has_work:
-            step = self._scheduler.schedule()
-            if step.seqs:
-                self._totals.record_step(step, self._table)
-                batch = build_batch(step, self._table, self._buckets)
-                self._inflight = step, self._runner.run(batch, step.copies)
-            elif previous is None:
-                raise AssertionError("the scheduler has work but schedules none of it")
+        planned, self._planned = self._planned or self._plan_step(), None
+        assert planned or previous or not self._scheduler.has_work, "work, but none is scheduled"
+        if planned and previous and not self._runner.is_compiled(planned[1]):
+            # Samples that are there already do not wait for a compilation.
+            self._planned = planned
+        elif planned:
+            step, batch = planned
+            self._inflight = step, self._runner.run(batch, step.copies)
         return self._process(*previous) if previous else []
 
     def abort(self, request_id: str) -> RequestOutput:
@@ -291,11 +270,12 @@ class Engine:
         """
         if request_id not in self._requests:
             raise KeyError(f"no live request {request_id!r}")
-        request = self._requests.pop(request_id)
+        request = self._requests[request_id]
         for sample in request.sequences:
             if sample.status is not Status.FINISHED:
                 self._finish(sample, "abort")
-        return self._output(request)
+        self._forget(request)
+        return output_of(request, finished=True)
 
     def warm_up(self, shapes: Sequence[StepShape] | None = None) -> None:
         """Compiles steps ahead of need; compilations after it are logged with their shape.
@@ -313,7 +293,7 @@ class Engine:
         cells = table.num_allocated_cells
         return EngineStats(
             page_size=table.page_size,
-            page_bytes=self._page_bytes,
+            page_bytes=self._plan.page_bytes,
             num_usable_pages=pool.num_usable_pages,
             num_free_pages=pool.num_free_pages,
             num_used_pages=pool.num_used_pages,
@@ -323,7 +303,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting,
             num_compilations=self._runner.num_compilations,
             num_unplanned_compilations=self._runner.num_unplanned_compilations,
-            max_model_len=self._max_model_len,
+            max_model_len=self._plan.max_model_len,
             totals=totals,
         )
 
@@ -370,7 +350,7 @@ class Engine:
             token_ids,
             params,
             seed=seed,
-            max_model_len=self._max_model_len,
+            max_model_len=self._plan.max_model_len,
             stream=stream,
         )
         self._scheduler.check(request)
@@ -393,6 +373,15 @@ class Engine:
     def _add(self, request: Request) -> None:
         self._scheduler.add(request)
         self._requests[request.request_id] = request
+
+    def _plan_step(self) -> tuple[ScheduledStep, Batch] | None:
+        if not self._scheduler.has_work:
+            return None
+        step = self._scheduler.schedule()
+        if not step.seqs:
+            return None
+        self._totals.record_step(step, self._table)
+        return step, build_batch(step, self._table, self._buckets)
 
     def _process(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""
@@ -422,10 +411,16 @@ class Engine:
                 self._finish(sample, reason)
             if request.stream or request.finished:
                 grown[request.request_id] = request
-        for request_id, request in grown.items():
+        for request in grown.values():
             if request.finished:
-                del self._requests[request_id]
-        return [self._output(request) for request in grown.values()]
+                self._forget(request)
+        return [output_of(request, finished=request.finished) for request in grown.values()]
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if not self._requests:
+            # What runs ahead computes tokens of ended sequences only: nobody waits for them.
+            self._planned = self._inflight = None
 
     def _stop_reason(self, sample: Sample, token: int) -> str | None:
         params = sample.request.params
@@ -436,7 +431,10 @@ class Engine:
         if self.tokenizer is not None:
             if sample not in self._texts:
                 self._texts[sample] = TextStream(self.tokenizer, params.stop)
-            if self._texts[sample].add(token):
+            text = self._texts[sample]
+            text.add(token)
+            sample.text = text.text
+            if text.stopped:
                 return "stop"
         return "length" if len(sample.token_ids) >= sample.max_total_tokens else None
 
@@ -444,43 +442,8 @@ class Engine:
         text = self._texts.pop(sample, None)
         if text is not None:
             # What was held back may complete a stop string of which the length cut the end.
-            if not text.stopped and text.flush() and reason == "length":
-                reason = "stop"
+            text.flush()
             sample.text = text.text
+            if text.stopped and reason == "length":
+                reason = "stop"
         self._scheduler.finish(sample, reason)
-
-    def _output(self, request: Request) -> RequestOutput:
-        finished = request.finished or request.request_id not in self._requests
-        first = request.first_token_s
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[self._completion(sample) for sample in request.sequences],
-            finished=finished,
-            time_to_first_token_s=None if first is None else first - request.arrival_s,
-            latency_s=time.perf_counter() - request.arrival_s,
-        )
-
-    def _completion(self, sample: Sample) -> Completion:
-        live = self._texts.get(sample)
-        return Completion(
-            text=live.text if live is not None else sample.text,
-            token_ids=sample.generated_token_ids,
-            cumulative_logprob=sample.cumulative_logprob,
-            logprobs=None if sample.request.params.logprobs is None else list(sample.logprobs),
-            finish_reason=sample.finish_reason,
-        )
-
-    def _progress_line(self) -> str:
-        stats = self.stats()
-        total_s = stats.totals.prefill_s + stats.totals.decode_s
-        speed = stats.totals.num_generated_tokens / total_s if total_s else 0.0
-        return (
-            f"{speed:.0f} tokens/s, {stats.num_running} running, "
-            f"{stats.num_used_pages}/{stats.num_usable_pages} pages"
-        )
-
-
-def default_dtype() -> str:
-    """The dtype of weights and pages where none is asked for: float32 on CPU, else bfloat16."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -1,67 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a page pool fits."""
+"""How large a page pool is, before it is allocated."""
 
 import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import psutil
 
+import pallas_kernels
 from jpaged.config import EngineConfig
+from models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class PoolSize:
-    """A pool's size and why.
+class PoolPlan:
+    """A page pool's dimensions and why.
 
     Attributes:
-      num_pages: pages, the reserved one included.
-      page_bytes: bytes of one page over all layers.
-      reason: where the number comes from, for people.
+      shape: of the device pool; see `pallas_kernels.kv_pages_shape`.
+      dtype: of the device pool.
+      max_model_len: tokens a sequence has at most.
+      pages_per_seq: pages a sequence has at most.
+      reason: where the number of pages comes from, for people.
     """
 
-    num_pages: int
-    page_bytes: int
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    max_model_len: int
+    pages_per_seq: int
     reason: str
+
+    @property
+    def num_pages(self) -> int:
+        """Pages, the reserved one included."""
+        return self.shape[1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return math.prod(self.shape) // self.num_pages * self.dtype.itemsize
 
     def __str__(self) -> str:
         page_kib, pool_mib = self.page_bytes / 2**10, self.num_pages * self.page_bytes / 2**20
         return f"{self.num_pages} pages of {page_kib:.1f} KiB ({pool_mib:.1f} MiB): {self.reason}"
 
 
-def choose_pool_size(
-    config: EngineConfig, max_model_len: int, page_bytes: int, device: jax.Device
-) -> PoolSize:
+def plan_pool(
+    config: EngineConfig, model_config: ModelConfig, backend: str, device: jax.Device
+) -> PoolPlan:
     """Sizes the pool: as asked, or from free memory, but never more than can be used.
 
     Args:
-      config: gives num_pages, or memory_fraction, page_size and max_num_seqs.
-      max_model_len: tokens a sequence has at most.
-      page_bytes: bytes of one page over all layers.
+      config: gives num_pages, or memory_fraction and max_num_seqs.
+      model_config: gives the size of a page.
+      backend: whose layout the pool has.
       device: where the pool will live.
 
     Returns:
-      The size.
+      The plan; nothing is allocated.
 
     Raises:
-      ValueError: if free memory does not hold even one sequence of one page.
+      ValueError: if max_model_len exceeds what the model was made for, or free memory does not hold
+        even one page.
     """
+    max_model_len = config.max_model_len or model_config.max_position_embeddings
+    if max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} exceeds the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    pages_per_seq = -(-max_model_len // config.page_size)
+
+    def plan(num_pages: int, reason: str) -> PoolPlan:
+        shape = pallas_kernels.kv_pages_shape(
+            model_config.num_layers,
+            num_pages,
+            model_config.num_kv_heads,
+            config.page_size,
+            model_config.head_dim,
+            backend=backend,
+        )
+        return PoolPlan(shape, default_dtype(config), max_model_len, pages_per_seq, reason)
+
     if config.num_pages is not None:
-        return PoolSize(config.num_pages, page_bytes, "as asked (num_pages)")
-    most = 1 + config.max_num_seqs * math.ceil(max_model_len / config.page_size)
+        return plan(config.num_pages, "as asked (num_pages)")
+    most = 1 + config.max_num_seqs * pages_per_seq
     free_bytes, source = _free_memory(device)
+    page_bytes = plan(1, "").page_bytes
     fits = int(free_bytes * config.memory_fraction) // page_bytes
+    share = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
     if fits >= most:
-        reason = f"{config.max_num_seqs} sequences of {max_model_len} tokens fit in {source}"
-        return PoolSize(most, page_bytes, reason)
+        needed = f"{config.max_num_seqs} sequences of {max_model_len} tokens need no more"
+        return plan(most, f"{needed}; within {share}")
     if fits < 2:
         raise ValueError(
-            f"memory_fraction={config.memory_fraction} of {free_bytes} bytes of {source} holds "
-            f"{fits} pages of {page_bytes} bytes, and 2 are the least; lower page_size or raise "
-            "memory_fraction"
+            f"{share} holds {fits} pages of {page_bytes} bytes, and 2 are the least; lower "
+            "page_size or raise memory_fraction"
         )
-    reason = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
-    return PoolSize(fits, page_bytes, reason)
+    return plan(fits, share)
+
+
+def default_dtype(config: EngineConfig) -> jnp.dtype:
+    """The dtype of weights and pages: as asked, else float32 on CPU and bfloat16 elsewhere."""
+    return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
 def _free_memory(device: jax.Device) -> tuple[int, str]:

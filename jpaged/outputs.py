@@ -2,7 +2,10 @@
 """What a request gives back."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
+
+from jpaged.sequence import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +60,26 @@ class GenerationInterrupted(KeyboardInterrupt):
     def __init__(self, outputs: Sequence[RequestOutput]):
         super().__init__("interrupted")
         self.outputs = list(outputs)
+
+
+def output_of(request: Request, *, finished: bool) -> RequestOutput:
+    """Freezes a request as far as it has come."""
+    first = request.first_token_s
+    wants_logprobs = request.params.logprobs is not None
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=[
+            Completion(
+                text=sample.text,
+                token_ids=sample.generated_token_ids,
+                cumulative_logprob=sample.cumulative_logprob,
+                logprobs=list(sample.logprobs) if wants_logprobs else None,
+                finish_reason=sample.finish_reason,
+            )
+            for sample in request.sequences
+        ],
+        finished=finished,
+        time_to_first_token_s=None if first is None else first - request.arrival_s,
+        latency_s=time.perf_counter() - request.arrival_s,
+    )

@@ -15,6 +15,7 @@ import numpy as np
 import pallas_kernels
 from jpaged import sampling
 from jpaged.batch import Batch, StepShape, empty_batch
+from jpaged.memory import PoolPlan
 from models.inputs import PagedInputs
 
 logger = logging.getLogger(__name__)
@@ -68,11 +69,9 @@ class ModelRunner:
         self,
         apply: ApplyFn,
         params: Any,
-        kv_pages_shape: tuple[int, ...],
-        dtype: jnp.dtype,
+        plan: PoolPlan,
         *,
         max_num_samples: int,
-        pages_per_seq: int,
         vocab_size: int,
         backend: str,
     ):
@@ -81,10 +80,8 @@ class ModelRunner:
         Args:
           apply: the model as a pure function.
           params: its parameters; replace the attribute between steps to swap weights.
-          kv_pages_shape: see `pallas_kernels.kv_pages_shape`.
-          dtype: of the pool.
+          plan: the pool's dimensions.
           max_num_samples: most samples a step takes.
-          pages_per_seq: width of the page table.
           vocab_size: of the logits.
           backend: which kernels copy pages.
         """
@@ -92,10 +89,11 @@ class ModelRunner:
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
         self._warm = False
-        self._pages_per_seq = pages_per_seq
+        self._shapes_run: set[StepShape] = set()
+        self._pages_per_seq = plan.pages_per_seq
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
-        self._kv_pages = jnp.zeros(kv_pages_shape, dtype)
+        self._kv_pages = jnp.zeros(plan.shape, plan.dtype)
         self._tokens = jnp.zeros(max_num_samples, jnp.int32)
 
         def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
@@ -121,6 +119,10 @@ class ModelRunner:
         """Bytes of the page pool."""
         return self._kv_pages.nbytes
 
+    def is_compiled(self, batch: Batch) -> bool:
+        """Whether `run` would start at once: a step of this shape ran before."""
+        return batch.shape in self._shapes_run
+
     def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult:
         """Dispatches a step and returns without waiting for it.
 
@@ -132,6 +134,7 @@ class ModelRunner:
           The samples, to be read when they are needed.
         """
         start, compiled = time.perf_counter(), self.num_compilations
+        self._shapes_run.add(batch.shape)
         if copies := list(copies):
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
         logits, self._kv_pages = self._step(

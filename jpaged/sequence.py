@@ -36,7 +36,7 @@ class Sequence:
       finish_reason: "stop", "length" or "abort" once finished.
       cumulative_logprob: sum over the generated tokens that the host knows.
       logprobs: per generated token, `{token_id: logprob}`, where the request wants them.
-      text: what the tokens say, once finished.
+      text: what the tokens say, as far as it is certain.
     """
 
     __slots__ = (

@@ -110,6 +110,14 @@ class EngineStats:
         """Pages that the fullest step would hold if each sequence preallocated max_model_len."""
         return self.totals.peak_running * -(-self.max_model_len // self.page_size)
 
+    def progress_line(self) -> str:
+        """A few words for a progress bar."""
+        seconds = self.totals.prefill_s + self.totals.decode_s
+        return (
+            f"{_ratio(self.totals.num_generated_tokens, seconds):.0f} tokens/s, "
+            f"{self.num_running} running, {self.num_used_pages}/{self.num_usable_pages} pages"
+        )
+
 
 def _ratio(part: float, whole: float, otherwise: float = 0.0) -> float:
     return part / whole if whole else otherwise

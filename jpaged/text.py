@@ -43,23 +43,24 @@ class TextStream:
         self._decoded = ""  # all that the decoder has released
         self._longest_stop = max(map(len, stop), default=0)
 
-    def add(self, token_id: int) -> bool:
-        """Adds a token. Returns: whether a stop string has ended the text, cut before it."""
+    def add(self, token_id: int) -> None:
+        """Adds a token; the text is cut before a stop string that it completes."""
         self._token_ids.append(token_id)
-        piece = self._decoder.step(self._tokenizer, token_id)
-        return self._release(piece) if piece else False
+        if piece := self._decoder.step(self._tokenizer, token_id):
+            self._release(piece)
 
-    def flush(self) -> bool:
-        """Releases what was held back, at the end. Returns: whether that held a stop string."""
+    def flush(self) -> None:
+        """Releases what was held back, when no more tokens come."""
+        if self.stopped:
+            return
         whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         # An incomplete character at the very end decodes to a replacement mark: show it.
         rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-        if self._release(rest):
-            return True
-        self.text = self._decoded
-        return False
+        self._release(rest)
+        if not self.stopped:
+            self.text = self._decoded
 
-    def _release(self, piece: str) -> bool:
+    def _release(self, piece: str) -> None:
         # A stop string may straddle tokens, but cannot begin before text that was searched whole.
         search_from = max(len(self._decoded) - self._longest_stop + 1, 0)
         self._decoded += piece
@@ -67,10 +68,9 @@ class TextStream:
         if found:
             self.text = self._decoded[: min(found)]
             self.stopped = True
-            return True
+            return
         held = max((_overlap(self._decoded, stop) for stop in self._stop), default=0)
         self.text = self._decoded[: len(self._decoded) - held]
-        return False
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -127,7 +127,7 @@ def _safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(
-                f"{str(directory)!r} has no weights: neither *.safetensors nor Orbax's {_ORBAX_DIR}/"
+                f"{str(directory)!r} has no weights: no *.safetensors and no {_ORBAX_DIR}/ (Orbax)"
             )
         return files
     try:

@@ -47,8 +47,8 @@ def paged_attention(
 
     One call serves decode (one query a row), a prefill chunk, and any mix of both: row i's queries
     are the last `cu_q_lens[i+1] - cu_q_lens[i]` positions of its `kv_lens[i]` tokens, each
-    attending causally. Rows past `num_seqs`, tokens past `cu_q_lens[num_seqs]` and table entries past a
-    sequence's last page are padding: what they hold, NaN included, never reaches a live row.
+    attending causally. Rows past `num_seqs`, tokens past `cu_q_lens[num_seqs]` and table entries
+    past a sequence's last page are padding: what they hold, NaN included, never reaches a live row.
 
     Args:
       q: bf16|f16|f32[num_tokens, num_q_heads, head_dim], sequences back to back.

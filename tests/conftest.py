@@ -15,6 +15,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _no_persistent_compilation_cache():
-    """Counts and timings of compilations must not depend on an earlier run."""
-    jax.config.update("jax_enable_compilation_cache", False)
+def _compilation_cache(tmp_path_factory):
+    """Engines of one model compile once a session: most of the suite's time is compilation."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged attention as loops whose trip counts follow the live pages."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +14,8 @@ _QUERY_TILE_TOKENS = 32
 _MASKED = -1e30
 
 
+# Jitted by itself so that a model's layers, which differ in `layer` alone, trace and lower it once.
+@functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap"))
 def paged_attention(
     q,
     kv_pages,
@@ -30,8 +34,8 @@ def paged_attention(
 
     Three nested loops: live rows, tiles of a row's queries, blocks of its keys up to the last one
     that the tile can see. Tiles and blocks start at multiples of their size in the sequence, so
-    that a query is computed the same way however its prompt was cut into chunks. A step that has no more
-    tokens than rows is taken for decode and gets tiles of one query.
+    that a query is computed the same way however its prompt was cut into chunks. A step that has no
+    more tokens than rows is taken for decode and gets tiles of one query.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = kv_pages.shape[2:4]

@@ -9,6 +9,7 @@ from pallas_kernels.reference import copy_pages, pack_cells, token_positions, to
 __all__ = ["copy_pages", "write_kv"]
 
 
+@jax.jit  # traced once for all layers, like attention
 def write_kv(
     kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer, kv_scale
 ) -> jax.Array:

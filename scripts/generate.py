@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generates text from prompts.
+
+    python -m scripts.generate --prompt="Once upon a time"
+    python -m scripts.generate --model=DIR --prompts_file=prompts.txt --output=json > answers.jsonl
+    echo "The old fisherman" | python -m scripts.generate
+
+Prompts come from --prompt, which may be repeated, from --prompts_file, one a line, or from standard
+input. A model directory without a tokenizer takes prompts as token ids: --prompt="1 15 27". Text or
+JSON goes to standard output, everything else to standard error. Ctrl-C prints what there is and
+exits with code 130; bad input exits with code 2.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import app, flags
+
+from jpaged import Engine, RequestOutput, SamplingParams
+from jpaged.outputs import GenerationInterrupted
+from jpaged.stats import EngineStats
+from scripts.flags import (
+    define_engine_flags,
+    enable_compilation_cache,
+    engine_config_from_flags,
+    run,
+)
+
+_DEMO = pathlib.Path(__file__).resolve().parent.parent / "models" / "demo"
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "Model directory: Hugging Face's or our own. None takes the shipped checkpoint."
+)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "File with one prompt a line; - is standard input."
+)
+_OUTPUT = flags.DEFINE_enum(
+    "output", "text", ["text", "json"], "json prints one object a request, one a line."
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate for a prompt.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 is greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens up to this probability.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Keep tokens this fraction as likely as the likeliest.")
+_N = flags.DEFINE_integer("n", 1, "Samples to draw from each prompt.")
+_BEAM_WIDTH = flags.DEFINE_integer("beam_width", None, "Beam search; not in this version.")
+_SEED = flags.DEFINE_integer("seed", None, "Makes the run reproducible; None draws a new seed.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a sample; may be repeated.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end of text.")
+_LOGPROBS = flags.DEFINE_integer(
+    "logprobs", None, "Report this many likeliest tokens with each token (--output=json)."
+)
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Log every compilation with its shapes.")
+define_engine_flags()
+
+
+def main(argv: list[str]) -> None:
+    """Reads prompts, generates, prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
+    _log_to_stderr()
+    with _usage_errors():
+        params = SamplingParams(
+            max_tokens=_MAX_TOKENS.value,
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            top_p=_TOP_P.value,
+            min_p=_MIN_P.value,
+            n=_N.value,
+            beam_width=_BEAM_WIDTH.value,
+            seed=_SEED.value,
+            stop=tuple(_STOP.value),
+            ignore_eos=_IGNORE_EOS.value,
+            logprobs=_LOGPROBS.value,
+        )
+        prompts = _read_prompts()
+        enable_compilation_cache()
+        engine = Engine.load(_MODEL.value or _DEMO, engine_config_from_flags())
+        if engine.tokenizer is None:
+            prompts = [_token_ids(prompt) for prompt in prompts]
+    interrupted = False
+    if len(prompts) == 1 and params.n == 1 and _OUTPUT.value == "text":
+        outputs, interrupted = _stream(engine, prompts[0], params)
+    else:
+        try:
+            with _usage_errors():
+                outputs = engine.generate(prompts, params, progress=len(prompts) > 1)
+        except GenerationInterrupted as e:
+            outputs, interrupted = e.outputs, True
+        for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
+            _print_output(number, prompt, output)
+    print(_summary(outputs, engine.stats()), file=sys.stderr)
+    if interrupted:
+        sys.exit(130)
+
+
+def _stream(
+    engine: Engine, prompt: str | list[int], params: SamplingParams
+) -> tuple[list[RequestOutput], bool]:
+    """Prints one sample as it grows. Returns: its last output, and whether Ctrl-C ended it."""
+    outputs: list[RequestOutput] = []
+    shown = 0
+    try:
+        with _usage_errors():
+            stream = engine.stream(prompt, params)
+        _write(_text(prompt))
+        for output in stream:
+            outputs = [output]
+            text = _completion_text(output, 0)
+            _write(text[shown:])
+            shown = len(text)
+    except KeyboardInterrupt:
+        return outputs, True
+    finally:
+        _write("\n")
+    return outputs, False
+
+
+def _print_output(number: int, prompt: str | list[int], output: RequestOutput) -> None:
+    if _OUTPUT.value == "json":
+        _write(json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n")
+        return
+    for index in range(len(output.outputs)):
+        _write(f"=== prompt {number}, sample {index + 1}\n")
+        _write(_text(prompt) + _completion_text(output, index) + "\n\n")
+
+
+def _completion_text(output: RequestOutput, index: int) -> str:
+    completion = output.outputs[index]
+    if completion.text or not completion.token_ids:
+        return completion.text
+    return "".join(f" {token}" for token in completion.token_ids)
+
+
+def _text(prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+
+
+def _summary(outputs: Sequence[RequestOutput], stats: EngineStats) -> str:
+    """The run in one line."""
+    totals = stats.totals
+    firsts = [t for o in outputs if (t := o.time_to_first_token_s) is not None]
+    first = f"{sum(firsts) / len(firsts):.2f} s" if firsts else "none"
+    page_mib = stats.page_bytes / 2**20
+    used, contiguous = totals.peak_used_pages, stats.contiguous_pages
+    return (
+        f"{totals.num_generated_tokens} tokens; prefill {stats.prefill_tokens_per_s:.0f} tokens/s, "
+        f"decode {stats.decode_tokens_per_s:.0f} tokens/s; first token after {first} on average; "
+        f"{used} of {stats.num_usable_pages} pages at peak ({used * page_mib:.2f} MiB), "
+        f"{stats.mean_utilisation:.1%} of their cells live; contiguous preallocation at "
+        f"max_model_len={stats.max_model_len} would have held {contiguous} pages "
+        f"({contiguous * page_mib:.2f} MiB)"
+    )
+
+
+def _read_prompts() -> list[str]:
+    if _PROMPT.value and _PROMPTS_FILE.value:
+        raise ValueError("--prompt and --prompts_file exclude each other; give one of them")
+    if _PROMPT.value:
+        return _PROMPT.value
+    path = _PROMPTS_FILE.value
+    if path is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
+    if path is None or path == "-":
+        name, lines = "standard input", sys.stdin.read().splitlines()
+    else:
+        name, lines = path, pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ValueError(f"{name}: line {number} is empty; a prompt needs at least a character")
+    if not lines:
+        raise ValueError(f"{name} has no prompts; put one on each line")
+    return lines
+
+
+def _token_ids(prompt: str) -> list[int]:
+    try:
+        return [int(token) for token in prompt.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(
+            f"prompt {prompt!r}: the model has no tokenizer.json, so its prompts are token ids, "
+            "such as --prompt='1 15 27'"
+        ) from None
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turns the library's refusals into one line for people."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        raise app.UsageError(str(e)) from e
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logger = logging.getLogger("jpaged")
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG if _VERBOSE.value else logging.INFO)
+    # jax tells at info level which accelerators it did not find.
+    logging.getLogger("jax").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copy-on-write against a model that knows no pages: each sequence is a list of unique values.
+
+Every write has a value of its own, so two sequences hold the same values at the same positions
+exactly if one was forked from the other and neither has written there since. That tells which pages
+must be shared, which must be copied, and how many must be in use, without counting references.
+"""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from jpaged.page_pool import NULL_PAGE, OutOfPagesError, PagePool
+from jpaged.page_table import PageTable
+
+
+def make_table(num_usable_pages=16, page_size=4, pages_per_seq=8):
+    return PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq)
+
+
+class Device:
+    """The memory behind the pages: a value for each (page, slot)."""
+
+    def __init__(self, table):
+        self.table = table
+        self.cells = {}
+
+    def copy(self, pairs):
+        slots = range(self.table.page_size)
+        read = [[self.cells.get((src, slot)) for slot in slots] for src, _ in pairs]
+        for (_, dst), values in zip(pairs, read, strict=True):
+            for slot in slots:
+                self.cells[dst, slot] = values[slot]
+
+    def write(self, seq, start, values):
+        for position, value in enumerate(values, start):
+            index, slot = divmod(position, self.table.page_size)
+            self.cells[self.table.pages(seq)[index], slot] = value
+
+    def read(self, seq, length):
+        pages, size = self.table.pages(seq), self.table.page_size
+        return [self.cells.get((pages[p // size], p % size)) for p in range(length)]
+
+
+class PageTableMachine(RuleBasedStateMachine):
+    seqs = Bundle("seqs")
+
+    @initialize(
+        page_size=st.integers(1, 4), num_usable_pages=st.integers(1, 14), width=st.integers(1, 6)
+    )
+    def make(self, page_size, num_usable_pages, width):
+        self.page_size, self.width = page_size, width
+        self.table = make_table(num_usable_pages, page_size, width)
+        self.pool = self.table.pool
+        self.device = Device(self.table)
+        self.values: dict[int, list[int]] = {}
+        self.reserved: dict[int, int] = {}  # pages that the sequence has asked for ahead of tokens
+        self.num_written = 0
+
+    @precondition(lambda self: len(self.values) < 12)
+    @rule(target=seqs)
+    def add(self):
+        seq = self.table.add()
+        assert seq not in self.values
+        self.values[seq], self.reserved[seq] = [], 0
+        return seq
+
+    @precondition(lambda self: len(self.values) < 12)
+    @rule(target=seqs, parent=seqs)
+    def fork(self, parent):
+        free = self.pool.num_free_pages
+        child = self.table.fork(parent)
+        assert child not in self.values
+        assert self.pool.num_free_pages == free, "a fork takes no page"
+        self.values[child], self.reserved[child] = list(self.values[parent]), 0
+        return child
+
+    # A small count twice: pages that stay partial are what copy-on-write is about.
+    @rule(seq=seqs, count=st.integers(0, 3) | st.integers(0, 3) | st.integers(0, 20))
+    def append(self, seq, count):
+        held = self.values[seq]
+        total_pages = -(-(len(held) + count) // self.page_size)
+        new_pages = max(total_pages - self.num_pages(seq), 0)
+        shared_by = self.sharers(seq) if count and len(held) % self.page_size else 0
+        needed = new_pages + (shared_by > 1)
+        free = self.pool.num_free_pages
+        assert self.table.pages_needed(seq, count) == needed
+        refusals = []
+        if total_pages > self.width:
+            refusals.append(ValueError)
+        if needed > free:
+            refusals.append(OutOfPagesError)
+        if refusals:
+            before = self.observe()
+            with pytest.raises(tuple(refusals)):
+                self.table.append(seq, count)
+            assert self.observe() == before
+            return
+        old_pages = self.table.pages(seq)
+        copies = self.table.append(seq, count)
+        assert free - self.pool.num_free_pages == needed
+        if shared_by > 1:
+            last = len(held) // self.page_size
+            assert copies == [(old_pages[last], self.table.pages(seq)[last])]
+            assert copies[0][0] != copies[0][1]
+        else:
+            assert copies == []
+        self.device.copy(copies)
+        new = list(range(self.num_written, self.num_written + count))
+        self.num_written += count
+        self.device.write(seq, len(held), new)
+        held += new
+
+    @rule(seq=seqs, count=st.integers(0, 24))
+    def reserve(self, seq, count):
+        pages = -(-min(count, self.width * self.page_size) // self.page_size)
+        if pages - self.num_pages(seq) > self.pool.num_free_pages:
+            before = self.observe()
+            with pytest.raises(OutOfPagesError):
+                self.table.reserve(seq, pages * self.page_size)
+            assert self.observe() == before
+        else:
+            self.table.reserve(seq, min(count, self.width * self.page_size))
+            self.reserved[seq] = max(self.reserved[seq], pages)
+
+    @rule(seq=consumes(seqs))
+    def free(self, seq):
+        self.table.free(seq)
+        del self.values[seq], self.reserved[seq]
+        before = self.observe()
+        with pytest.raises(KeyError):
+            self.table.free(seq)
+        assert self.observe() == before
+
+    @invariant()
+    def each_sequence_reads_back_what_was_written(self):
+        for seq, values in self.values.items():
+            assert self.table.num_tokens(seq) == len(values)
+            assert self.device.read(seq, len(values)) == values
+
+    @invariant()
+    def equal_contents_and_only_they_are_on_one_page(self):
+        page_of, contents_of = {}, {}
+        num_entries = num_live_cells = 0
+        for seq in self.values:
+            pages = self.table.pages(seq)
+            assert len(pages) == self.num_pages(seq)
+            num_entries += len(pages)
+            for index, page in enumerate(pages):
+                contents = tuple(self.chunk(seq, index)) or ("reserved", seq, index)
+                if contents not in page_of:
+                    num_live_cells += len(self.chunk(seq, index))
+                assert page_of.setdefault(contents, page) == page, "not shared, but could be"
+                assert contents_of.setdefault(page, contents) == contents, "shared in error"
+        assert NULL_PAGE not in contents_of
+        refcounts = [self.pool.refcount(page) for page in range(self.pool.num_pages)]
+        assert sum(refcounts) == num_entries
+        assert self.pool.num_used_pages == len(contents_of)
+        assert self.pool.num_free_pages + len(contents_of) == self.pool.num_usable_pages
+        assert self.table.num_allocated_cells == len(contents_of) * self.page_size
+        assert self.table.num_live_cells == num_live_cells
+
+    @invariant()
+    def the_snapshot_is_the_map(self):
+        order = sorted(self.values, reverse=True)
+        snapshot = self.table.snapshot(order, len(order) + 1)
+        for row, seq in zip(snapshot, order, strict=False):
+            pages = self.table.pages(seq)
+            assert row.tolist() == [*pages, *[NULL_PAGE] * (self.width - len(pages))]
+        assert snapshot[-1].tolist() == [NULL_PAGE] * self.width
+
+    @invariant()
+    def the_books_balance(self):
+        self.table.check_invariants()
+
+    def teardown(self):
+        if not hasattr(self, "values"):
+            return
+        for seq in list(self.values):
+            self.table.free(seq)
+        assert self.pool.num_free_pages == self.pool.num_usable_pages
+        assert self.table.num_live_cells == 0
+        self.table.check_invariants()
+
+    def chunk(self, seq, index):
+        return self.values[seq][index * self.page_size : (index + 1) * self.page_size]
+
+    def num_pages(self, seq):
+        return max(-(-len(self.values[seq]) // self.page_size), self.reserved[seq])
+
+    def sharers(self, seq):
+        """Sequences with the very contents of `seq`'s last page, itself included."""
+        index = (len(self.values[seq]) - 1) // self.page_size
+        return sum(self.chunk(other, index) == self.chunk(seq, index) for other in self.values)
+
+    def observe(self):
+        return (
+            {seq: (self.table.pages(seq), self.table.num_tokens(seq)) for seq in self.values},
+            [self.pool.refcount(page) for page in range(self.pool.num_pages)],
+            (self.pool.num_free_pages, self.pool.num_shared_pages, self.table.num_live_cells),
+            self.table.snapshot(sorted(self.values), len(self.values)).tolist(),
+        )
+
+
+TestPageTableMachine = PageTableMachine.TestCase
+TestPageTableMachine.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+
+
+def test_two_forks_append_to_a_shared_page_and_only_the_first_copies():
+    table = make_table()
+    first = table.add()
+    assert table.append(first, 6) == []
+    full, partial = table.pages(first)
+    second = table.fork(first)
+    assert table.pages(second) == (full, partial)
+    assert table.pool.num_used_pages == 2
+
+    assert table.pages_needed(first, 1) == 1
+    ((src, dst),) = table.append(first, 1)
+    assert src == partial
+    assert table.pages(first) == (full, dst)
+    assert dst not in (full, partial)
+    assert table.pages(second) == (full, partial)
+
+    # The last owner writes in place.
+    assert table.pages_needed(second, 1) == 0
+    assert table.append(second, 1) == []
+    assert table.pages(second) == (full, partial)
+    assert (table.pool.num_used_pages, table.pool.num_shared_pages) == (3, 1)
+    assert table.num_live_cells == 4 + 3 + 3
+
+
+def test_forks_of_full_pages_copy_nothing():
+    table = make_table()
+    first = table.add()
+    table.append(first, 8)
+    second = table.fork(first)
+    assert table.append(first, 1) == []
+    assert table.append(second, 1) == []
+    assert table.pages(first)[:2] == table.pages(second)[:2]
+    assert table.pages(first)[2] != table.pages(second)[2]
+
+
+def test_appending_no_tokens_to_a_shared_page_copies_nothing():
+    table = make_table()
+    first = table.add()
+    table.append(first, 3)
+    second = table.fork(first)
+    assert table.pages_needed(second, 0) == 0
+    assert table.append(second, 0) == []
+    assert table.pages(second) == table.pages(first)
+
+
+def test_one_append_can_copy_and_grow():
+    table = make_table()
+    first = table.add()
+    table.append(first, 3)
+    second = table.fork(first)
+    assert table.pages_needed(second, 6) == 3
+    ((src, dst),) = table.append(second, 6)
+    assert (src,) == table.pages(first)
+    assert table.pages(second)[0] == dst
+    assert len({*table.pages(first), *table.pages(second)}) == 4
+
+
+def test_a_shared_page_is_not_copied_once_the_other_owner_is_gone():
+    table = make_table()
+    first = table.add()
+    table.append(first, 3)
+    second = table.fork(first)
+    (page,) = table.pages(first)
+    table.free(first)
+    assert table.append(second, 1) == []
+    assert table.pages(second) == (page,)
+    assert table.num_live_cells == 4
+
+
+def test_a_full_pool_refuses_the_copy_too():
+    table = make_table(num_usable_pages=1)
+    first = table.add()
+    table.append(first, 3)
+    second = table.fork(first)
+    with pytest.raises(OutOfPagesError, match="1 pages asked for, 0 of 1 free"):
+        table.append(second, 1)
+    assert table.pages(second) == table.pages(first)
+    assert table.num_tokens(second) == 3
+    table.check_invariants()
+
+
+def test_a_sequence_cannot_outgrow_its_line():
+    table = make_table(pages_per_seq=2)
+    seq = table.add()
+    table.append(seq, 5)
+    message = "9 tokens need 3 pages of 4, more than the 2 of a sequence"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        table.append(seq, 4)
+    assert table.num_tokens(seq) == 5
+    assert table.pool.num_used_pages == 2
+    assert table.append(seq, 3) == []
+    table.check_invariants()
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0), (-1, 1)])
+def test_sizes_below_one_are_refused(sizes):
+    page_size, pages_per_seq = sizes
+    message = f"page_size={page_size} and pages_per_seq={pages_per_seq} must be at least 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PageTable(PagePool(4), page_size, pages_per_seq)
+
+
+def test_freeing_an_unknown_sequence_raises():
+    table = make_table()
+    seq = table.add()
+    table.append(seq, 5)
+    table.free(seq)
+    with pytest.raises(KeyError):
+        table.free(seq)
+    with pytest.raises(KeyError):
+        table.free(seq + 1)
+    assert table.pool.num_used_pages == 0
+    table.check_invariants()
+
+
+def test_a_fork_of_a_reserved_sequence_shares_only_pages_with_tokens():
+    table = make_table()
+    parent = table.add()
+    table.reserve(parent, 16)
+    assert table.append(parent, 5) == []
+    reserved = table.pages(parent)
+    assert len(reserved) == 4
+    child = table.fork(parent)
+    assert table.pages(child) == reserved[:2]
+    assert [table.pool.refcount(page) for page in reserved] == [2, 2, 1, 1]
+    assert table.num_live_cells == 5
+    # The parent's own copy takes the shared page's place in front of what it has reserved.
+    ((src, dst),) = table.append(parent, 4)
+    assert src == reserved[1]
+    assert table.pages(parent) == (reserved[0], dst, *reserved[2:])
+    table.free(child)
+    table.free(parent)
+    assert table.pool.num_used_pages == 0
+    assert table.num_live_cells == 0
+
+
+def test_reserved_pages_are_used_before_new_ones_are_taken():
+    table = make_table()
+    seq = table.add()
+    table.reserve(seq, 9)
+    pages = table.pages(seq)
+    assert table.pages_needed(seq, 12) == 0
+    assert table.append(seq, 12) == []
+    assert table.pages(seq) == pages
+    assert table.pages_needed(seq, 1) == 1
+    table.reserve(seq, 9)  # has them
+    assert table.pages(seq) == pages
+
+
+def test_reserving_more_than_the_pool_changes_nothing():
+    table = make_table(num_usable_pages=2)
+    seq = table.add()
+    table.append(seq, 1)
+    with pytest.raises(OutOfPagesError):
+        table.reserve(seq, 13)
+    assert len(table.pages(seq)) == 1
+    table.check_invariants()
+
+
+def test_the_table_grows_past_eight_sequences():
+    table = make_table(num_usable_pages=64)
+    seqs = []
+    for count in range(1, 21):
+        seq = table.add()
+        table.append(seq, count)
+        seqs.append(seq)
+        table.check_invariants()
+    assert len(set(seqs)) == 20
+    snapshot = table.snapshot(seqs, 20)
+    for count, (seq, row) in enumerate(zip(seqs, snapshot, strict=True), 1):
+        pages = -(-count // 4)
+        assert table.num_tokens(seq) == count
+        assert tuple(row[:pages]) == table.pages(seq)
+        assert (row[pages:] == NULL_PAGE).all()
+    for seq in seqs:
+        table.free(seq)
+    table.check_invariants()
+    assert table.pool.num_used_pages == 0
+    again = {table.add() for _ in range(20)}
+    assert len(again) == 20
+
+
+def test_a_fork_that_grows_the_table_is_in_its_snapshot():
+    table = make_table()
+    seqs = [table.add() for _ in range(8)]
+    table.append(seqs[0], 6)
+    child = table.fork(seqs[0])
+    rows = table.snapshot([child, seqs[0]], 2)
+    assert tuple(rows[0][:2]) == tuple(rows[1][:2]) == table.pages(seqs[0])
+    table.check_invariants()
+
+
+def test_a_snapshot_is_read_only():
+    table = make_table()
+    seq = table.add()
+    table.append(seq, 5)
+    snapshot = table.snapshot([seq], 1)
+    with pytest.raises(ValueError, match="read-only"):
+        snapshot[0, 0] = 7
+    assert snapshot.dtype == np.int32
+
+
+def test_a_snapshot_is_immune_to_later_changes():
+    table = make_table()
+    first = table.add()
+    table.append(first, 5)
+    second = table.fork(first)
+    snapshot = table.snapshot([first, second], 2)
+    before = snapshot.copy()
+    table.append(first, 9)
+    table.append(second, 1)
+    table.free(first)
+    third = table.add()
+    table.append(third, 20)
+    np.testing.assert_array_equal(snapshot, before)
+
+
+def test_a_snapshot_is_padded_with_the_null_page_and_keeps_the_order_of_rows():
+    table = make_table(pages_per_seq=3)
+    first, second = table.add(), table.add()
+    table.append(first, 4)
+    table.append(second, 9)
+    snapshot = table.snapshot([second, first], 4)
+    assert snapshot.tolist() == [
+        list(table.pages(second)),
+        [*table.pages(first), NULL_PAGE, NULL_PAGE],
+        [NULL_PAGE] * 3,
+        [NULL_PAGE] * 3,
+    ]
+    assert table.snapshot([], 2).tolist() == [[NULL_PAGE] * 3] * 2
+
+
+def test_a_freed_line_is_clean_for_its_next_owner():
+    table = make_table()
+    old = table.add()
+    table.append(old, 20)
+    table.free(old)
+    seqs = [table.add() for _ in range(8)]
+    assert old in seqs
+    assert (table.snapshot(seqs, 8) == NULL_PAGE).all()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every rule of SamplingParams, at its edge, with the message a user sees."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from jpaged.params import SamplingParams
+
+BEAM_RULE = "None: this version has no beam search; n draws independent samples"
+
+REFUSED = [
+    ("max_tokens", 0, "at least 1"),
+    ("max_tokens", -3, "at least 1"),
+    ("temperature", -0.1, "finite and at least 0 (0 is greedy)"),
+    ("temperature", math.inf, "finite and at least 0 (0 is greedy)"),
+    ("temperature", math.nan, "finite and at least 0 (0 is greedy)"),
+    ("top_k", -1, "at least 0 (0 keeps every token)"),
+    ("top_p", 0.0, "above 0 and at most 1 (1 keeps every token)"),
+    ("top_p", -0.5, "above 0 and at most 1 (1 keeps every token)"),
+    ("top_p", 1.01, "above 0 and at most 1 (1 keeps every token)"),
+    ("top_p", math.nan, "above 0 and at most 1 (1 keeps every token)"),
+    ("min_p", -0.01, "between 0 and 1 (0 keeps every token)"),
+    ("min_p", 1.01, "between 0 and 1 (0 keeps every token)"),
+    ("min_p", math.nan, "between 0 and 1 (0 keeps every token)"),
+    ("n", 0, "at least 1"),
+    ("seed", -1, "in [0, 2**32), or None"),
+    ("seed", 2**32, "in [0, 2**32), or None"),
+    ("stop", ("end", ""), "free of empty strings"),
+    ("logprobs", -1, "at least 0, or None"),
+    ("beam_width", 1, BEAM_RULE),
+    ("beam_width", 4, BEAM_RULE),
+]
+
+ACCEPTED = [
+    ("max_tokens", 1),
+    ("temperature", 0),
+    ("temperature", 100.0),
+    ("top_k", 0),
+    ("top_k", 10**6),
+    ("top_p", 1e-9),
+    ("top_p", 1.0),
+    ("min_p", 0.0),
+    ("min_p", 1.0),
+    ("n", 1),
+    ("seed", None),
+    ("seed", 0),
+    ("seed", 2**32 - 1),
+    ("logprobs", None),
+    ("logprobs", 0),
+    ("beam_width", None),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), REFUSED)
+def test_a_value_outside_its_range_is_refused(name, value, rule):
+    message = f"{name}={value!r} must be {rule}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SamplingParams(**{"max_tokens": 4, name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), ACCEPTED)
+def test_the_edge_of_a_range_is_part_of_it(name, value):
+    assert getattr(SamplingParams(**{"max_tokens": 4, name: value}), name) == value
+
+
+def test_every_number_has_a_rule():
+    """A field added later must be ruled here, or be named as one that takes anything."""
+    unruled = {"ignore_eos", "stop_token_ids"}
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert {name for name, *_ in REFUSED} == fields - unruled
+
+
+def test_max_tokens_is_required():
+    with pytest.raises(TypeError, match="max_tokens"):
+        SamplingParams()
+
+
+def test_the_first_broken_rule_is_reported_in_order_of_the_fields():
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        SamplingParams(max_tokens=0, n=0, top_p=2.0)
+
+
+def test_one_stop_string_is_a_tuple_of_one():
+    assert SamplingParams(max_tokens=1, stop="end").stop == ("end",)
+
+
+def test_an_empty_stop_string_alone_is_refused():
+    with pytest.raises(ValueError, match=re.escape("stop=('',) must be free of empty strings")):
+        SamplingParams(max_tokens=1, stop="")
+
+
+def test_lists_become_tuples_so_that_the_caller_cannot_change_them():
+    stop, stop_token_ids = ["a", "b"], [1, 2]
+    params = SamplingParams(max_tokens=1, stop=stop, stop_token_ids=stop_token_ids)
+    stop.append("c")
+    stop_token_ids.append(3)
+    assert params.stop == ("a", "b")
+    assert params.stop_token_ids == (1, 2)
+
+
+def test_parameters_cannot_change_once_checked():
+    params = SamplingParams(max_tokens=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.max_tokens = 0
+    with pytest.raises(ValueError, match="n=0"):
+        dataclasses.replace(params, n=0)
+
+
+def test_the_defaults_sample_from_the_whole_distribution_once():
+    params = SamplingParams(max_tokens=1)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
+    assert (params.n, params.seed, params.logprobs, params.ignore_eos) == (1, None, None, False)
+    assert (params.stop, params.stop_token_ids) == ((), ())

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every message of the argument checks, and that the public functions run them."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from pallas_kernels import dispatch, validation
+from tests.pallas_kernels.cases import make_case
+
+
+def array(shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def index(**changes):
+    arrays = {
+        "page_table": array((3, 6), jnp.int32),
+        "kv_lens": array((3,), jnp.int32),
+        "cu_q_lens": array((4,), jnp.int32),
+        "num_seqs": array((1,), jnp.int32),
+    }
+    return arrays | changes
+
+
+# Arguments that go together; each case below spoils one.
+POOL = array((2, 9, 2, 4, 32))
+ATTENTION = index(q=array((5, 4, 16)), kv_pages=POOL)
+WRITE = index(k=array((5, 2, 16)), v=array((5, 2, 16)), kv_pages=POOL)
+COPY = {
+    "kv_pages": POOL,
+    "src_page_ids": array((3,), jnp.int32),
+    "dst_page_ids": array((3,), jnp.int32),
+}
+# Not arrays to trace.
+STATIC = ("sliding_window", "soft_cap", "sm_scale", "backend", "kv_scale")
+
+
+def call(function, arguments):
+    """Traces a public function without running it."""
+    static = {name: arguments[name] for name in STATIC if name in arguments}
+    if isinstance(static.get("kv_scale"), jax.ShapeDtypeStruct):
+        del static["kv_scale"]
+    traced = {name: value for name, value in arguments.items() if name not in static}
+    return jax.eval_shape(functools.partial(function, **({"backend": "xla"} | static)), **traced)
+
+
+def rejects(function, arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        call(function, arguments)
+
+
+def test_arguments_that_go_together():
+    assert call(pallas_kernels.paged_attention, ATTENTION).shape == (5, 4, 16)
+    assert call(pallas_kernels.write_kv, WRITE).shape == POOL.shape
+    assert call(pallas_kernels.copy_pages, COPY).shape == POOL.shape
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtypes_that_are_supported(dtype):
+    q, kv = array((5, 4, 16), dtype), array((5, 2, 16), dtype)
+    pool = array(POOL.shape, dtype)
+    out = call(pallas_kernels.paged_attention, ATTENTION | {"q": q, "kv_pages": pool})
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (
+        call(pallas_kernels.write_kv, WRITE | {"k": kv, "v": kv, "kv_pages": pool}).dtype == dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_quantised_pools_are_supported(dtype):
+    more = {"kv_pages": array(POOL.shape, dtype), "kv_scale": array((2,))}
+    assert call(pallas_kernels.paged_attention, ATTENTION | more).dtype == jnp.float32
+    assert call(pallas_kernels.write_kv, WRITE | more).dtype == dtype
+
+
+ATTENTION_FAULTS = [
+    (
+        {"q": array((5, 64))},
+        "q has shape [5, 64], expected [num_tokens, num_q_heads, head_dim]",
+    ),
+    (
+        {"q": array((1, 5, 4, 16))},
+        "q has shape [1, 5, 4, 16], expected [num_tokens, num_q_heads, head_dim]",
+    ),
+    (
+        {"q": array((5, 4, 16), jnp.int32)},
+        "q has dtype int32, expected bfloat16, float16 or float32",
+    ),
+    (
+        {"q": array((5, 4, 16), jnp.float8_e4m3fn)},
+        "q has dtype float8_e4m3fn, expected bfloat16, float16 or float32",
+    ),
+    (
+        {"q": array((5, 5, 16))},
+        "q has 5 heads, not a multiple of the 2 KV heads of kv_pages",
+    ),
+    (
+        {"q": array((5, 1, 16))},
+        "q has 1 heads, not a multiple of the 2 KV heads of kv_pages",
+    ),
+    (
+        {"q": array((5, 4, 17))},
+        "q has head_dim 17, but a cell of kv_pages has 32 lanes, fewer than the 34 that a key "
+        "and a value need",
+    ),
+    ({"sliding_window": 0}, "sliding_window=0 must be at least 1, or None"),
+    ({"sliding_window": -4}, "sliding_window=-4 must be at least 1, or None"),
+    ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive, or None"),
+    ({"soft_cap": -1.5}, "soft_cap=-1.5 must be positive, or None"),
+]
+WRITE_FAULTS = [
+    (
+        {"k": array((5, 32)), "v": array((5, 32))},
+        "k has shape [5, 32], expected [num_tokens, num_kv_heads, head_dim]",
+    ),
+    (
+        {"k": array((5, 2, 16), jnp.int8), "v": array((5, 2, 16), jnp.int8)},
+        "k has dtype int8, expected bfloat16, float16 or float32",
+    ),
+    ({"v": array((5, 2, 8))}, "v is float32[5, 2, 8], but k is float32[5, 2, 16]"),
+    ({"v": array((4, 2, 16))}, "v is float32[4, 2, 16], but k is float32[5, 2, 16]"),
+    (
+        {"v": array((5, 2, 16), jnp.bfloat16)},
+        "v is bfloat16[5, 2, 16], but k is float32[5, 2, 16]",
+    ),
+    (
+        {"k": array((5, 4, 16)), "v": array((5, 4, 16))},
+        "k has 4 heads, but kv_pages has 2",
+    ),
+    (
+        {"k": array((5, 2, 24)), "v": array((5, 2, 24))},
+        "k has head_dim 24, but a cell of kv_pages has 32 lanes, fewer than the 48 that a key "
+        "and a value need",
+    ),
+]
+COPY_FAULTS = [
+    (
+        {"kv_pages": array((9, 2, 4, 32))},
+        "kv_pages has shape [9, 2, 4, 32], expected [num_layers, num_pages, num_kv_heads, "
+        "page_size, kv_dim]",
+    ),
+    (
+        {"src_page_ids": array((3, 1), jnp.int32)},
+        "src_page_ids has shape [3, 1], expected [num_copies]",
+    ),
+    (
+        {"dst_page_ids": array((), jnp.int32)},
+        "dst_page_ids has shape [], expected [num_copies]",
+    ),
+    (
+        {"src_page_ids": array((3,), jnp.uint32)},
+        "src_page_ids has dtype uint32, expected int32",
+    ),
+    (
+        {"dst_page_ids": array((3,), jnp.float32)},
+        "dst_page_ids has dtype float32, expected int32",
+    ),
+    (
+        {"src_page_ids": array((1,), jnp.int32)},
+        "1 src_page_ids do not pair with 3 dst_page_ids",
+    ),
+]
+# Faults of what attention and writes have in common.
+SHARED_FAULTS = [
+    (
+        {"kv_pages": array((9, 2, 4, 32))},
+        "kv_pages has shape [9, 2, 4, 32], expected [num_layers, num_pages, num_kv_heads, "
+        "page_size, kv_dim]",
+    ),
+    (
+        {"kv_pages": array(POOL.shape, jnp.uint8), "kv_scale": array((2,))},
+        "kv_pages has dtype uint8, expected a float or int8",
+    ),
+    (
+        {"kv_pages": array(POOL.shape, jnp.int32), "kv_scale": array((2,))},
+        "kv_pages has dtype int32, expected a float or int8",
+    ),
+    (
+        {"kv_pages": array(POOL.shape, jnp.bool_)},
+        "kv_pages has dtype bool, expected a float or int8",
+    ),
+    (
+        {"kv_pages": array(POOL.shape, jnp.complex64)},
+        "kv_pages has dtype complex64, expected a float or int8",
+    ),
+    (
+        {"kv_pages": array(POOL.shape, jnp.int8)},
+        "kv_pages of int8 need kv_scale, the size of one step of keys, values",
+    ),
+    (
+        {"kv_scale": array(())},
+        "kv_scale has shape [], expected [2]: keys, values",
+    ),
+    (
+        {"kv_scale": array((2, 2))},
+        "kv_scale has shape [2, 2], expected [2]: keys, values",
+    ),
+    (
+        {"page_table": array((18,), jnp.int32)},
+        "page_table has shape [18], expected [max_num_seqs, pages_per_seq]",
+    ),
+    (
+        {"kv_lens": array((4,), jnp.int32)},
+        "kv_lens has shape [4], expected [3] for a page_table of 3 rows",
+    ),
+    (
+        {"cu_q_lens": array((3,), jnp.int32)},
+        "cu_q_lens has shape [3], expected [4] for a page_table of 3 rows",
+    ),
+    (
+        {"num_seqs": array((), jnp.int32)},
+        "num_seqs has shape [], expected [1] for a page_table of 3 rows",
+    ),
+    (
+        {"page_table": array((3, 6), jnp.int16)},
+        "page_table has dtype int16, expected int32",
+    ),
+    (
+        {"kv_lens": array((3,), jnp.uint32)},
+        "kv_lens has dtype uint32, expected int32",
+    ),
+    (
+        {"cu_q_lens": array((4,), jnp.float32)},
+        "cu_q_lens has dtype float32, expected int32",
+    ),
+    (
+        {"num_seqs": array((1,), jnp.int8)},
+        "num_seqs has dtype int8, expected int32",
+    ),
+]
+
+
+def named(faults):
+    """A fault's test is called by what the message begins with."""
+    return [pytest.param(*fault, id=fault[1][:40]) for fault in faults]
+
+
+@pytest.mark.parametrize(("fault", "message"), named(ATTENTION_FAULTS + SHARED_FAULTS))
+def test_attention_rejects(fault, message):
+    rejects(pallas_kernels.paged_attention, ATTENTION | fault, message)
+
+
+@pytest.mark.parametrize(("fault", "message"), named(WRITE_FAULTS + SHARED_FAULTS))
+def test_write_rejects(fault, message):
+    rejects(pallas_kernels.write_kv, WRITE | fault, message)
+
+
+@pytest.mark.parametrize(("fault", "message"), named(COPY_FAULTS))
+def test_copy_rejects(fault, message):
+    rejects(pallas_kernels.copy_pages, COPY | fault, message)
+
+
+class TestBackend:
+    def test_cpu_gets_the_xla_kernels(self):
+        assert jax.default_backend() == "cpu"
+        assert dispatch.resolve_backend(None) == "xla"
+        assert dispatch.resolve_backend("xla") == "xla"
+
+    @pytest.mark.parametrize("backend", ["tpu", "gpu"])
+    @pytest.mark.parametrize("asked", ["by name", "by platform"])
+    def test_no_silent_fall_back(self, backend, asked, monkeypatch):
+        if asked == "by platform":
+            monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        message = (
+            f"^backend '{backend}' has no kernels in this version; pass backend='xla' to run the "
+            "XLA kernels"
+        )
+        with pytest.raises(ValueError, match=message):
+            dispatch.resolve_backend(backend if asked == "by name" else None)
+
+    @pytest.mark.parametrize("backend", ["XLA", "cpu", "cuda", "triton", ""])
+    def test_unknown_name(self, backend):
+        message = f"backend={backend!r} on platform 'cpu': choose one of ('tpu', 'gpu', 'xla')"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            dispatch.resolve_backend(backend)
+
+    def test_unknown_platform(self, monkeypatch):
+        monkeypatch.setattr(jax, "default_backend", lambda: "neuron")
+        with pytest.raises(ValueError, match=r"^backend=None on platform 'neuron': choose one of"):
+            dispatch.resolve_backend(None)
+        assert dispatch.resolve_backend("xla") == "xla"
+
+    @pytest.mark.parametrize(
+        ("function", "arguments"),
+        [
+            (pallas_kernels.paged_attention, ATTENTION),
+            (pallas_kernels.write_kv, WRITE),
+            (pallas_kernels.copy_pages, COPY),
+        ],
+        ids=["paged_attention", "write_kv", "copy_pages"],
+    )
+    def test_every_function_asks(self, function, arguments):
+        for backend in ("tpu", "metal"):
+            with pytest.raises(ValueError, match=f"backend.*{backend}"):
+                call(function, arguments | {"backend": backend})
+        call(function, arguments | {"backend": None})
+
+
+class TestContents:
+    """`check_contents`: a sound case, and one fault at a time."""
+
+    # Row 0 has 9 tokens on 3 pages of 4, row 1 has 5 on 2; the table is 6 wide.
+    LENS = ((1, 9), (5, 5))
+
+    @pytest.fixture
+    def case(self):
+        return make_case(list(self.LENS), page_size=4)
+
+    def check(self, case):
+        validation.check_contents(case.kv_pages, *case.index)
+
+    def rejects(self, case, message):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            self.check(case)
+
+    def test_sound(self, case):
+        self.check(case)
+
+    def test_padding_may_hold_anything(self, case):
+        case.page_table[0, 3:] = -7
+        case.page_table[2:] = 10**6
+        case.kv_lens[2:] = -1
+        case.cu_q_lens[3:] = -1
+        self.check(case)
+
+    def test_no_row(self, case):
+        case.num_seqs[0] = 0
+        self.check(case)
+
+    def test_full_table(self, case):
+        case.page_table[0] = [1, 2, 3, 4, 5, 6]
+        case.kv_lens[0] = 24
+        self.check(case)
+
+    @pytest.mark.parametrize("live", [-1, 5])
+    def test_num_seqs(self, case, live):
+        case.num_seqs[0] = live
+        self.rejects(case, f"num_seqs={live} is outside [0, 4]")
+
+    def test_cu_q_lens_start(self, case):
+        case.cu_q_lens[0] = 1
+        self.rejects(case, "cu_q_lens=[1 1 6] must start at 0 and never fall")
+
+    def test_cu_q_lens_fall(self, case):
+        case.cu_q_lens[1] = 7
+        self.rejects(case, "cu_q_lens=[0 7 6] must start at 0 and never fall")
+
+    def test_more_queries_than_tokens(self, case):
+        case.kv_lens[1] = 4
+        self.rejects(case, "row 1: 5 queries, but kv_lens is 4")
+
+    def test_more_tokens_than_the_table_holds(self, case):
+        case.kv_lens[0] = 25
+        self.rejects(
+            case, "row 0: kv_lens=25 needs 7 pages of 4 tokens, but the page table holds 6"
+        )
+
+    @pytest.mark.parametrize("page", [0, -1, 11, 2**30])
+    def test_page_outside_the_pool(self, case, page):
+        assert case.kv_pages.shape[1] == 11
+        case.page_table[0, 2] = page
+        self.rejects(case, f"row 0: page ids [{page}] are outside [1, 11)")
+
+    def test_last_page_of_the_pool(self, case):
+        case.page_table[0, 2] = 10
+        self.check(case)
+
+    def test_arrays_of_jax(self, case):
+        validation.check_contents(*map(jnp.asarray, (np.nan_to_num(case.kv_pages), *case.index)))
