@@ -2,6 +2,7 @@
 """From a scheduled step to padded arrays; every shape the device ever sees is chosen here."""
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
@@ -58,10 +59,9 @@ class ShapeBuckets:
         """Every shape that `shape` can return, smallest first."""
         if self.single:
             return [StepShape(self.max_num_tokens, self.max_num_rows)]
-        decode_rows = {
-            min(2**i, self.max_num_rows) for i in range(self.max_num_rows.bit_length() + 1)
-        }
-        shapes = {StepShape(rows, rows) for rows in decode_rows if rows <= self.max_num_tokens}
+        most = min(self.max_num_rows, self.max_num_tokens)
+        decode_rows = {min(2**i, self.max_num_rows) for i in range((most - 1).bit_length() + 1)}
+        shapes = {StepShape(rows, rows) for rows in decode_rows}
         sizes = {
             min(2**i, self.max_num_tokens) for i in range(self.max_num_tokens.bit_length() + 1)
         }
@@ -159,6 +159,8 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
             token_ids[token : token + count] = seq.token_ids[end - count : end]
         token += count
 
+    # Every scheduled sequence holds pages.
+    table_ids = cast("list[int]", [seq.table_id for seq in step.seqs])
     logits_indices = np.zeros(shape.num_rows, np.int32)
     logits_indices[:num_samples] = cu_q_lens[1:][step.sample_rows] - 1
     return Batch(
@@ -166,7 +168,7 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
         token_ids=token_ids,
         previous_slots=previous_slots,
         positions=positions,
-        page_table=table.snapshot([seq.table_id for seq in step.seqs], shape.num_rows),
+        page_table=table.snapshot(table_ids, shape.num_rows),
         kv_lens=kv_lens,
         cu_q_lens=cu_q_lens,
         num_seqs=np.array([num_rows], np.int32),

@@ -66,12 +66,11 @@ class Engine:
         """
         config = config or EngineConfig()
         backend = resolve_backend(config.backend)
-        device = jax.devices()[0]
-        plan = plan_pool(config, model_config, backend, device)
+        plan = plan_pool(config, model_config, backend)
         logger.info("page pool: %s", plan)
         scan_layers = config.scan_layers
         if scan_layers is None:
-            scan_layers = device.platform != "cpu"
+            scan_layers = jax.default_backend() != "cpu"
 
         self.model_config = model_config
         self.config = config
@@ -200,9 +199,14 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
         """Answers one prompt, yielding its output each time it has grown.
 
-        Closing the iterator, or an exception in its body, aborts the request.
+        The request is checked and queued at once. Closing the iterator before its end aborts it.
+
+        Raises:
+          ValueError: if the prompt or the parameters cannot be served; nothing has changed then.
         """
-        request_id = self.add_request(prompt, params, stream=True)
+        return self._stream(self.add_request(prompt, params, stream=True))
+
+    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
         try:
             while request_id in self._requests:
                 for output in self.step():

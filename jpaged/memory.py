@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 
 import pallas_kernels
@@ -26,7 +27,7 @@ class PoolPlan:
     """
 
     shape: tuple[int, ...]
-    dtype: jnp.dtype
+    dtype: np.dtype
     max_model_len: int
     pages_per_seq: int
     reason: str
@@ -46,16 +47,13 @@ class PoolPlan:
         return f"{self.num_pages} pages of {page_kib:.1f} KiB ({pool_mib:.1f} MiB): {self.reason}"
 
 
-def plan_pool(
-    config: EngineConfig, model_config: ModelConfig, backend: str, device: jax.Device
-) -> PoolPlan:
-    """Sizes the pool: as asked, or from free memory, but never more than can be used.
+def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> PoolPlan:
+    """Sizes the pool: as asked, or from free memory of the default device, but not beyond use.
 
     Args:
       config: gives num_pages, or memory_fraction and max_num_seqs.
       model_config: gives the size of a page.
       backend: whose layout the pool has.
-      device: where the pool will live.
 
     Returns:
       The plan; nothing is allocated.
@@ -86,7 +84,7 @@ def plan_pool(
     if config.num_pages is not None:
         return plan(config.num_pages, "as asked (num_pages)")
     most = 1 + config.max_num_seqs * pages_per_seq
-    free_bytes, source = _free_memory(device)
+    free_bytes, source = _free_memory()
     page_bytes = plan(1, "").page_bytes
     fits = int(free_bytes * config.memory_fraction) // page_bytes
     share = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
@@ -101,13 +99,14 @@ def plan_pool(
     return plan(fits, share)
 
 
-def default_dtype(config: EngineConfig) -> jnp.dtype:
+def default_dtype(config: EngineConfig) -> np.dtype:
     """The dtype of weights and pages: as asked, else float32 on CPU and bfloat16 elsewhere."""
     return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
 
 
-def _free_memory(device: jax.Device) -> tuple[int, str]:
+def _free_memory() -> tuple[int, str]:
     """Bytes that can still be allocated, and what they are called."""
+    device = jax.devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0), "free device memory"

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -211,7 +211,7 @@ class ModelRunner:
         return traced
 
 
-def _pad_copies(copies: list[tuple[int, int]]) -> np.ndarray:
+def _pad_copies(copies: Sequence[tuple[int, int]]) -> np.ndarray:
     """i32[2, count]: sources and destinations, padded to a power of two with the null page."""
     padded = np.full((2, 1 << (len(copies) - 1).bit_length()), pallas_kernels.NULL_PAGE, np.int32)
     padded[:, : len(copies)] = np.array(copies, np.int32).T

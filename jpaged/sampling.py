@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -22,13 +23,13 @@ class SamplingRows:
       positions: i32[num_samples], position of the token to be chosen.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    seeds: jax.Array
-    sample_indices: jax.Array
-    positions: jax.Array
+    temperature: jax.Array | np.ndarray
+    top_k: jax.Array | np.ndarray
+    top_p: jax.Array | np.ndarray
+    min_p: jax.Array | np.ndarray
+    seeds: jax.Array | np.ndarray
+    sample_indices: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray
 
 
 def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:

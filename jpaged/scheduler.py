@@ -59,12 +59,12 @@ class ScheduledStep:
       num_prefill_tokens: of the tokens, those of rows that are not a plain decode.
     """
 
-    seqs: list[Sequence] = dataclasses.field(default_factory=list)
-    num_scheduled_tokens: list[int] = dataclasses.field(default_factory=list)
-    input_slots: list[int] = dataclasses.field(default_factory=list)
-    samples: list[Sequence] = dataclasses.field(default_factory=list)
-    sample_rows: list[int] = dataclasses.field(default_factory=list)
-    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    seqs: list[Sequence] = dataclasses.field(default_factory=list[Sequence])
+    num_scheduled_tokens: list[int] = dataclasses.field(default_factory=list[int])
+    input_slots: list[int] = dataclasses.field(default_factory=list[int])
+    samples: list[Sequence] = dataclasses.field(default_factory=list[Sequence])
+    sample_rows: list[int] = dataclasses.field(default_factory=list[int])
+    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list[tuple[int, int]])
     num_prefill_tokens: int = 0
 
 
@@ -91,8 +91,6 @@ class Scheduler:
         self._running: list[Sequence] = []
         # Scheduled for the last time in the step before; their pages go back with the next one.
         self._draining: list[Sequence] = []
-        # Forks promised to running sequences; they hold a place in max_num_seqs.
-        self._num_pending_forks = 0
 
     @property
     def num_waiting(self) -> int:
@@ -166,6 +164,7 @@ class Scheduler:
         while index < len(running) and budget:
             seq = running[index]
             num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            assert seq.table_id is not None
             while table.pages_needed(seq.table_id, num_tokens) > table.pool.num_free_pages:
                 preempted = True
                 if self._preempt_youngest() is seq:
@@ -197,8 +196,9 @@ class Scheduler:
         config, table = self.config, self.table
         while self._waiting and budget:
             seq = self._waiting[0]
-            places = len(self._running) + self._num_pending_forks + 1 + seq.num_pending_forks
-            if places > config.max_num_seqs:
+            # Running sequences have forked by now: one that still computes its prompt has used up
+            # the budget.
+            if len(self._running) + 1 + seq.num_pending_forks > config.max_num_seqs:
                 return
             if config.reservation == "max":
                 reserved, spare = config.max_model_len, 0
@@ -215,7 +215,6 @@ class Scheduler:
             if config.reservation == "max":
                 table.reserve(seq.table_id, config.max_model_len)
             self._running.append(seq)
-            self._num_pending_forks += seq.num_pending_forks
             num_tokens = min(seq.num_tokens, budget)
             budget -= num_tokens
             self._plan(step, seq, num_tokens)
@@ -241,12 +240,11 @@ class Scheduler:
         forks = seq.num_pending_forks
         while seq.num_pending_forks:
             seq.num_pending_forks -= 1
-            self._num_pending_forks -= 1
             child = seq.request.fork_sequence(seq)
             child.table_id = self.table.fork(seq.table_id)
             child.status = Status.RUNNING
-            # Behind its parent and in front of anything younger.
-            self._running.insert(self._running.index(seq) + child.sample_index, child)
+            # Nothing is younger than a sequence that has just computed its prompt.
+            self._running.append(child)
             self._plan_sample(step, child, row)
         return 1 + forks
 
@@ -258,6 +256,7 @@ class Scheduler:
 
     def _preempt_youngest(self) -> Sequence:
         seq = self._running[-1]
+        assert seq.table_id is not None
         pages, lost = len(self.table.pages(seq.table_id)), seq.num_computed_tokens
         self._leave_queue(seq)
         seq.status = Status.WAITING
@@ -277,11 +276,8 @@ class Scheduler:
         """Takes a sequence off the queue that it is in and frees its pages."""
         if seq.status is Status.RUNNING:
             self._running.remove(seq)
-            self._num_pending_forks -= seq.num_pending_forks
         elif seq.status is Status.WAITING:
             self._waiting.remove(seq)
-        elif seq.table_id is not None:
-            self._draining.remove(seq)
         self._free_pages(seq)
 
     def _free_pages(self, seq: Sequence) -> None:

@@ -2,6 +2,7 @@
 """From text to tokens, and from tokens back to text as they come."""
 
 import pathlib
+from collections.abc import Sequence
 
 import tokenizers
 import tokenizers.decoders
@@ -33,7 +34,7 @@ class TextStream:
       stopped: whether a stop string has ended it.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: tuple[str, ...]):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str]):
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer

@@ -183,7 +183,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
       ModelConfigError: naming the field, its value and what is supported.
     """
     architectures = fields.get("architectures") or []
-    name = architectures[0] if len(architectures) == 1 else None
+    name = architectures[0] if len(architectures) == 1 else ""
     if name not in FAMILIES:
         raise ModelConfigError(
             f"architectures={architectures!r} is not supported; supported: {sorted(FAMILIES)}"

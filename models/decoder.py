@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -36,8 +36,8 @@ class Decoder:
     def init(self, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
         """Random parameters. Args: a PRNG key and the dtype of every parameter."""
         token_ids = jnp.zeros((1, 1), jnp.int32)
-        params = self._dense_module(1, dtype).init(key, token_ids.reshape(-1), token_ids[0], None)
-        params = params["params"]
+        module = self._dense_module(1, dtype)
+        params: Params = dict(module.init(key, token_ids[0], token_ids[0], None)["params"])
         return stack_layers(params) if self.scan_layers else params
 
     def abstract_params(self, dtype: jnp.dtype = jnp.float32) -> Params:
@@ -64,7 +64,7 @@ class Decoder:
             self.scan_layers,
             _dtype_of(params),
         )
-        return module.apply(
+        logits, written_pages = module.apply(
             {"params": params},
             inputs.token_ids,
             inputs.positions,
@@ -72,6 +72,7 @@ class Decoder:
             kv_pages,
             inputs.logits_indices,
         )
+        return logits, cast(jax.Array, written_pages)
 
     def apply_dense(self, params: Params, token_ids: jax.Array) -> jax.Array:
         """Runs whole sequences without a cache; differentiable, for training and for checks.
@@ -125,7 +126,8 @@ class _DecoderModule(nn.Module):
                 layers.DecoderLayer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
+                # flax annotates in_axes as an int, and takes one entry an argument.
+                in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
             )(c, self.attend, name="layers")
             carry, _ = stack(carry, jnp.arange(c.num_layers, dtype=jnp.int32), rope, inputs)

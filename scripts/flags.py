@@ -103,7 +103,7 @@ def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pat
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Runs `main` like `app.run`, but ends bad usage with one line and exit code 2.
+    """Runs `main` like `app.run`; bad usage ends with one line and code 2, Ctrl-C with 130.
 
     Only warnings are logged, unless --verbosity asks for more.
 
@@ -118,6 +118,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
             return main(argv)
         except app.UsageError as e:
             _exit_usage(e)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -56,7 +56,6 @@ _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's en
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs", None, "Report this many likeliest tokens with each token (--output=json)."
 )
-_VERBOSE = flags.DEFINE_bool("verbose", False, "Log every compilation with its shapes.")
 define_engine_flags()
 
 
@@ -162,6 +161,8 @@ def _summary(outputs: Sequence[RequestOutput], stats: EngineStats) -> str:
 def _read_prompts() -> list[str]:
     if _PROMPT.value and _PROMPTS_FILE.value:
         raise ValueError("--prompt and --prompts_file exclude each other; give one of them")
+    if not all(_PROMPT.value):
+        raise ValueError("a --prompt is empty; a prompt needs at least a character")
     if _PROMPT.value:
         return _PROMPT.value
     path = _PROMPTS_FILE.value
@@ -209,9 +210,8 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("jpaged")
     logger.addHandler(handler)
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if _VERBOSE.value else logging.INFO)
-    # jax tells at info level which accelerators it did not find.
-    logging.getLogger("jax").setLevel(logging.WARNING)
+    # --verbosity=1 also logs every compilation with its shapes.
+    logger.setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ import shutil
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 from absl import app, flags, logging
 
 _OUTPUT = flags.DEFINE_string(

@@ -299,6 +299,19 @@ def test_a_full_pool_refuses_the_copy_too():
     table.check_invariants()
 
 
+def test_a_pool_that_holds_the_new_page_but_not_the_copy_changes_nothing():
+    table = make_table(num_usable_pages=2)
+    first = table.add()
+    table.append(first, 3)
+    second = table.fork(first)
+    assert table.pages_needed(second, 2) == 2
+    with pytest.raises(OutOfPagesError, match="2 pages asked for, 1 of 2 free"):
+        table.append(second, 2)
+    assert table.pool.num_free_pages == 1
+    assert table.pages(second) == table.pages(first)
+    table.check_invariants()
+
+
 def test_a_sequence_cannot_outgrow_its_line():
     table = make_table(pages_per_seq=2)
     seq = table.add()

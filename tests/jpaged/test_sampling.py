@@ -325,7 +325,6 @@ class TestFilter:
         top_p = np.nextafter(np.float32(1), np.float32(0))
         kept = self.kept(logits, top_p=top_p)
         assert (kept.sum(axis=-1) > 4900).all()
-        np.testing.assert_array_equal(kept.argmax(axis=-1) >= 0, True)
 
     def test_extremes(self):
         logits = [
@@ -410,7 +409,7 @@ class TestExtremeLogits:
         np.testing.assert_allclose(logprobs[1::2], 0, atol=5e-4)
         np.testing.assert_allclose(logprobs[::2], -math.log(2), atol=5e-4)
 
-    @pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+    @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}], ids=str)
     @pytest.mark.parametrize("temperature", [1e-30, 2e-38, 1e-44])
     def test_a_tiny_temperature_is_nearly_greedy(self, filters, temperature):
         logits = np.tile([9.0, 11.0, 10.0, -20.0], (20, 1))

@@ -446,6 +446,20 @@ def test_the_last_token_of_a_prompt_alone_in_a_chunk_is_prefill():
     assert (plan(step), step.num_prefill_tokens) == ("a:1", 1)
 
 
+def test_all_that_is_recomputed_is_prefill():
+    scheduler = make_scheduler(num_usable_pages=8, page_size=2, max_num_batched_tokens=4)
+    first = add(scheduler, "a", 3, max_tokens=12)
+    seq = add(scheduler, "b", 3, max_tokens=12)
+    while not scheduler.num_preemptions:
+        read(scheduler.schedule())
+    scheduler.finish(first, "stop")
+    known = len(seq.token_ids)
+    assert known > 3 + 4  # so that the second chunk starts after the prompt and has two tokens
+    steps = [scheduler.schedule(), scheduler.schedule()]
+    assert [plan(step) for step in steps] == ["b:4", f"b:{known - 4}"]
+    assert [step.num_prefill_tokens for step in steps] == [4, known - 4]
+
+
 def test_the_samples_of_a_prompt_fork_when_it_has_been_computed():
     scheduler = make_scheduler(max_num_batched_tokens=4)
     seq = add(scheduler, "a", 6, n=3)
@@ -584,14 +598,14 @@ def test_the_pages_of_a_sequence_that_ends_by_length_are_free_one_step_later():
 
 def test_max_reserves_all_pages_when_it_admits():
     scheduler = make_scheduler(num_usable_pages=7, max_model_len=10, reservation="max")
-    first = add(scheduler, "a", 2)
-    second = add(scheduler, "b", 2)
-    third = add(scheduler, "c", 2)
+    first = add(scheduler, "a", 2, max_tokens=4)
+    second = add(scheduler, "b", 2, max_tokens=4)
+    third = add(scheduler, "c", 2, max_tokens=4)
     assert plan(scheduler.schedule()) == "a:2 b:2"
     held = [scheduler.table.pages(seq.table_id) for seq in (first, second)]
     assert [len(pages) for pages in held] == [3, 3]
     assert third.status is Status.WAITING
-    for _ in range(7):
+    for _ in range(3):
         step = scheduler.schedule()
         assert plan(step) == "a:1 b:1"
         assert step.copies == []
@@ -640,6 +654,25 @@ def test_finishing_one_sample_leaves_the_others_their_pages():
     assert scheduler.table.pool.num_used_pages == 2
     step = scheduler.schedule()
     assert (plan(step), step.copies) == ("a1:1", [])
+
+
+def test_a_request_is_finished_when_all_its_samples_are():
+    scheduler = make_scheduler()
+    first = add(scheduler, "a", 3, n=2)
+    request = first.request
+    assert not request.finished
+    scheduler.schedule()
+    scheduler.finish(first, "stop")
+    assert not request.finished
+    scheduler.finish(request.sequences[1], "stop")
+    assert request.finished
+
+
+def test_a_request_whose_samples_have_not_forked_yet_is_not_finished():
+    scheduler = make_scheduler()
+    seq = add(scheduler, "a", 3, n=2)
+    scheduler.finish(seq, "abort")
+    assert not seq.request.finished
 
 
 def test_an_aborted_waiting_sequence_is_never_scheduled():

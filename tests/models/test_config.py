@@ -17,6 +17,7 @@ from models.config import (
     config_to_hf,
     load_config,
 )
+from models.shapes import SHAPES
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 
@@ -254,6 +255,44 @@ class TestPublishedModels:
         assert (config.bos_token_id, config.eos_token_ids) == (151643, (151645,))
         assert config.num_params == 596_049_920
         assert config.kv_bytes_per_token(2) == 112 * 1024
+
+
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+
+
+def test_shapes_that_are_measured_are_the_published_ones():
+    published = {
+        "smollm2-135m": SMOLLM2_135M,
+        "llama-3.2-1b": LLAMA_3_2_1B,
+        "qwen3-0.6b": QWEN3_0_6B,
+    }
+    assert {name: config_from_hf(fields) for name, fields in published.items()} == SHAPES
+    assert SHAPES["smollm2-135m"].num_params == 134_515_008
 
 
 class TestRecordedModels:

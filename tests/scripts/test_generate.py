@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/generate.py as a user runs it: a process with flags, streams and an exit code."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+HF_CASE = ROOT / "tests" / "fixtures" / "hf" / "llama_gqa5_hd48_untied"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*args, stdin=None):
+        # A closed standard input is not a terminal, so it is never waited for.
+        return subprocess.run(
+            [sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={cache}", *args],
+            cwd=ROOT,
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_one_prompt_streams_readable_text(run):
+    args = ("--prompt=Once upon a time", "--max_tokens=40", "--seed=1", "--temperature=0")
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+    words = done.stdout.split()
+    assert len(words) > 15 and sum(word.strip('.,"!?;:').isalpha() for word in words) > 12
+    summary = done.stderr.splitlines()[-1]
+    for part in ("prefill", "decode", "first token after", "pages at peak", "contiguous"):
+        assert part in summary
+    assert "page pool:" in done.stderr
+    assert run(*args).stdout == done.stdout
+
+
+def test_json_of_a_prompts_file(run, tmp_path):
+    prompts = ["The old fisherman", "In the garden, Émile", "My dog"]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    done = run(
+        f"--prompts_file={file}", "--output=json", "--n=2", "--max_tokens=8", "--seed=3",
+        "--logprobs=2", "--ignore_eos", "--max_num_seqs=4", "--page_size=4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    outputs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(outputs) == 3
+    for output in outputs:
+        assert output["finished"] and len(output["outputs"]) == 2
+        for sample in output["outputs"]:
+            assert sample["finish_reason"] == "length" and len(sample["token_ids"]) == 8
+            assert all(2 <= len(step) <= 3 for step in sample["logprobs"])
+    assert "3/3" in done.stderr  # the progress bar
+
+
+def test_standard_input_and_stop_string(run):
+    done = run("--max_tokens=60", "--seed=1", "--stop=.", stdin="The old fisherman\nOnce\n")
+    assert done.returncode == 0, done.stderr
+    assert "=== prompt 2, sample 1\nOnce" in done.stdout
+    assert "." not in done.stdout
+
+
+def test_model_without_tokenizer_takes_token_ids(run):
+    expected = json.loads((HF_CASE / "expected.json").read_text())
+    prompt, continuation = expected["prompts"][3], expected["continuations"][3]
+    args = (f"--model={HF_CASE}", "--max_tokens=24", "--temperature=0")
+    done = run(*args, "--prompt=" + " ".join(map(str, prompt)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(token) for token in prompt + continuation]
+    done = run(*args, "--prompt=hello")
+    assert done.returncode == 2 and "no tokenizer.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt="], "a --prompt is empty"),
+        (["--prompt=x", "--temprature=1"], "temprature"),
+        (["--prompt=x", "--n=0"], "n=0 must be at least 1"),
+        (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be finite and at least 0"),
+        (["--prompt=x", "--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
+        (["--prompt=x", "--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        (["--prompt=x", "--beam_width=4"], "this version has no beam search"),
+        (["--prompt=x", "--model=nowhere"], "model directory 'nowhere' does not exist"),
+        (["--prompt=x", "--dtype=int4"], "dtype"),
+        (["--prompt=x", "--backend=tpu"], "backend 'tpu' has no kernels in this version"),
+        (["--prompt=x", "--page_size=0"], "page_size=0 must be at least 1"),
+        (["--prompt=" + "word " * 2000], "max_model_len=1024"),
+        (["--prompt=x", "--num_pages=4", "--max_tokens=100"], "but the pool has 3"),
+        (["--prompt=x", "--prompts_file=y"], "exclude each other"),
+        (["--prompts_file=missing.txt"], "missing.txt"),
+        (["x"], "unexpected arguments"),
+        ([], "standard input has no prompts"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40] or "nothing",
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, args, message):
+    done = run(*args)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip() in ("", "x")
+
+
+def test_interrupt_prints_what_was_produced(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.generate", "--prompt=Once upon a time", "--ignore_eos",
+         "--max_tokens=1000", f"--compilation_cache_dir={tmp_path}"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    first = os.read(process.stdout.fileno(), 16)  # the prompt comes with the first token
+    while b" time " not in first:
+        first += os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err.decode()
+    assert len((first + rest).decode()) > len("Once upon a time ")
+    assert b"tokens/s" in err and b"Traceback" not in err
+
+
+def test_interrupt_of_many_prints_them_all(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n" * 3)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.generate", f"--prompts_file={prompts}", "--ignore_eos",
+         "--max_tokens=1000", "--output=json", f"--compilation_cache_dir={tmp_path}"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    seen = b""
+    while b"3 running" not in seen:  # the progress bar tells that it generates
+        seen += os.read(process.stderr.fileno(), 1000)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, (seen + err).decode()
+    outputs = [json.loads(line) for line in out.decode().splitlines()]
+    assert [o["outputs"][0]["finish_reason"] for o in outputs] == ["abort"] * 3
