@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: requests in, text out; the one owner of the host's state."""
 
-import copy
 import itertools
 import logging
 import pathlib
@@ -105,7 +104,6 @@ class Engine:
         self._planned: tuple[ScheduledStep, Batch] | None = None
         self._inflight: tuple[ScheduledStep, StepResult] | None = None
         self._totals = Counters()
-        self._preemptions_before_reset = 0
         self._last_step_end_s = 0.0
 
     @classmethod
@@ -291,30 +289,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""
-        pool, table = self._table.pool, self._table
-        totals = copy.copy(self._totals)
-        totals.num_preemptions = self._scheduler.num_preemptions - self._preemptions_before_reset
-        cells = table.num_allocated_cells
-        return EngineStats(
-            page_size=table.page_size,
+        return EngineStats.read(
+            self._scheduler,
+            self._totals,
             page_bytes=self._plan.page_bytes,
-            num_usable_pages=pool.num_usable_pages,
-            num_free_pages=pool.num_free_pages,
-            num_used_pages=pool.num_used_pages,
-            num_shared_pages=pool.num_shared_pages,
-            utilisation=table.num_live_cells / cells if cells else 1.0,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
             num_compilations=self._runner.num_compilations,
             num_unplanned_compilations=self._runner.num_unplanned_compilations,
-            max_model_len=self._plan.max_model_len,
-            totals=totals,
         )
 
     def reset_stats(self) -> None:
         """Starts the totals of `stats` again, for instance after a warm-up run."""
         self._totals = Counters()
-        self._preemptions_before_reset = self._scheduler.num_preemptions
 
     def check_invariants(self) -> None:
         """Raises AssertionError if pages are lost or held twice. Cost: every page; for tests."""
@@ -403,15 +388,13 @@ class Engine:
             request = sample.request
             if request.first_token_s is None:
                 request.first_token_s = now
-            sample.num_inflight_tokens -= 1
-            sample.token_ids.append(token)
-            sample.cumulative_logprob += logprobs[slot]
+            sample.receive(token, logprobs[slot])
             if (wanted := request.params.logprobs) is not None:
                 likeliest = itertools.islice(top[slot].items(), wanted) if top else ()
                 sample.logprobs.append({token: logprobs[slot], **dict(likeliest)})
             self._totals.num_generated_tokens += 1
             self._totals.num_decode_tokens += not step.num_prefill_tokens
-            if reason := self._stop_reason(sample, token):
+            if reason := self._stop_reason(sample):
                 self._finish(sample, reason)
             if request.stream or request.finished:
                 grown[request.request_id] = request
@@ -426,21 +409,16 @@ class Engine:
             # What runs ahead computes tokens of ended sequences only: nobody waits for them.
             self._planned = self._inflight = None
 
-    def _stop_reason(self, sample: Sample, token: int) -> str | None:
-        params = sample.request.params
-        if token in params.stop_token_ids:
-            return "stop"
-        if not params.ignore_eos and token in self.model_config.eos_token_ids:
-            return "stop"
-        if self.tokenizer is not None:
-            if sample not in self._texts:
-                self._texts[sample] = TextStream(self.tokenizer, params.stop)
-            text = self._texts[sample]
-            text.add(token)
-            sample.text = text.text
-            if text.stopped:
-                return "stop"
-        return "length" if len(sample.token_ids) >= sample.max_total_tokens else None
+    def _stop_reason(self, sample: Sample) -> str | None:
+        reason = sample.stop_reason(self.model_config.eos_token_ids)
+        if reason == "stop" or self.tokenizer is None:
+            return reason
+        if sample not in self._texts:
+            self._texts[sample] = TextStream(self.tokenizer, sample.request.params.stop)
+        text = self._texts[sample]
+        text.add(sample.token_ids[-1])
+        sample.text = text.text
+        return "stop" if text.stopped else reason
 
     def _finish(self, sample: Sample, reason: str) -> None:
         text = self._texts.pop(sample, None)

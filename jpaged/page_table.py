@@ -141,8 +141,8 @@ class PageTable:
         pages = self._pages[seq]
         if num_tokens > self.pages_per_seq * self.page_size:
             raise ValueError(
-                f"{num_tokens} tokens exceed the {self.pages_per_seq} pages of {self.page_size} that "
-                "a sequence may have"
+                f"{num_tokens} tokens exceed the {self.pages_per_seq} pages of {self.page_size} "
+                "that a sequence may have"
             )
         new = self.pool.allocate(max(-(-num_tokens // self.page_size) - len(pages), 0))
         self._array[seq, len(pages) : len(pages) + len(new)] = new

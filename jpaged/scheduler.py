@@ -57,6 +57,7 @@ class ScheduledStep:
       sample_rows: the row whose last token each sample continues.
       copies: `(src, dst)` pages to copy before the step writes.
       num_prefill_tokens: of the tokens, those of rows that are not a plain decode.
+      num_preemptions: sequences that lost their pages to it.
     """
 
     seqs: list[Sequence] = dataclasses.field(default_factory=list[Sequence])
@@ -66,6 +67,7 @@ class ScheduledStep:
     sample_rows: list[int] = dataclasses.field(default_factory=list[int])
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list[tuple[int, int]])
     num_prefill_tokens: int = 0
+    num_preemptions: int = 0
 
 
 class Scheduler:
@@ -159,20 +161,20 @@ class Scheduler:
         step = ScheduledStep()
         budget = self.config.max_num_batched_tokens
         running, table = self._running, self.table
-        preempted = False
         index = 0
         while index < len(running) and budget:
             seq = running[index]
             num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
             assert seq.table_id is not None
             while table.pages_needed(seq.table_id, num_tokens) > table.pool.num_free_pages:
-                preempted = True
+                step.num_preemptions += 1
+                self.num_preemptions += 1
                 if self._preempt_youngest() is seq:
                     break
             else:
                 budget -= num_tokens
                 index += self._plan(step, seq, num_tokens)
-        if not preempted:
+        if not step.num_preemptions:
             self._admit(step, budget)
         for seq in step.samples:
             if seq.num_tokens >= seq.max_total_tokens:
@@ -262,7 +264,6 @@ class Scheduler:
         seq.status = Status.WAITING
         seq.num_computed_tokens = 0
         self._waiting.appendleft(seq)
-        self.num_preemptions += 1
         logger.info(
             "preempted request %r sample %d: out of pages; %d pages freed, %d tokens to recompute",
             seq.request.request_id,

@@ -3,6 +3,7 @@
 
 import enum
 import time
+from collections.abc import Collection
 
 from jpaged.params import SamplingParams
 
@@ -83,6 +84,21 @@ class Sequence:
     def generated_token_ids(self) -> list[int]:
         """Tokens after the prompt that the host knows."""
         return self.token_ids[self.num_prompt_tokens :]
+
+    def receive(self, token_id: int, logprob: float) -> None:
+        """Adds the oldest token that was in flight."""
+        self.num_inflight_tokens -= 1
+        self.token_ids.append(token_id)
+        self.cumulative_logprob += logprob
+
+    def stop_reason(self, eos_token_ids: Collection[int]) -> str | None:
+        """Why the newest token ends the sequence, "stop" or "length"; None if it does not."""
+        token_id, params = self.token_ids[-1], self.request.params
+        if token_id in params.stop_token_ids:
+            return "stop"
+        if token_id in eos_token_ids and not params.ignore_eos:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_total_tokens else None
 
     def __repr__(self) -> str:
         return (

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine has done and how full its pool is."""
 
+import copy
 import dataclasses
 
 from jpaged.page_table import PageTable
-from jpaged.scheduler import ScheduledStep
+from jpaged.scheduler import ScheduledStep, Scheduler
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,6 +47,7 @@ class Counters:
         self.num_steps += 1
         self.num_prefill_tokens += step.num_prefill_tokens
         self.num_page_copies += len(step.copies)
+        self.num_preemptions += step.num_preemptions
         self.peak_used_pages = max(self.peak_used_pages, table.pool.num_used_pages)
         self.peak_running = max(self.peak_running, running)
         self.live_cell_steps += table.num_live_cells
@@ -84,6 +86,31 @@ class EngineStats:
     num_unplanned_compilations: int
     max_model_len: int
     totals: Counters
+
+    @classmethod
+    def read(cls, scheduler: Scheduler, totals: Counters, **device: int) -> "EngineStats":
+        """Reads the host's state.
+
+        Args:
+          scheduler: gives the queues, the pages and max_model_len.
+          totals: copied.
+          **device: page_bytes, num_compilations and num_unplanned_compilations.
+        """
+        table = scheduler.table
+        pool, cells = table.pool, table.num_allocated_cells
+        return cls(
+            page_size=table.page_size,
+            num_usable_pages=pool.num_usable_pages,
+            num_free_pages=pool.num_free_pages,
+            num_used_pages=pool.num_used_pages,
+            num_shared_pages=pool.num_shared_pages,
+            utilisation=_ratio(table.num_live_cells, cells, 1.0),
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            max_model_len=scheduler.config.max_model_len,
+            totals=copy.copy(totals),
+            **device,
+        )
 
     @property
     def mean_utilisation(self) -> float:

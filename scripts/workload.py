@@ -4,7 +4,6 @@
 Nothing here needs jax.
 """
 
-import copy
 import dataclasses
 import math
 import time
@@ -19,7 +18,6 @@ from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
 from jpaged.scheduler import ScheduledStep, Scheduler, SchedulerConfig
 from jpaged.sequence import Request, Status
-from jpaged.sequence import Sequence as Sample
 from jpaged.stats import Counters, EngineStats
 
 # The trace is shown with this many marks, and reported with this many numbers.
@@ -259,24 +257,12 @@ class SchedulerOnly:
 
     def stats(self) -> EngineStats:
         """A reading like the engine's; a page has no bytes."""
-        pool, table = self.table.pool, self.table
-        cells = table.num_allocated_cells
-        totals = copy.copy(self.totals)
-        totals.num_preemptions = self.scheduler.num_preemptions
-        return EngineStats(
-            page_size=table.page_size,
+        return EngineStats.read(
+            self.scheduler,
+            self.totals,
             page_bytes=0,
-            num_usable_pages=pool.num_usable_pages,
-            num_free_pages=pool.num_free_pages,
-            num_used_pages=pool.num_used_pages,
-            num_shared_pages=pool.num_shared_pages,
-            utilisation=table.num_live_cells / cells if cells else 1.0,
-            num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
             num_compilations=0,
             num_unplanned_compilations=0,
-            max_model_len=self.scheduler.config.max_model_len,
-            totals=totals,
         )
 
 
@@ -297,28 +283,16 @@ def finish_step(
       totals: is brought up to date.
     """
     now = time.perf_counter()
-    for slot, (sample, token) in enumerate(zip(step.samples, tokens, strict=True)):
+    for sample, token, logprob in zip(step.samples, tokens, logprobs, strict=True):
         if sample.status is Status.FINISHED:
             continue
-        request = sample.request
-        if request.first_token_s is None:
-            request.first_token_s = now
-        sample.num_inflight_tokens -= 1
-        sample.token_ids.append(token)
-        sample.cumulative_logprob += logprobs[slot]
+        if sample.request.first_token_s is None:
+            sample.request.first_token_s = now
+        sample.receive(token, logprob)
         totals.num_generated_tokens += 1
         totals.num_decode_tokens += not step.num_prefill_tokens
-        if reason := _stop_reason(sample, token):
+        if reason := sample.stop_reason(()):
             scheduler.finish(sample, reason)
-
-
-def _stop_reason(sample: Sample, token: int) -> str | None:
-    params = sample.request.params
-    if token in params.stop_token_ids:
-        return "stop"
-    if not params.ignore_eos and token == 0:
-        return "stop"
-    return "length" if len(sample.token_ids) >= sample.max_total_tokens else None
 
 
 class Trace:
