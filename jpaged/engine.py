@@ -258,7 +258,12 @@ class Engine:
             self._planned = planned
         elif planned:
             step, batch = planned
+            compile_s = self._runner.compile_s
             self._inflight = step, self._runner.run(batch, step.copies)
+            # Compiling is no part of what a step takes.
+            compile_s = self._runner.compile_s - compile_s
+            self._totals.compile_s += compile_s
+            self._last_step_end_s += compile_s
         return self._process(*previous) if previous else []
 
     def abort(self, request_id: str) -> RequestOutput:

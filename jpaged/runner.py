@@ -62,6 +62,7 @@ class ModelRunner:
 
     Attributes:
       num_compilations: programs compiled so far.
+      compile_s: seconds that calls of `run` took in which something was compiled.
       num_unplanned_compilations: those of them after `warm_up`; each is logged with its shape.
     """
 
@@ -88,6 +89,7 @@ class ModelRunner:
         self.params = params
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
+        self.compile_s = 0.0
         self._warm = False
         self._shapes_run: set[StepShape] = set()
         self._pages_per_seq = plan.pages_per_seq
@@ -165,13 +167,17 @@ class ModelRunner:
             # A power of two, so that requests that differ a little share a program.
             count = 1 << (batch.num_logprobs - 1).bit_length()
             top = self._top_logprobs(logits, min(count, self._vocab_size))
-        if self._warm and self.num_compilations > compiled:
+        if self.num_compilations == compiled:
+            return StepResult(self._tokens, logprobs, top, batch.num_samples)
+        took_s = time.perf_counter() - start
+        self.compile_s += took_s
+        if self._warm:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
                 self.num_compilations - compiled,
                 batch.shape,
                 len(copies),
-                time.perf_counter() - start,
+                took_s,
             )
             self.num_unplanned_compilations += self.num_compilations - compiled
         return StepResult(self._tokens, logprobs, top, batch.num_samples)

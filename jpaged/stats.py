@@ -24,6 +24,7 @@ class Counters:
       peak_running: most sequences in a step.
       prefill_s: seconds in steps with prefill.
       decode_s: seconds in steps that did nothing but decode.
+      compile_s: seconds spent compiling, which the two before leave out.
       live_cell_steps, allocated_cell_steps, running_steps: sums over steps, for means.
     """
 
@@ -37,6 +38,7 @@ class Counters:
     peak_running: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    compile_s: float = 0.0
     live_cell_steps: int = 0
     allocated_cell_steps: int = 0
     running_steps: int = 0

@@ -150,7 +150,8 @@ def _summary(outputs: Sequence[RequestOutput], stats: EngineStats) -> str:
     used, contiguous = totals.peak_used_pages, stats.contiguous_pages
     return (
         f"{totals.num_generated_tokens} tokens; prefill {stats.prefill_tokens_per_s:.0f} tokens/s, "
-        f"decode {stats.decode_tokens_per_s:.0f} tokens/s; first token after {first} on average; "
+        f"decode {stats.decode_tokens_per_s:.0f} tokens/s, compiling {totals.compile_s:.1f} s; "
+        f"first token after {first} on average; "
         f"{used} of {stats.num_usable_pages} pages at peak ({used * page_mib:.2f} MiB), "
         f"{stats.mean_utilisation:.1%} of their cells live; contiguous preallocation at "
         f"max_model_len={stats.max_model_len} would have held {contiguous} pages "
