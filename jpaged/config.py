@@ -17,8 +17,8 @@ class EngineConfig:
       max_num_batched_tokens: tokens a step computes at most, prefill and decode together.
       max_model_len: tokens a sequence has at most, prompt and generated together; None takes the
         model's max_position_embeddings.
-      dtype: of weights and pages: "float32", "bfloat16" or "float16"; None takes float32 on CPU and
-        bfloat16 elsewhere.
+      dtype: of weights: "float32", "bfloat16" or "float16"; pages have the same, but float32 for
+        bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
       reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
       deterministic: pads every step to one shape, so that results are the same to the last bit
         whatever else runs, at the price of speed.

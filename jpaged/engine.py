@@ -88,7 +88,7 @@ class Engine:
         self._buckets = ShapeBuckets(
             config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
         )
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, plan.dtype), params)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
         self._runner = ModelRunner(
             Decoder(model_config, scan_layers, backend).apply,
             stack_layers(params) if scan_layers else params,

@@ -79,7 +79,7 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
             model_config.head_dim,
             backend=backend,
         )
-        return PoolPlan(shape, default_dtype(config), max_model_len, pages_per_seq, reason)
+        return PoolPlan(shape, _pool_dtype(config), max_model_len, pages_per_seq, reason)
 
     if config.num_pages is not None:
         return plan(config.num_pages, "as asked (num_pages)")
@@ -100,8 +100,20 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
 
 
 def default_dtype(config: EngineConfig) -> np.dtype:
-    """The dtype of weights and pages: as asked, else float32 on CPU and bfloat16 elsewhere."""
+    """The dtype of weights: as asked, else float32 on CPU and bfloat16 elsewhere."""
     return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def _pool_dtype(config: EngineConfig) -> np.dtype:
+    """The dtype of pages: that of the weights, but float32 for bfloat16 weights on CPU.
+
+    XLA's CPU compiler computes bfloat16 gathers and updates in float32 and converts the whole pool
+    around each of them (measured: docs/decisions.md).
+    """
+    dtype = default_dtype(config)
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return np.dtype(np.float32)
+    return dtype
 
 
 def _free_memory() -> tuple[int, str]:

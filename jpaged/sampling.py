@@ -47,7 +47,9 @@ def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]
       is, before temperature and filters.
     """
     vocab_size = logits.shape[-1]
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # Beside the largest, so that neither a tiny temperature nor large logits overflow or round.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    greedy = _first_largest(logits)
 
     def draw() -> jax.Array:
         scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
@@ -57,7 +59,7 @@ def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]
         )
         noise = jax.vmap(lambda *ids: jax.random.gumbel(_token_key(*ids), (vocab_size,)))
         scaled = scaled + noise(rows.seeds, rows.sample_indices, rows.positions)
-        return jnp.where(rows.temperature > 0, jnp.argmax(scaled, axis=-1), greedy)
+        return jnp.where(rows.temperature > 0, _first_largest(scaled), greedy)
 
     tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
@@ -76,6 +78,14 @@ def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     logprobs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
     return tokens, logprobs
+
+
+def _first_largest(logits: jax.Array) -> jax.Array:
+    """i32[rows]: argmax as two plain reductions, which CPUs vectorise and argmax they do not."""
+    largest = logits.max(axis=-1, keepdims=True)
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    # In range even where a logit is NaN.
+    return jnp.where(logits == largest, columns, logits.shape[-1] - 1).min(axis=-1)
 
 
 def _token_key(seed: jax.Array, sample_index: jax.Array, position: jax.Array) -> jax.Array:

@@ -205,10 +205,11 @@ class Scheduler:
             if config.reservation == "max":
                 reserved, spare = config.max_model_len, 0
             else:
-                # The pages of its whole prompt, though the first chunk may take fewer; and a little
-                # for the others to grow, so that it is not preempted at once.
+                # The pages of its whole prompt, though the first chunk may take fewer; and two for
+                # each that runs to grow into, so that it is not preempted soon (measured:
+                # docs/decisions.md), as far as the pool can spare them.
                 reserved = seq.num_tokens
-                spare = table.pool.num_usable_pages // 100 if self._running else 0
+                spare = min(2 * len(self._running), table.pool.num_usable_pages // 16)
             if -(-reserved // table.page_size) + spare > table.pool.num_free_pages:
                 return
             self._waiting.popleft()

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Sequence
 
 import tokenizers
-import tokenizers.decoders
 
 
 def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -39,27 +38,38 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._decoder = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
-        self._decoded = ""  # all that the decoder has released
+        # Tokens before `_read` are in `_decoded`. Decoding starts a little earlier, at `_prefix`,
+        # because what a token says can depend on the one before it (a space, for instance).
+        self._prefix = 0
+        self._read = 0
+        self._decoded = ""
         self._longest_stop = max(map(len, stop), default=0)
 
     def add(self, token_id: int) -> None:
         """Adds a token; the text is cut before a stop string that it completes."""
         self._token_ids.append(token_id)
-        if piece := self._decoder.step(self._tokenizer, token_id):
-            self._release(piece)
+        known = self._decode(self._prefix, self._read)
+        text = self._decode(self._prefix, len(self._token_ids))
+        # A replacement mark at the end is a character whose bytes are still to come.
+        if len(text) > len(known) and not text.endswith("\ufffd"):
+            self._prefix, self._read = self._read, len(self._token_ids)
+            self._release(text[len(known) :])
 
     def flush(self) -> None:
         """Releases what was held back, when no more tokens come."""
         if self.stopped:
             return
-        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        # An incomplete character at the very end decodes to a replacement mark: show it.
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
+        known = self._decode(self._prefix, self._read)
+        # An incomplete character at the very end stays a replacement mark.
+        rest = self._decode(self._prefix, len(self._token_ids))[len(known) :]
+        self._prefix = self._read = len(self._token_ids)
         self._release(rest)
         if not self.stopped:
             self.text = self._decoded
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._token_ids[start:end], skip_special_tokens=True)
 
     def _release(self, piece: str) -> None:
         # A stop string may straddle tokens, but cannot begin before text that was searched whole.

@@ -6,6 +6,7 @@ A model directory holds `config.json` and either `*.safetensors` (one file, or s
 one, `tokenizer.json`.
 """
 
+import contextlib
 import difflib
 import json
 import pathlib
@@ -70,20 +71,32 @@ def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Param
 
 
 def _load_orbax(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) -> Params:
+    directory = directory.resolve()
+    expected = Decoder(config).abstract_params(dtype)
+    wanted = {path: leaf.shape for path, leaf in _flatten(expected)}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
+    )
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(directory.resolve()).item_metadata.tree
-        except (ValueError, FileNotFoundError, AttributeError) as e:
-            raise CheckpointError(f"{directory} is not a readable Orbax checkpoint: {e}") from e
-        expected = Decoder(config).abstract_params(dtype)
-        shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(stored)}
-        wanted = {path: leaf.shape for path, leaf in _flatten(expected)}
+        with _damage_of_orbax(directory):
+            stored = checkpointer.metadata(directory).item_metadata.tree
+            shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(stored)}
         _check_tensors(str(directory), wanted, shapes)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
-        )
-        return checkpointer.restore(directory.resolve(), target)
+        with _damage_of_orbax(directory):
+            return checkpointer.restore(directory, target)
+
+
+@contextlib.contextmanager
+def _damage_of_orbax(directory: pathlib.Path) -> Iterator[None]:
+    """Says in one line what Orbax and TensorStore say of a damaged checkpoint in pages."""
+    try:
+        yield
+    except Exception as e:  # whatever is damaged, another library's error surfaces
+        raise CheckpointError(
+            f"{directory} is not a readable Orbax checkpoint: a file is missing, damaged or "
+            "truncated; copy it again, or save it anew"
+        ) from e
 
 
 def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) -> Params:
@@ -131,13 +144,14 @@ def _safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
             )
         return files
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as e:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        files = [directory / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise CheckpointError(f"{index} is not a safetensors index: {e!r}") from e
     for name in names:
         if not (directory / name).exists():
             raise FileNotFoundError(f"{str(directory)!r} lacks {name!r}, which {index.name} lists")
-    return [directory / name for name in names]
+    return files
 
 
 def _open_safetensors(file: pathlib.Path):

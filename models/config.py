@@ -128,13 +128,13 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     eos = _read_json(generation_path).get("eos_token_id")
     if eos is None:
         return config
-    return dataclasses.replace(config, eos_token_ids=tuple([eos] if isinstance(eos, int) else eos))
+    return dataclasses.replace(config, eos_token_ids=_eos_token_ids(eos))
 
 
 def _read_json(path: pathlib.Path) -> dict:
     try:
-        fields = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
+        fields = json.loads(path.read_bytes())
+    except ValueError as e:  # bad JSON, or bytes that are no text
         raise ModelConfigError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(fields, dict):
         raise ModelConfigError(f"{path} must hold a JSON object, not a {type(fields).__name__}")
@@ -152,6 +152,7 @@ _FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("tie_word_embeddings", "tie_word_embeddings", False),
     ("max_position_embeddings", "max_position_embeddings", 2048),
 )
+_TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 # Fields that `config_from_hf` reads by hand below.
 _DERIVED_FIELDS = frozenset(
     {
@@ -195,19 +196,25 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
         value = fields.get(hf_name, default)
         if value is None:
             raise ModelConfigError(f"config.json has no {hf_name!r}, which {name} needs")
-        values[our_name] = value
+        values[our_name] = _typed(hf_name, value, _TYPES[our_name])
     num_heads = values["num_q_heads"]
-    values["num_kv_heads"] = fields.get("num_key_value_heads") or num_heads
-    values["head_dim"] = (
-        fields.get("head_dim") or family.default_head_dim or values["hidden_size"] // num_heads
+    values["num_kv_heads"] = _typed(
+        "num_key_value_heads", fields.get("num_key_value_heads") or num_heads, int
+    )
+    values["head_dim"] = _typed(
+        "head_dim",
+        fields.get("head_dim") or family.default_head_dim or values["hidden_size"] // num_heads,
+        int,
     )
     # transformers 5 keeps everything rotary in rope_parameters, transformers 4 beside it.
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    values["rope_theta"] = float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    rope_field = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    rope = _typed(rope_field, fields.get(rope_field) or {}, dict)
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
+    values["rope_theta"] = _typed("rope_theta", theta, float)
     values["rope_scaling"] = _rope_scaling(rope)
-    values["bos_token_id"] = fields.get("bos_token_id")
-    eos = fields.get("eos_token_id")
-    values["eos_token_ids"] = () if eos is None else tuple([eos] if isinstance(eos, int) else eos)
+    if fields.get("bos_token_id") is not None:
+        values["bos_token_id"] = _typed("bos_token_id", fields["bos_token_id"], int)
+    values["eos_token_ids"] = _eos_token_ids(fields.get("eos_token_id"))
     return ModelConfig(**values)
 
 
@@ -234,6 +241,20 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     fields["bos_token_id"] = config.bos_token_id
     fields["eos_token_id"] = list(config.eos_token_ids) or None
     return fields
+
+
+def _typed(field: str, value: Any, kind: type) -> Any:
+    """The value as a `kind`, or an error: JSON's "32" is not 32, nor its true 1."""
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+        raise ModelConfigError(f"{field}={value!r} must be of type {kind.__name__}")
+    return kind(value)
+
+
+def _eos_token_ids(eos: Any) -> tuple[int, ...]:
+    if eos is None:
+        return ()
+    return tuple(_typed("eos_token_id", t, int) for t in (eos if isinstance(eos, list) else [eos]))
 
 
 def _check_fields(name: str, family: Family, fields: dict[str, Any]) -> None:
@@ -266,19 +287,23 @@ def _check_fields(name: str, family: Family, fields: dict[str, Any]) -> None:
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     read = {"rope_type", "type", "rope_theta"}
+
+    def number(field: str) -> float:
+        return _typed(f"rope_type={kind!r}: {field}", rope[field], float)
+
     try:
         if kind == "default":
             scaling = None
         elif kind == "linear":
-            scaling = RopeScaling(kind=kind, factor=float(rope["factor"]))
+            scaling = RopeScaling(kind=kind, factor=number("factor"))
             read |= {"factor"}
         elif kind == "llama3":
             scaling = RopeScaling(
                 kind=kind,
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_position=int(rope["original_max_position_embeddings"]),
+                factor=number("factor"),
+                low_freq_factor=number("low_freq_factor"),
+                high_freq_factor=number("high_freq_factor"),
+                original_max_position=int(number("original_max_position_embeddings")),
             )
             read |= {
                 "factor",

@@ -159,14 +159,18 @@ def _paged_attend(q, k, v, kv_pages, layer, inputs: PagedInputs, *, backend):
 
 def _dense_attend(q, k, v, kv_pages, layer, inputs, *, batch):
     del layer, inputs  # nothing is cached
-    split = (batch, -1)
-    out = jax.nn.dot_product_attention(
-        q.reshape(split + q.shape[1:]),
-        k.reshape(split + k.shape[1:]),
-        v.reshape(split + v.shape[1:]),
-        is_causal=True,
+    num_kv_heads, head_dim = k.shape[1:]
+    # [batch, seq_len, num_kv_heads, group, head_dim], in float32 like the kernels.
+    q32 = q.astype(jnp.float32).reshape(
+        batch, -1, num_kv_heads, q.shape[1] // num_kv_heads, head_dim
     )
-    return out.reshape(q.shape), kv_pages
+    k32 = k.astype(jnp.float32).reshape(batch, -1, num_kv_heads, head_dim)
+    v32 = v.astype(jnp.float32).reshape(batch, -1, num_kv_heads, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q32, k32) * head_dim**-0.5
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    weights = jax.nn.softmax(jnp.where(causal[None, None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, v32)
+    return out.reshape(q.shape).astype(q.dtype), kv_pages
 
 
 def _dtype_of(params: Params) -> jnp.dtype:

@@ -112,9 +112,9 @@ def _check_float(name: str, array: jax.Array) -> None:
 
 def _check_pool(kv_pages: jax.Array, kv_scale: jax.Array | None) -> None:
     _check_rank("kv_pages", kv_pages, _POOL)
-    if jnp.issubdtype(kv_pages.dtype, jnp.integer):
-        if kv_pages.dtype != jnp.int8:
-            raise ValueError(f"kv_pages has dtype {kv_pages.dtype}, expected a float or int8")
+    if kv_pages.dtype != jnp.int8 and not jnp.issubdtype(kv_pages.dtype, jnp.floating):
+        raise ValueError(f"kv_pages has dtype {kv_pages.dtype}, expected a float or int8")
+    if kv_pages.dtype == jnp.int8:
         if kv_scale is None:
             raise ValueError("kv_pages of int8 need kv_scale, the size of one step of keys, values")
     if kv_scale is not None and kv_scale.shape != (2,):
