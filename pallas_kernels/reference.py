@@ -22,7 +22,7 @@ def token_rows(cu_q_lens: jax.Array, num_seqs: jax.Array, num_tokens: int):
     """
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
     ends = jnp.where(jnp.arange(cu_q_lens.shape[0] - 1) < num_seqs, cu_q_lens[1:], num_tokens + 1)
-    rows = jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
+    rows = (ends[None, :] <= tokens[:, None]).sum(axis=1, dtype=jnp.int32)
     live = tokens < cu_q_lens[num_seqs[0]]
     return jnp.where(live, rows, 0), live
 

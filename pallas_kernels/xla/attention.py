@@ -32,8 +32,8 @@ def paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`.
 
-    Three nested loops: live rows, tiles of a row's queries, blocks of its keys up to the last one
-    that the tile can see. Tiles and blocks start at multiples of their size in the sequence, so
+    Two nested loops: tiles of the live rows' queries, and blocks of keys up to the last one that the
+    tile can see. Tiles and blocks start at multiples of their size in the sequence, so
     that a query is computed the same way however its prompt was cut into chunks. A step that has no
     more tokens than rows is taken for decode and gets tiles of one query.
     """
@@ -49,9 +49,18 @@ def paged_attention(
     layer = jnp.int32(layer)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
 
-    # A tile may reach past its row's queries on both sides; padding keeps the slices in range.
+    # A tile may reach past its row's queries on both sides; padding keeps the slices in range. One
+    # query cannot pay for splitting a cell's lanes: it is padded over the values' lanes instead, and
+    # its sum over cells drops the keys' lanes at the end.
     pad = tile - 1
-    q = jnp.pad(q, ((pad, pad), (0, 0), (0, 0)))
+    scaled = q.astype(jnp.float32) * (sm_scale * scale[0])
+    scaled = jnp.pad(scaled, ((pad, pad), (0, 0), (0, head_dim if tile == 1 else 0)))
+
+    # Row r owns the tiles [last_tiles[r - 1], last_tiles[r]).
+    first_positions = kv_lens - (cu_q_lens[1:] - cu_q_lens[:-1])
+    num_tiles = (kv_lens + tile - 1) // tile - first_positions // tile
+    num_tiles = jnp.where(jnp.arange(kv_lens.shape[0]) < num_seqs[0], num_tiles, 0)
+    last_tiles = jnp.cumsum(num_tiles)
 
     def load_block(row, index, kv_len):
         """f32[num_kv_heads, block, cell_dim]; dead cells are zero, for 0 * NaN is NaN."""
@@ -70,8 +79,6 @@ def paged_attention(
         def attend_block(index, state):
             peak, total, acc = state
             cells = load_block(row, index, kv_len)
-            # One query cannot pay for splitting a cell's lanes: it is padded over the values' lanes
-            # instead, and the sum over values drops the keys' lanes at the end.
             keys = cells if tile == 1 else cells[..., :head_dim]
             values = cells if tile == 1 else cells[..., head_dim:]
             scores = jnp.einsum("kmd,ksd->kms", q_tile, keys)
@@ -103,35 +110,26 @@ def paged_attention(
         values = acc[..., head_dim:] if tile == 1 else acc
         return values * scale[1] / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
 
-    def attend_row(row, out):
-        kv_len = kv_lens[row]
-        first_token = cu_q_lens[row]
-        first_position = kv_len - (cu_q_lens[row + 1] - first_token)
+    def attend_one_tile(index, out):
+        row = (last_tiles <= index).sum(dtype=jnp.int32)
+        kv_len, first_position = kv_lens[row], first_positions[row]
+        start = (first_position // tile + index - (last_tiles[row] - num_tiles[row])) * tile
+        # Where the tile's first query lies on the padded token axis; before the row's own queries
+        # when a chunk starts inside a tile.
+        at = cu_q_lens[row] + start - first_position + pad
+        q_tile = jax.lax.dynamic_slice_in_dim(scaled, at, tile)
+        q_tile = q_tile.reshape(tile, num_kv_heads, group, -1).transpose(1, 2, 0, 3)
+        q_tile = q_tile.reshape(num_kv_heads, group * tile, -1)
+        result = attend_tile(row, kv_len, start, q_tile)
+        result = result.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
+        result = result.reshape(tile, num_q_heads, head_dim).astype(out.dtype)
+        if tile > 1:
+            position = start + jnp.arange(tile)
+            own = (position >= first_position) & (position < kv_len)
+            old = jax.lax.dynamic_slice_in_dim(out, at, tile)
+            result = jnp.where(own[:, None, None], result, old)
+        return jax.lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
 
-        def attend_one_tile(index, out):
-            start = index * tile
-            # Where the tile's first query lies on the padded token axis; before the row's own
-            # queries when a chunk starts inside a tile.
-            at = first_token + start - first_position + pad
-            q_tile = jax.lax.dynamic_slice_in_dim(q, at, tile).astype(jnp.float32)
-            q_tile = q_tile * (sm_scale * scale[0])
-            q_tile = q_tile.reshape(tile, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-            q_tile = q_tile.reshape(num_kv_heads, group * tile, head_dim)
-            if tile == 1:
-                q_tile = jnp.pad(q_tile, ((0, 0), (0, 0), (0, head_dim)))
-            result = attend_tile(row, kv_len, start, q_tile)
-            result = result.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
-            result = result.reshape(tile, num_q_heads, head_dim).astype(out.dtype)
-            if tile > 1:
-                position = start + jnp.arange(tile)
-                own = (position >= first_position) & (position < kv_len)
-                old = jax.lax.dynamic_slice_in_dim(out, at, tile)
-                result = jnp.where(own[:, None, None], result, old)
-            return jax.lax.dynamic_update_slice_in_dim(out, result, at, axis=0)
-
-        return jax.lax.fori_loop(
-            first_position // tile, (kv_len + tile - 1) // tile, attend_one_tile, out
-        )
-
-    out = jax.lax.fori_loop(0, num_seqs[0], attend_row, jnp.zeros_like(q))
+    out = jnp.zeros((num_tokens + 2 * pad, num_q_heads, head_dim), q.dtype)
+    out = jax.lax.fori_loop(0, last_tiles[-1], attend_one_tile, out)
     return out[pad : pad + num_tokens]

@@ -199,16 +199,23 @@ def test_copy_reads_every_source_before_it_writes(implementation, dtype, pairs):
         np.testing.assert_array_equal(bits_of(out), bits_of(want))
 
 
-POOL_DTYPES = {
-    "f32": jnp.float32,
-    "bf16": jnp.bfloat16,
-    "int8": jnp.int8,
-}
+POOL_DTYPES = [
+    pytest.param(jnp.float32, id="f32"),
+    pytest.param(
+        jnp.bfloat16,
+        id="bf16",
+        marks=pytest.mark.xfail(
+            reason="XLA's CPU compiler converts the whole pool around bfloat16 gathers and updates; "
+            "the engine keeps float32 pages there (docs/decisions.md)"
+        ),
+    ),
+    pytest.param(jnp.int8, id="int8"),
+]
 POOL_SHAPE = (2, 20_000, 2, 16, 64)
 INDEX = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 64), (8,), (9,), (1,)))
 
 
-@pytest.mark.parametrize("dtype", POOL_DTYPES.values(), ids=POOL_DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 class TestNothingCopiesThePool:
     """Shapes only: a large pool is compiled for, and never allocated."""
 
