@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pathlib
+import typing
 from typing import Any
 
 from models.families import FAMILIES, Family
@@ -152,7 +153,7 @@ _FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("tie_word_embeddings", "tie_word_embeddings", False),
     ("max_position_embeddings", "max_position_embeddings", 2048),
 )
-_TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+_TYPES = typing.get_type_hints(ModelConfig)
 # Fields that `config_from_hf` reads by hand below.
 _DERIVED_FIELDS = frozenset(
     {

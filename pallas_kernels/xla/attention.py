@@ -32,8 +32,8 @@ def paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`.
 
-    Two nested loops: tiles of the live rows' queries, and blocks of keys up to the last one that the
-    tile can see. Tiles and blocks start at multiples of their size in the sequence, so
+    Two nested loops: tiles of the live rows' queries, and blocks of keys up to the last one that
+    the tile can see. Tiles and blocks start at multiples of their size in the sequence, so
     that a query is computed the same way however its prompt was cut into chunks. A step that has no
     more tokens than rows is taken for decode and gets tiles of one query.
     """
@@ -50,8 +50,8 @@ def paged_attention(
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
 
     # A tile may reach past its row's queries on both sides; padding keeps the slices in range. One
-    # query cannot pay for splitting a cell's lanes: it is padded over the values' lanes instead, and
-    # its sum over cells drops the keys' lanes at the end.
+    # query cannot pay for splitting a cell's lanes: it is padded over the values' lanes instead,
+    # and its sum over cells drops the keys' lanes at the end.
     pad = tile - 1
     scaled = q.astype(jnp.float32) * (sm_scale * scale[0])
     scaled = jnp.pad(scaled, ((pad, pad), (0, 0), (0, head_dim if tile == 1 else 0)))
