@@ -167,8 +167,8 @@ class Engine:
                 f"{len(self._requests)} requests are live: finish them with step(), or abort them, "
                 "before generate()"
             )
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list of prompts, not one string; wrap it in [ ]")
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+            raise ValueError("prompts must be a list of prompts, not one prompt; wrap it in [ ]")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} SamplingParams do not pair with {len(prompts)} prompts")
@@ -179,18 +179,22 @@ class Engine:
         for request in requests:
             self._add(request)
         done: dict[str, RequestOutput] = {}
-        bar = tqdm.tqdm(total=len(requests), unit="request", disable=not progress)
+        # miniters=0 redraws the bar with time, also while no request ends.
+        bar = tqdm.tqdm(total=len(requests), unit="request", miniters=0, disable=not progress)
         try:
             with bar:
                 while len(done) < len(requests):
-                    for output in self.step():
-                        done[output.request_id] = output
-                        bar.update()
-                    bar.set_postfix_str(self.stats().progress_line(), refresh=False)
+                    outputs = self.step()
+                    done |= {output.request_id: output for output in outputs}
+                    if progress:
+                        bar.set_postfix_str(self.stats().progress_line(), refresh=False)
+                    bar.update(len(outputs))
         except KeyboardInterrupt:
             for request in requests:
-                if request.request_id not in done:
-                    done[request.request_id] = self.abort(request.request_id)
+                if request.request_id in self._requests:
+                    self.abort(request.request_id)
+                # An output may have been lost on its way here.
+                done.setdefault(request.request_id, output_of(request, finished=True))
             raise GenerationInterrupted([done[r.request_id] for r in requests]) from None
         return [done[request.request_id] for request in requests]
 
@@ -247,7 +251,20 @@ class Engine:
 
         Returns:
           The requests that ended, and those added with `stream=True` that have grown.
+
+        Raises:
+          BaseException: whatever interrupts it, Ctrl-C too; every live request has been aborted
+            then.
         """
+        try:
+            return self._step()
+        except BaseException:
+            # A step that was planned, dispatched or read by half cannot be taken up again.
+            for request_id in list(self._requests):
+                self.abort(request_id)
+            raise
+
+    def _step(self) -> list[RequestOutput]:
         previous, self._inflight = self._inflight, None
         if previous is None:
             self._last_step_end_s = time.perf_counter()
@@ -284,13 +301,16 @@ class Engine:
         self._forget(request)
         return output_of(request, finished=True)
 
-    def warm_up(self, shapes: Sequence[StepShape] | None = None) -> None:
+    def warm_up(self, shapes: Sequence[StepShape] | None = None, num_logprobs: int = 0) -> None:
         """Compiles steps ahead of need; compilations after it are logged with their shape.
 
         Args:
-          shapes: the steps to compile; None takes all that this engine can ever run.
+          shapes: the steps to compile; None takes all that this engine can run.
+          num_logprobs: also compile the report of this many likeliest tokens, for requests that set
+            `SamplingParams.logprobs`.
         """
-        self._runner.warm_up(self._buckets.all_shapes() if shapes is None else shapes)
+        planned = self._buckets.all_shapes() if shapes is None else shapes
+        self._runner.warm_up(planned, num_logprobs)
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""
@@ -356,13 +376,22 @@ class Engine:
                 f"request {request_id!r}: the prompt is empty; give at least one character or token"
             )
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                return [int(token) for token in prompt]
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"request {request_id!r}: a prompt must be text or a list of token ids, not "
+                    f"{prompt!r:.80}"
+                ) from None
         if self.tokenizer is None:
             raise ValueError(
                 f"request {request_id!r}: the model has no tokenizer.json, so its prompts must be "
                 "lists of token ids"
             )
-        return self.tokenizer.encode(prompt).ids
+        token_ids = self.tokenizer.encode(prompt).ids
+        if not token_ids:
+            raise ValueError(f"request {request_id!r}: the prompt {prompt!r:.80} has no tokens")
+        return token_ids
 
     def _add(self, request: Request) -> None:
         self._scheduler.add(request)
@@ -419,7 +448,9 @@ class Engine:
         if reason == "stop" or self.tokenizer is None:
             return reason
         if sample not in self._texts:
-            self._texts[sample] = TextStream(self.tokenizer, sample.request.params.stop)
+            self._texts[sample] = TextStream(
+                self.tokenizer, sample.request.params.stop, sample.request.prompt_token_ids
+            )
         text = self._texts[sample]
         text.add(sample.token_ids[-1])
         sample.text = text.text

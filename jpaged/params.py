@@ -53,6 +53,7 @@ class SamplingParams:
                 "finite and at least 0 (0 is greedy)",
             ),
             (self.top_k >= 0, "top_k", "at least 0 (0 keeps every token)"),
+            (self.top_k < 2**31, "top_k", "below 2**31"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (1 keeps every token)"),
             (0 <= self.min_p <= 1, "min_p", "between 0 and 1 (0 keeps every token)"),
             (self.n >= 1, "n", "at least 1"),

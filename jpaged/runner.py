@@ -86,7 +86,7 @@ class ModelRunner:
           vocab_size: of the logits.
           backend: which kernels copy pages.
         """
-        self.params = params
+        self.params = jax.device_put(params, jax.devices()[0])
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
         self.compile_s = 0.0
@@ -95,8 +95,11 @@ class ModelRunner:
         self._pages_per_seq = plan.pages_per_seq
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
-        self._kv_pages = jnp.zeros(plan.shape, plan.dtype)
-        self._tokens = jnp.zeros(max_num_samples, jnp.int32)
+        # All on one device by name: jit compiles anew, without a trace, when an argument goes from
+        # a default placement to the one that an earlier step's result has.
+        device = jax.devices()[0]
+        self._kv_pages = jax.device_put(jnp.zeros(plan.shape, plan.dtype), device)
+        self._tokens = jax.device_put(jnp.zeros(max_num_samples, jnp.int32), device)
 
         def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
             # Slot -1 indexes the last sample, and is then not used.
@@ -115,11 +118,6 @@ class ModelRunner:
         self._top_logprobs = jax.jit(
             self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
         )
-
-    @property
-    def kv_pages_bytes(self) -> int:
-        """Bytes of the page pool."""
-        return self._kv_pages.nbytes
 
     def is_compiled(self, batch: Batch) -> bool:
         """Whether `run` would start at once: a step of this shape ran before."""
@@ -167,11 +165,10 @@ class ModelRunner:
             # A power of two, so that requests that differ a little share a program.
             count = 1 << (batch.num_logprobs - 1).bit_length()
             top = self._top_logprobs(logits, min(count, self._vocab_size))
-        if self.num_compilations == compiled:
-            return StepResult(self._tokens, logprobs, top, batch.num_samples)
         took_s = time.perf_counter() - start
-        self.compile_s += took_s
-        if self._warm:
+        if self.num_compilations > compiled:
+            self.compile_s += took_s
+        if self._warm and self.num_compilations > compiled:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
                 self.num_compilations - compiled,

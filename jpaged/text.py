@@ -17,9 +17,13 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
     if not path.exists():
         return None
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises bare Exception
         raise ValueError(f"{path} is not a readable tokenizer: {e}") from e
+    # What a tokenizer was saved with for training must not cut or pad prompts in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextStream:
@@ -33,16 +37,23 @@ class TextStream:
       stopped: whether a stop string has ended it.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str]):
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        stop: Sequence[str],
+        prompt_token_ids: Sequence[int] = (),
+    ):
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._token_ids: list[int] = []
+        # Some tokenizers drop the space before the first token that they decode: let that be one of
+        # the prompt's.
+        self._token_ids = list(prompt_token_ids[-4:])
         # Tokens before `_read` are in `_decoded`. Decoding starts a little earlier, at `_prefix`,
         # because what a token says can depend on the one before it (a space, for instance).
         self._prefix = 0
-        self._read = 0
+        self._read = len(self._token_ids)
         self._decoded = ""
         self._longest_stop = max(map(len, stop), default=0)
 

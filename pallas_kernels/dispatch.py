@@ -85,6 +85,7 @@ def paged_attention(
         soft_cap=soft_cap,
         kv_scale=kv_scale,
     )
+    validation.check_layer(kv_pages, layer)
     return xla.paged_attention(
         q,
         kv_pages,
@@ -140,6 +141,7 @@ def write_kv(
     validation.check_write(
         kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, kv_scale=kv_scale
     )
+    validation.check_layer(kv_pages, layer)
     return xla.write_kv(
         kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, layer=layer, kv_scale=kv_scale
     )

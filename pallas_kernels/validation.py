@@ -52,6 +52,12 @@ def check_copy(kv_pages, src_page_ids, dst_page_ids) -> None:
         )
 
 
+def check_layer(kv_pages, layer) -> None:
+    """Raises ValueError for a layer that is known at trace time and not in the pool."""
+    if isinstance(layer, int) and not 0 <= layer < kv_pages.shape[0]:
+        raise ValueError(f"layer={layer} is outside the {kv_pages.shape[0]} layers of kv_pages")
+
+
 def check_contents(kv_pages, page_table, kv_lens, cu_q_lens, num_seqs) -> None:
     """Raises ValueError where the index arrays break the contract; for tests and debugging.
 

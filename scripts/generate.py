@@ -52,6 +52,9 @@ _N = flags.DEFINE_integer("n", 1, "Samples to draw from each prompt.")
 _BEAM_WIDTH = flags.DEFINE_integer("beam_width", None, "Beam search; not in this version.")
 _SEED = flags.DEFINE_integer("seed", None, "Makes the run reproducible; None draws a new seed.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a sample; may be repeated.")
+_STOP_TOKEN_IDS = flags.DEFINE_multi_integer(
+    "stop_token_ids", [], "A token that ends a sample; may be repeated."
+)
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end of text.")
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs", None, "Report this many likeliest tokens with each token (--output=json)."
@@ -75,6 +78,7 @@ def main(argv: list[str]) -> None:
             beam_width=_BEAM_WIDTH.value,
             seed=_SEED.value,
             stop=tuple(_STOP.value),
+            stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
             ignore_eos=_IGNORE_EOS.value,
             logprobs=_LOGPROBS.value,
         )
@@ -93,7 +97,7 @@ def main(argv: list[str]) -> None:
         except GenerationInterrupted as e:
             outputs, interrupted = e.outputs, True
         for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
-            _print_output(number, prompt, output)
+            _print_output(engine, number, prompt, output)
     print(_summary(outputs, engine.stats()), file=sys.stderr)
     if interrupted:
         sys.exit(130)
@@ -111,7 +115,7 @@ def _stream(
         _write(_text(prompt))
         for output in stream:
             outputs = [output]
-            text = _completion_text(output, 0)
+            text = _completion_text(engine, output, 0)
             _write(text[shown:])
             shown = len(text)
     except KeyboardInterrupt:
@@ -121,18 +125,20 @@ def _stream(
     return outputs, False
 
 
-def _print_output(number: int, prompt: str | list[int], output: RequestOutput) -> None:
+def _print_output(
+    engine: Engine, number: int, prompt: str | list[int], output: RequestOutput
+) -> None:
     if _OUTPUT.value == "json":
         _write(json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n")
         return
     for index in range(len(output.outputs)):
         _write(f"=== prompt {number}, sample {index + 1}\n")
-        _write(_text(prompt) + _completion_text(output, index) + "\n\n")
+        _write(_text(prompt) + _completion_text(engine, output, index) + "\n\n")
 
 
-def _completion_text(output: RequestOutput, index: int) -> str:
+def _completion_text(engine: Engine, output: RequestOutput, index: int) -> str:
     completion = output.outputs[index]
-    if completion.text or not completion.token_ids:
+    if engine.tokenizer is not None:
         return completion.text
     return "".join(f" {token}" for token in completion.token_ids)
 

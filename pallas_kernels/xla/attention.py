@@ -6,8 +6,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Tokens whose keys and values are gathered at once, whatever the page size: the order of every sum
-# then depends on positions alone.
+# Tokens whose keys and values are gathered at once, for every page size that divides it: the order
+# of every sum then depends on positions alone.
 _KV_BLOCK_TOKENS = 128
 _QUERY_TILE_TOKENS = 32
 # Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.

@@ -114,19 +114,27 @@ def test_bad_input_is_one_line_and_exit_code_2(run, args, message):
     assert done.stdout.strip() in ("", "x")
 
 
+def read_until(pipe, enough):
+    seen = b""
+    while not enough(seen):
+        piece = os.read(pipe.fileno(), 1)
+        assert piece, f"the process ended after {seen.decode()!r}"
+        seen += piece
+    return seen
+
+
 def test_interrupt_prints_what_was_produced(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.generate", "--prompt=Once upon a time", "--ignore_eos",
          "--max_tokens=1000", f"--compilation_cache_dir={tmp_path}"],
         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    first = os.read(process.stdout.fileno(), 16)  # the prompt comes with the first token
-    while b" time " not in first:
-        first += os.read(process.stdout.fileno(), 1)
+    # The prompt comes at once, the first word after it with the first tokens.
+    first = read_until(process.stdout, lambda seen: len(seen) > len("Once upon a time"))
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=120)
     assert process.returncode == 130, err.decode()
-    assert len((first + rest).decode()) > len("Once upon a time ")
+    assert len((first + rest).decode()) > len("Once upon a time")
     assert b"tokens/s" in err and b"Traceback" not in err
 
 
@@ -138,9 +146,8 @@ def test_interrupt_of_many_prints_them_all(tmp_path):
          "--max_tokens=1000", "--output=json", f"--compilation_cache_dir={tmp_path}"],
         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    seen = b""
-    while b"3 running" not in seen:  # the progress bar tells that it generates
-        seen += os.read(process.stderr.fileno(), 1000)
+    # The progress bar tells that it generates.
+    seen = read_until(process.stderr, lambda seen: b"3 running" in seen)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, (seen + err).decode()
