@@ -425,6 +425,26 @@ class TestBookkeeping:
         assert engine.stats().num_unplanned_compilations == 0
         assert not caplog.records
 
+    def test_jax_itself_compiles_nothing_after_warm_up(self, caplog):
+        """The engine counts traces; a new placement of an argument compiles without one."""
+
+        def compilations(engine):
+            caplog.clear()
+            jax.config.update("jax_log_compiles", True)
+            try:
+                engine.generate(prompts_of([20]), SamplingParams(max_tokens=4, seed=1))
+            finally:
+                jax.config.update("jax_log_compiles", False)
+            return [r for r in caplog.records if r.getMessage().startswith("Compiling ")]
+
+        engine = tiny_engine()
+        assert compilations(engine)
+        # Orbax restores to a named device, unlike arrays made by computing.
+        demo = FIXTURES.parent.parent.parent / "models" / "demo"
+        engine = Engine.load(demo, EngineConfig(max_num_seqs=4))
+        engine.warm_up([StepShape(32, 4), StepShape(1, 1)])
+        assert not compilations(engine)
+
     def test_unplanned_compilation_is_logged_with_its_shape(self, caplog):
         engine = tiny_engine()
         engine.warm_up([StepShape(1, 1)])
