@@ -206,8 +206,8 @@ POOL_DTYPES = [
         id="bf16",
         marks=pytest.mark.xfail(
             jax.__version_info__ < (0, 11),
-            reason="the CPU compiler of jax 0.10 converts the whole pool around bfloat16 gathers and "
-            "updates; the engine keeps float32 pages there (docs/decisions.md)",
+            reason="the CPU compiler of jax 0.10 converts the whole pool around bfloat16 "
+            "gathers and updates; the engine keeps float32 pages (docs/decisions.md)",
         ),
     ),
     pytest.param(jnp.int8, id="int8"),
