@@ -144,9 +144,7 @@ class _DecoderModule(nn.Module):
             head = self.param(
                 "lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
             )
-        logits = jax.lax.dot_general(
-            x, head, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        logits = layers.linear(x, head, jnp.float32)
         return logits, kv_pages
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The building blocks of a dense decoder, as Flax Linen modules over a flat axis of tokens."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -16,12 +17,42 @@ from models.config import ModelConfig, RopeScaling
 AttendFn = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
-class Linear(nn.Module):
-    """`x @ weight.T`, the weight stored `[features, in]` as Hugging Face stores it.
+# Up to this many tokens a CPU multiplies weights by activations, and not the other way round.
+_WEIGHTS_FIRST_TOKENS = 256
 
-    Both operands are contracted over their last axis, which the CPU backend runs without a
-    transpose and TPU and GPU compilers lay out as they like (measured: docs/decisions.md).
+
+@functools.partial(jax.jit, static_argnames="dtype")  # traced and lowered once for all layers
+def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`x @ weight.T` for the weight as Hugging Face stores it.
+
+    The CPU's matrix library packs its right operand anew at every call, so that few tokens times
+    many weights cost two to four times as long as the weights times the tokens (measured:
+    docs/decisions.md). The compiler would turn the product round again, but for the barrier.
+
+    Args:
+      x: [tokens, in].
+      weight: [features, in], of the same dtype.
+      dtype: of the result; None takes that of x.
+
+    Returns:
+      [tokens, features].
     """
+    contracted = (((1,), (1,)), ((), ()))
+
+    def tokens_first(x, weight):
+        return jax.lax.dot_general(x, weight, contracted, preferred_element_type=dtype)
+
+    def weights_first(x, weight):
+        product = jax.lax.dot_general(weight, x, contracted, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(product).T
+
+    if x.shape[0] > _WEIGHTS_FIRST_TOKENS:
+        return tokens_first(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=weights_first, default=tokens_first)
+
+
+class Linear(nn.Module):
+    """`linear` with a weight of its own."""
 
     features: int
 
@@ -30,7 +61,7 @@ class Linear(nn.Module):
         weight = self.param(
             "weight", nn.initializers.normal(0.02), (self.features, x.shape[-1]), x.dtype
         )
-        return jax.lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+        return linear(x, weight)
 
 
 class RMSNorm(nn.Module):

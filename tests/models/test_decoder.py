@@ -15,6 +15,7 @@ import safetensors.numpy
 from models import checkpoint
 from models.decoder import Decoder, stack_layers
 from models.inputs import PagedInputs
+from models.layers import linear
 from tests import tolerances
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -23,6 +24,39 @@ ALL = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LLAMA, QWEN = "llama3_rope_hd80_tied", "qwen3_gqa5_hd48_tied"
+
+
+class TestLinear:
+    """Few and many tokens are multiplied in a different order on CPU."""
+
+    @pytest.mark.parametrize("tokens", [1, 16, 256, 257])
+    def test_is_the_product(self, tokens):
+        rng = np.random.default_rng(tokens)
+        x = rng.standard_normal((tokens, 40)).astype(np.float32)
+        weight = rng.standard_normal((24, 40)).astype(np.float32)
+        got = np.asarray(linear(x, weight))
+        want = x.astype(np.float64) @ weight.T.astype(np.float64)
+        # Higham 2002, (3.5), for sums of 40 products in any order.
+        bound = 1.01 * 40 * 2.0**-24 * (np.abs(x) @ np.abs(weight).T)
+        assert (np.abs(got - want) <= bound).all()
+
+    def test_has_the_dtype_that_is_asked_for(self):
+        x, weight = jnp.ones((3, 4), jnp.bfloat16), jnp.full((2, 4), 1.01, jnp.bfloat16)
+        assert linear(x, weight).dtype == jnp.bfloat16
+        assert linear(x, weight, jnp.float32).dtype == jnp.float32
+
+    @pytest.mark.parametrize("platform", ["tpu", "cuda"])
+    def test_other_compilers_choose_the_order_themselves(self, platform):
+        x, weight = jnp.ones((16, 40)), jnp.ones((24, 40))
+        lowered = jax.jit(linear).trace(x, weight).lower(lowering_platforms=(platform,))
+        assert "dot_general" in lowered.as_text()
+        assert "optimization_barrier" not in lowered.as_text()
+
+    def test_can_be_differentiated(self):
+        x, weight = jnp.ones((3, 4)), jnp.arange(8.0).reshape(2, 4)
+        np.testing.assert_array_equal(
+            jax.grad(lambda x: linear(x, weight).sum())(x), np.tile(weight.sum(axis=0), (3, 1))
+        )
 
 
 class NaiveDecoder:
