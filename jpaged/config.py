@@ -21,7 +21,8 @@ class EngineConfig:
         bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
       reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
       deterministic: pads every step to one shape, so that results are the same to the last bit
-        whatever else runs, at the price of speed.
+        whatever else runs, at the price of speed: decode too takes as long as
+        max_num_batched_tokens do.
       scan_layers: scan over the layers (compiles fast) instead of unrolling them (runs fast on
         CPU); None unrolls on CPU alone.
       backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
@@ -31,7 +32,7 @@ class EngineConfig:
     num_pages: int | None = None
     memory_fraction: float = 0.25
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     dtype: str | None = None
     reservation: str = "paged"
