@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_ARGMAX_BLOCK = 128  # columns
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]
 
     tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, chosen - jnp.log(jnp.exp(logits).sum(axis=-1))
 
 
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -81,11 +83,14 @@ def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _first_largest(logits: jax.Array) -> jax.Array:
-    """i32[rows]: argmax as two plain reductions, which CPUs vectorise and argmax they do not."""
-    largest = logits.max(axis=-1, keepdims=True)
-    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    # In range even where a logit is NaN.
-    return jnp.where(logits == largest, columns, logits.shape[-1] - 1).min(axis=-1)
+    """i32[rows]: argmax, first over blocks and then in one: over a whole row it is not vectorised."""
+    blocks = jnp.pad(
+        logits, ((0, 0), (0, -logits.shape[-1] % _ARGMAX_BLOCK)), constant_values=-jnp.inf
+    ).reshape(logits.shape[0], -1, _ARGMAX_BLOCK)
+    block = blocks.max(axis=-1).argmax(axis=-1).astype(jnp.int32)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0].argmax(axis=-1)
+    # In range even where a logit is NaN and the padding the largest.
+    return jnp.minimum(block * _ARGMAX_BLOCK + inside, logits.shape[-1] - 1).astype(jnp.int32)
 
 
 def _token_key(seed: jax.Array, sample_index: jax.Array, position: jax.Array) -> jax.Array:

@@ -135,6 +135,22 @@ class TestGreedy:
     def test_ties_go_to_the_first(self):
         assert draw([[1, 3, 3, 0, 3]], temperature=0)[0] == [1]
 
+    @pytest.mark.parametrize("vocab_size", [127, 128, 129, 1000])
+    def test_ties_go_to_the_first_of_any_block(self, vocab_size):
+        rng = np.random.default_rng(vocab_size)
+        logits = -rng.random((40, vocab_size))  # below the zeros that pad nothing
+        for row in logits:
+            row[rng.choice(vocab_size, 3)] = 0.5 - rng.integers(2)
+        logits[0, [vocab_size - 1]] = 2
+        tokens, logprobs = draw(logits, temperature=0)
+        np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
+        want = np.log([softmax(row)[token] for row, token in zip(logits, tokens, strict=True)])
+        np.testing.assert_allclose(logprobs, want, rtol=1e-5)
+
+    def test_nan_gives_a_token_of_the_vocabulary(self):
+        tokens, _ = draw(np.full((3, 130), np.nan), temperature=0)
+        assert ((tokens >= 0) & (tokens < 130)).all()
+
     def test_beside_rows_that_are_not(self):
         logits = np.random.default_rng(1).standard_normal((40, 37))
         temperature = np.where(np.arange(40) % 2, 5.0, 0.0)
