@@ -83,7 +83,7 @@ def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _first_largest(logits: jax.Array) -> jax.Array:
-    """i32[rows]: argmax, first over blocks and then in one: over a whole row it is not vectorised."""
+    """i32[rows]: argmax, over blocks and then in one: over a whole row it is not vectorised."""
     blocks = jnp.pad(
         logits, ((0, 0), (0, -logits.shape[-1] % _ARGMAX_BLOCK)), constant_values=-jnp.inf
     ).reshape(logits.shape[0], -1, _ARGMAX_BLOCK)
