@@ -108,13 +108,14 @@ class PageTable:
 
         Raises:
           OutOfPagesError: if the pool lacks the pages; then nothing has changed.
-          ValueError: if the sequence would exceed `pages_per_seq`.
+          ValueError: if the sequence would exceed `pages_per_seq`, or `num_tokens` is negative.
         """
-        held, pages = self._num_tokens[seq], self._pages[seq]
-        total = held + num_tokens
-        capacity = len(pages) * self.page_size
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens={num_tokens} must be at least 0")
+        total, pages = self._num_tokens[seq] + num_tokens, self._pages[seq]
         copy_due = num_tokens > 0 and self._copy_due(seq)
-        if total > capacity or copy_due:
+        copies: list[tuple[int, int]] = []
+        if total > len(pages) * self.page_size or copy_due:
             needed = max(-(-total // self.page_size) - len(pages), 0)
             if len(pages) + needed > self.pages_per_seq:
                 raise ValueError(
@@ -122,11 +123,10 @@ class PageTable:
                     f"than the {self.pages_per_seq} of a sequence"
                 )
             new = self.pool.allocate(needed + copy_due)
-            copies = [self._replace_partial_page(seq, new.pop())] if copy_due else []
+            if copy_due:
+                copies.append(self._replace_partial_page(seq, new.pop()))
             self._array[seq, len(pages) : len(pages) + needed] = new
             pages += new
-        else:
-            copies = []
         self._num_tokens[seq] = total
         self._num_live_cells += num_tokens
         return copies

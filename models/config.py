@@ -35,6 +35,15 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
+    def __post_init__(self):
+        if not self.factor >= 1:
+            raise ModelConfigError(f"rope factor={self.factor} must be at least 1")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ModelConfigError(
+                f"rope low_freq_factor={self.low_freq_factor} must be above 0 and below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -98,6 +107,8 @@ class ModelConfig:
             raise ModelConfigError(
                 f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of lanes"
             )
+        if not self.rope_theta > 0:
+            raise ModelConfigError(f"rope_theta={self.rope_theta} must be above 0")
 
     @property
     def num_params(self) -> int:
@@ -199,19 +210,24 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
             raise ModelConfigError(f"config.json has no {hf_name!r}, which {name} needs")
         values[our_name] = _typed(hf_name, value, _TYPES[our_name])
     num_heads = values["num_q_heads"]
-    values["num_kv_heads"] = _typed(
-        "num_key_value_heads", fields.get("num_key_value_heads") or num_heads, int
-    )
-    values["head_dim"] = _typed(
-        "head_dim",
-        fields.get("head_dim") or family.default_head_dim or values["hidden_size"] // num_heads,
-        int,
-    )
+    # Of no heads at all, ModelConfig complains.
+    head_dim = family.default_head_dim or values["hidden_size"] // max(num_heads, 1)
+    for hf_name, our_name, default in (
+        ("num_key_value_heads", "num_kv_heads", num_heads),
+        ("head_dim", "head_dim", head_dim),
+    ):
+        value = default if fields.get(hf_name) is None else fields[hf_name]
+        values[our_name] = _typed(hf_name, value, int)
     # transformers 5 keeps everything rotary in rope_parameters, transformers 4 beside it.
-    rope_field = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = _typed(rope_field, fields.get(rope_field) or {}, dict)
-    theta = rope.get("rope_theta") or fields.get("rope_theta") or 10000.0
-    values["rope_theta"] = _typed("rope_theta", theta, float)
+    given = [field for field in ("rope_parameters", "rope_scaling") if fields.get(field)]
+    if len(given) == 2 and fields["rope_parameters"] != fields["rope_scaling"]:
+        raise ModelConfigError(
+            f"rope_parameters={fields['rope_parameters']!r} and rope_scaling="
+            f"{fields['rope_scaling']!r} contradict each other; keep one of them"
+        )
+    rope = _typed(given[0], fields[given[0]], dict) if given else {}
+    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    values["rope_theta"] = _typed("rope_theta", 10000.0 if theta is None else theta, float)
     values["rope_scaling"] = _rope_scaling(rope)
     if fields.get("bos_token_id") is not None:
         values["bos_token_id"] = _typed("bos_token_id", fields["bos_token_id"], int)

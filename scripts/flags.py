@@ -3,6 +3,7 @@
 
 import dataclasses
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -120,6 +121,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
             _exit_usage(e)
         except KeyboardInterrupt:
             sys.exit(130)
+        except BrokenPipeError:
+            # Whoever read the output, such as `head`, has had enough. What is still buffered must
+            # go somewhere, or Python complains about it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
 
     app.run(guarded, flags_parser=_parse)
 

@@ -176,9 +176,12 @@ def _read_prompts() -> list[str]:
     if path is None and sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
     if path is None or path == "-":
-        name, lines = "standard input", sys.stdin.read().splitlines()
+        name, text = "standard input", sys.stdin.read()
     else:
-        name, lines = path, pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        name, text = path, pathlib.Path(path).read_text(encoding="utf-8")
+    # Not splitlines, which also cuts at form feeds and other separators inside a prompt.
+    text = text.rstrip("\n")
+    lines = text.split("\n") if text else []
     for number, line in enumerate(lines, 1):
         if not line:
             raise ValueError(f"{name}: line {number} is empty; a prompt needs at least a character")

@@ -471,3 +471,12 @@ def test_a_freed_line_is_clean_for_its_next_owner():
     seqs = [table.add() for _ in range(8)]
     assert old in seqs
     assert (table.snapshot(seqs, 8) == NULL_PAGE).all()
+
+
+def test_tokens_are_not_taken_back():
+    table = make_table()
+    seq = table.add()
+    table.append(seq, 3)
+    with pytest.raises(ValueError, match="num_tokens=-1 must be at least 0"):
+        table.append(seq, -1)
+    assert table.num_tokens(seq) == 3

@@ -331,8 +331,8 @@ def configs(draw):
                 RopeScaling,
                 kind=st.just("llama3"),
                 factor=factor,
-                low_freq_factor=factor,
-                high_freq_factor=factor,
+                low_freq_factor=st.floats(0.1, 8, allow_nan=False),
+                high_freq_factor=st.floats(9, 64, allow_nan=False),
                 original_max_position=size,
             ),
         )
@@ -429,7 +429,10 @@ FAULTS = {
     ),
     "old yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_type='yarn'"]),
     "new yarn": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            "rope_scaling": None,
+        },
         ["rope_type='yarn'"],
     ),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope_type='dynamic'"]),
@@ -449,7 +452,10 @@ FAULTS = {
         ["attention_factor", "rope_type='llama3'"],
     ),
     "rope for each kind of layer": (
-        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+        {
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_scaling": None,
+        },
         ["full_attention", "rope_type='default'"],
     ),
     "no heads": ({"num_attention_heads": REMOVED}, ["'num_attention_heads'", "LlamaForCausalLM"]),
@@ -458,6 +464,18 @@ FAULTS = {
     "heads that do not divide": (
         {"num_key_value_heads": 7},
         ["num_q_heads=32", "multiple of num_kv_heads=7"],
+    ),
+    "heads of none": ({"num_attention_heads": 0, "head_dim": None}, ["num_q_heads=0", "least 1"]),
+    "no KV heads": ({"num_key_value_heads": 0}, ["num_kv_heads=0", "at least 1"]),
+    "no theta": ({"rope_theta": 0.0}, ["rope_theta=0.0", "above 0"]),
+    "factor that shrinks": ({"rope_scaling": LLAMA3_ROPE | {"factor": 0.0}}, ["factor=0.0"]),
+    "equal frequency factors": (
+        {"rope_scaling": LLAMA3_ROPE | {"low_freq_factor": 4.0}},
+        ["low_freq_factor=4.0", "below high_freq_factor=4.0"],
+    ),
+    "two kinds of rope": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        ["rope_parameters=", "rope_scaling=", "contradict"],
     ),
     "odd head_dim": ({"head_dim": 63}, ["head_dim=63", "even"]),
     "text for a number": ({"hidden_size": "4096"}, ["hidden_size", "'4096'"]),

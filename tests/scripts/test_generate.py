@@ -72,6 +72,26 @@ def test_standard_input_and_stop_string(run):
     assert "." not in done.stdout
 
 
+def test_a_form_feed_is_part_of_a_prompt(run):
+    done = run("--max_tokens=1", "--output=json", stdin="The old\x0cfisherman\n\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback(tmp_path):
+    command = [
+        sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={tmp_path}",
+        "--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1",
+    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert b"Traceback" not in errors and b"BrokenPipe" not in errors
+
+
 def test_model_without_tokenizer_takes_token_ids(run):
     expected = json.loads((HF_CASE / "expected.json").read_text())
     prompt, continuation = expected["prompts"][3], expected["continuations"][3]
