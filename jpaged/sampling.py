@@ -65,6 +65,7 @@ def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]
 
     tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    # No logsumexp: the largest is 0 already.
     return tokens, chosen - jnp.log(jnp.exp(logits).sum(axis=-1))
 
 
@@ -83,14 +84,14 @@ def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _first_largest(logits: jax.Array) -> jax.Array:
-    """i32[rows]: argmax, over blocks and then in one: over a whole row it is not vectorised."""
+    """i32[rows]: argmax, in the block with the largest: over a whole row it is not vectorised."""
     blocks = jnp.pad(
         logits, ((0, 0), (0, -logits.shape[-1] % _ARGMAX_BLOCK)), constant_values=-jnp.inf
     ).reshape(logits.shape[0], -1, _ARGMAX_BLOCK)
     block = blocks.max(axis=-1).argmax(axis=-1).astype(jnp.int32)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0].argmax(axis=-1)
-    # In range even where a logit is NaN and the padding the largest.
-    return jnp.minimum(block * _ARGMAX_BLOCK + inside, logits.shape[-1] - 1).astype(jnp.int32)
+    # Never padding: it comes last in its block, and the first of equals is taken.
+    return (block * _ARGMAX_BLOCK + inside).astype(jnp.int32)
 
 
 def _token_key(seed: jax.Array, sample_index: jax.Array, position: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import typing
 from typing import Any
@@ -36,9 +37,15 @@ class RopeScaling:
     original_max_position: int = 8192
 
     def __post_init__(self):
-        if not self.factor >= 1:
-            raise ModelConfigError(f"rope factor={self.factor} must be at least 1")
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+        if self.kind not in ("linear", "llama3"):
+            raise ModelConfigError(f"rope kind={self.kind!r} must be 'linear' or 'llama3'")
+        if not 1 <= self.factor < math.inf:
+            raise ModelConfigError(f"rope factor={self.factor} must be finite and at least 1")
+        if self.original_max_position < 1:
+            raise ModelConfigError(
+                f"rope original_max_position={self.original_max_position} must be at least 1"
+            )
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ModelConfigError(
                 f"rope low_freq_factor={self.low_freq_factor} must be above 0 and below "
                 f"high_freq_factor={self.high_freq_factor}"
@@ -107,8 +114,12 @@ class ModelConfig:
             raise ModelConfigError(
                 f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs of lanes"
             )
-        if not self.rope_theta > 0:
-            raise ModelConfigError(f"rope_theta={self.rope_theta} must be above 0")
+        if not 0 < self.rope_theta < math.inf:
+            raise ModelConfigError(f"rope_theta={self.rope_theta} must be finite and above 0")
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ModelConfigError(
+                f"rms_norm_eps={self.rms_norm_eps} must be finite and at least 0"
+            )
 
     @property
     def num_params(self) -> int:
@@ -165,6 +176,7 @@ _FIELDS: tuple[tuple[str, str, Any], ...] = (
     ("max_position_embeddings", "max_position_embeddings", 2048),
 )
 _TYPES = typing.get_type_hints(ModelConfig)
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 # Fields that `config_from_hf` reads by hand below.
 _DERIVED_FIELDS = frozenset(
     {
@@ -218,17 +230,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     ):
         value = default if fields.get(hf_name) is None else fields[hf_name]
         values[our_name] = _typed(hf_name, value, int)
-    # transformers 5 keeps everything rotary in rope_parameters, transformers 4 beside it.
-    given = [field for field in ("rope_parameters", "rope_scaling") if fields.get(field)]
-    if len(given) == 2 and fields["rope_parameters"] != fields["rope_scaling"]:
-        raise ModelConfigError(
-            f"rope_parameters={fields['rope_parameters']!r} and rope_scaling="
-            f"{fields['rope_scaling']!r} contradict each other; keep one of them"
-        )
-    rope = _typed(given[0], fields[given[0]], dict) if given else {}
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    values["rope_theta"] = _typed("rope_theta", 10000.0 if theta is None else theta, float)
-    values["rope_scaling"] = _rope_scaling(rope)
+    values |= _rope(fields)
     if fields.get("bos_token_id") is not None:
         values["bos_token_id"] = _typed("bos_token_id", fields["bos_token_id"], int)
     values["eos_token_ids"] = _eos_token_ids(fields.get("eos_token_id"))
@@ -301,6 +303,25 @@ def _check_fields(name: str, family: Family, fields: dict[str, Any]) -> None:
         )
 
 
+def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling: transformers 5 keeps all in rope_parameters, 4 beside it."""
+    places = [_typed(field, fields[field], dict) for field in _ROPE_FIELDS if fields.get(field)]
+    scalings = [_rope_scaling(place) for place in places]
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise ModelConfigError(
+            f"rope_parameters={places[0]!r} and rope_scaling={places[1]!r} contradict each other; "
+            "keep one of them"
+        )
+    given = [place.get("rope_theta") for place in (*places, fields)]
+    thetas = {_typed("rope_theta", theta, float) for theta in given if theta is not None}
+    if len(thetas) > 1:
+        raise ModelConfigError(f"rope_theta is given as {sorted(thetas)}; keep one of them")
+    return {
+        "rope_theta": thetas.pop() if thetas else 10000.0,
+        "rope_scaling": scalings[0] if scalings else None,
+    }
+
+
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     read = {"rope_type", "type", "rope_theta"}
@@ -320,7 +341,11 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
                 factor=number("factor"),
                 low_freq_factor=number("low_freq_factor"),
                 high_freq_factor=number("high_freq_factor"),
-                original_max_position=int(number("original_max_position_embeddings")),
+                original_max_position=_typed(
+                    f"rope_type={kind!r}: original_max_position_embeddings",
+                    rope["original_max_position_embeddings"],
+                    int,
+                ),
             )
             read |= {
                 "factor",

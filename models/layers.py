@@ -25,9 +25,10 @@ _WEIGHTS_FIRST_TOKENS = 256
 def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """`x @ weight.T` for the weight as Hugging Face stores it.
 
-    The CPU's matrix library packs its right operand anew at every call, so that few tokens times
-    many weights cost two to four times as long as the weights times the tokens (measured:
-    docs/decisions.md). The compiler would turn the product round again, but for the barrier.
+    The CPU's matrix library packs its right operand anew at every call. With few tokens that is
+    most of the work when the weights are on the right: weights first take as long, or down to a
+    quarter (float32, docs/decisions.md). The compiler would turn the product round again, but for
+    the barrier.
 
     Args:
       x: [tokens, in].

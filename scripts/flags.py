@@ -106,6 +106,8 @@ def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pat
 def run(main: Callable[[list[str]], Any]) -> None:
     """Runs `main` like `app.run`; bad usage ends with one line and code 2, Ctrl-C with 130.
 
+    Where nobody reads standard output any more, it ends quietly with 141.
+
     Only warnings are logged, unless --verbosity asks for more.
 
     Args:
@@ -116,7 +118,9 @@ def run(main: Callable[[list[str]], Any]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
         except app.UsageError as e:
             _exit_usage(e)
         except KeyboardInterrupt:

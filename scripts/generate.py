@@ -205,6 +205,8 @@ def _usage_errors() -> Iterator[None]:
     """Turns the library's refusals into one line for people."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # no fault of the usage: see `scripts.flags.run`
     except (ValueError, OSError) as e:
         raise app.UsageError(str(e)) from e
 

@@ -147,9 +147,15 @@ class TestGreedy:
         want = np.log([softmax(row)[token] for row, token in zip(logits, tokens, strict=True)])
         np.testing.assert_allclose(logprobs, want, rtol=1e-5)
 
-    def test_nan_gives_a_token_of_the_vocabulary(self):
-        tokens, _ = draw(np.full((3, 130), np.nan), temperature=0)
+    @pytest.mark.parametrize("number", [np.nan, -np.inf])
+    def test_whatever_the_logits_the_token_is_of_the_vocabulary(self, number):
+        logits = np.full((4, 130), number)
+        logits[1, 129], logits[2, 3] = 1, np.inf
+        logits[3], logits[3, 129] = 0, np.nan
+        tokens, _ = draw(logits, temperature=0)
         assert ((tokens >= 0) & (tokens < 130)).all()
+        if number == -np.inf:
+            assert tokens[1] == 129 and sampling._first_largest(jnp.asarray(logits))[2] == 3
 
     def test_beside_rows_that_are_not(self):
         logits = np.random.default_rng(1).standard_normal((40, 37))

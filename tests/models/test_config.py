@@ -2,6 +2,7 @@
 """config.json in and out, beside numbers written down by hand."""
 
 import json
+import math
 import pathlib
 import re
 
@@ -388,6 +389,10 @@ class TestDefaults:
         assert config_from_hf(fields | {"eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
         assert config_from_hf(fields | {"eos_token_id": 0}).eos_token_ids == (0,)
 
+    def test_rope_written_both_ways(self):
+        both = LLAMA_3_1_8B | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": None}}
+        assert config_from_hf(both) == config_from_hf(LLAMA_3_1_8B)
+
     def test_rope_scaling_in_its_oldest_form(self):
         config = config_from_hf(LLAMA_2_7B | {"rope_scaling": {"type": "linear", "factor": 4}})
         assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
@@ -474,9 +479,23 @@ FAULTS = {
         ["low_freq_factor=4.0", "below high_freq_factor=4.0"],
     ),
     "two kinds of rope": (
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
         ["rope_parameters=", "rope_scaling=", "contradict"],
     ),
+    "two thetas": (
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 1e4}, "rope_theta": 2e4},
+        ["rope_theta", "[10000.0, 20000.0]"],
+    ),
+    "infinite factor": ({"rope_scaling": LLAMA3_ROPE | {"factor": math.inf}}, ["factor=inf"]),
+    "half a token": (
+        {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 8192.5}},
+        ["original_max_position_embeddings=8192.5", "int"],
+    ),
+    "context of none": (
+        {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 0}},
+        ["original_max_position=0", "at least 1"],
+    ),
+    "no number for eps": ({"rms_norm_eps": math.nan}, ["rms_norm_eps=nan"]),
     "odd head_dim": ({"head_dim": 63}, ["head_dim=63", "even"]),
     "text for a number": ({"hidden_size": "4096"}, ["hidden_size", "'4096'"]),
     "text for a stop token": ({"eos_token_id": "2"}, ["eos_token_id", "'2'"]),

@@ -52,6 +52,24 @@ class TestLinear:
         assert "dot_general" in lowered.as_text()
         assert "optimization_barrier" not in lowered.as_text()
 
+    @pytest.mark.parametrize("tokens", [256, 257])
+    def test_a_cpu_keeps_the_order_for_few_tokens(self, tokens):
+        lowered = jax.jit(linear).lower(jnp.ones((tokens, 40)), jnp.ones((24, 40)))
+        assert ("optimization_barrier" in lowered.as_text()) == (tokens == 256)
+
+    @pytest.mark.parametrize("tokens", [16, 64, 256, 512])
+    @pytest.mark.parametrize("sizes", [(576, 1536), (1536, 576)])
+    def test_tokens_do_not_influence_each_other(self, tokens, sizes):
+        """Deterministic engines rest on it: the bits follow a token wherever it stands."""
+        rng = np.random.default_rng(tokens)
+        x = rng.standard_normal((tokens, sizes[1])).astype(np.float32)
+        weight = rng.standard_normal(sizes).astype(np.float32)
+        order = rng.permutation(tokens)
+        others = np.where(np.arange(tokens)[:, None] % 2, x, 1e3)
+        whole = np.asarray(linear(x, weight))
+        np.testing.assert_array_equal(linear(x[order], weight), whole[order])
+        np.testing.assert_array_equal(linear(others, weight)[1::2], whole[1::2])
+
     def test_can_be_differentiated(self):
         x, weight = jnp.ones((3, 4)), jnp.arange(8.0).reshape(2, 4)
         np.testing.assert_array_equal(

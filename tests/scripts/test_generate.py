@@ -78,13 +78,28 @@ def test_a_form_feed_is_part_of_a_prompt(run):
     assert len(done.stdout.splitlines()) == 1
 
 
+# A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
+WITH_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, "-m", "scripts.generate", *sys.argv[1:]])
+"""
+
+
+def start(*args):
+    """Starts generate as from a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-c", WITH_CTRL_C, *args],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 def test_a_reader_that_leaves_early_causes_no_traceback(tmp_path):
-    command = [
-        sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={tmp_path}",
-        "--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1",
-    ]  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+    cache = f"--compilation_cache_dir={tmp_path}"
+    with start("--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1", cache) as process:
         process.stdout.read(10)
         process.stdout.close()
         errors = process.stderr.read()
@@ -144,11 +159,12 @@ def read_until(pipe, enough):
 
 
 def test_interrupt_prints_what_was_produced(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.generate", "--prompt=Once upon a time", "--ignore_eos",
-         "--max_tokens=1000", f"--compilation_cache_dir={tmp_path}"],
-        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start(
+        "--prompt=Once upon a time",
+        "--ignore_eos",
+        "--max_tokens=1000",
+        f"--compilation_cache_dir={tmp_path}",
+    )
     # The prompt comes at once, the first word after it with the first tokens.
     first = read_until(process.stdout, lambda seen: len(seen) > len("Once upon a time"))
     process.send_signal(signal.SIGINT)
@@ -161,11 +177,13 @@ def test_interrupt_prints_what_was_produced(tmp_path):
 def test_interrupt_of_many_prints_them_all(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Once upon a time\n" * 3)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.generate", f"--prompts_file={prompts}", "--ignore_eos",
-         "--max_tokens=1000", "--output=json", f"--compilation_cache_dir={tmp_path}"],
-        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start(
+        f"--prompts_file={prompts}",
+        "--ignore_eos",
+        "--max_tokens=1000",
+        "--output=json",
+        f"--compilation_cache_dir={tmp_path}",
+    )
     # The progress bar tells that it generates.
     seen = read_until(process.stderr, lambda seen: b"3 running" in seen)
     process.send_signal(signal.SIGINT)
