@@ -5,6 +5,7 @@ Every number of a pool starts out different from its neighbours, most as NaNs of
 a cell that was moved or taken from another shows even where nothing should have been written.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -16,7 +17,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import reference
-from tests.pallas_kernels.cases import make_case
+from pallas_kernels.conformance import make_case, poisoned_pool, written_pool
 
 WRITES = {
     "reference": reference.write_kv,
@@ -38,32 +39,9 @@ def bits_of(array):
     return array.view(BITS[array.dtype.itemsize])
 
 
-def poisoned(shape, dtype=np.float32):
-    """A pool whose numbers differ from their neighbours in their bits, NaN wherever that can be."""
-    count = np.arange(np.prod(shape), dtype=np.int64)
-    if dtype == ml_dtypes.bfloat16:
-        # XLA keeps no payload of a bfloat16 NaN: every third number is the plain one.
-        bits = np.where(count % 3 == 0, 0x7FC0, 0x3000 + count * 7919 % 0x2FFF)
-    else:
-        nan, free = {2: (0x7E00, 9), 4: (0x7FC00000, 22)}[np.dtype(dtype).itemsize]
-        bits = nan + count * 7919 % (2**free - 1)
-    return bits.astype(BITS[np.dtype(dtype).itemsize]).reshape(shape).view(dtype)
-
-
 def written(case, pool, layer):
-    """What the pool should become: one cell at a time."""
-    want = pool.copy()
-    page_size, head_dim = pool.shape[3], case.k.shape[2]
-    for row in range(int(case.num_seqs[0])):
-        start, end = case.cu_q_lens[row : row + 2]
-        for token in range(start, end):
-            position = case.kv_lens[row] - (end - token)
-            page, slot = case.page_table[row, position // page_size], position % page_size
-            for head in range(pool.shape[2]):
-                cell = want[layer, page, head, slot]
-                cell[:head_dim] = case.k[token, head].astype(pool.dtype)
-                cell[head_dim : 2 * head_dim] = case.v[token, head].astype(pool.dtype)
-    return want
+    """What the pool should become."""
+    return written_pool(dataclasses.replace(case, layer=layer), pool)
 
 
 def run_write(implementation, case, pool, layer, *, traced=True, dtype=jnp.float32):
@@ -86,7 +64,7 @@ class TestWrite:
     )
     def test_writes_its_cells_and_no_other(self, implementation, lens, page_size):
         case = make_case(lens, page_size=page_size, num_kv_heads=3, num_q_heads=3, written=False)
-        pool = poisoned(case.kv_pages.shape)
+        pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, layer=1)
         np.testing.assert_array_equal(bits_of(out), bits_of(written(case, pool, 1)))
         # The oracle itself wrote what the case is about, and no NaN of a padding token.
@@ -98,13 +76,13 @@ class TestWrite:
     @pytest.mark.parametrize("layer", [0, 1, 2])
     def test_writes_one_layer(self, implementation, layer, traced):
         case = make_case(MIXED, num_layers=3)
-        pool = poisoned(case.kv_pages.shape)
+        pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, layer, traced=traced)
         np.testing.assert_array_equal(bits_of(out), bits_of(written(case, pool, layer)))
 
     def test_lanes_past_the_values_stay(self, implementation):
         case = make_case(MIXED, lane_padding=24)
-        pool = poisoned(case.kv_pages.shape)
+        pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, 1)
         np.testing.assert_array_equal(bits_of(out), bits_of(written(case, pool, 1)))
         np.testing.assert_array_equal(bits_of(out)[..., 32:], bits_of(pool)[..., 32:])
@@ -113,14 +91,14 @@ class TestWrite:
     def test_bfloat16_pool(self, implementation, dtype):
         """New keys and values are rounded to nearest, or kept where they have the pool's dtype."""
         case = make_case(MIXED, dtype=dtype)
-        pool = poisoned(case.kv_pages.shape, ml_dtypes.bfloat16)
+        pool = poisoned_pool(case.kv_pages.shape, ml_dtypes.bfloat16)
         out = run_write(implementation, case, pool, 1, dtype=dtype)
         np.testing.assert_array_equal(bits_of(out), bits_of(written(case, pool, 1)))
 
     def test_no_live_row_changes_nothing(self, implementation):
         case = make_case(MIXED)
         case.num_seqs[0] = 0
-        pool = poisoned(case.kv_pages.shape)
+        pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, 1)
         np.testing.assert_array_equal(bits_of(out), bits_of(pool))
 
@@ -131,13 +109,13 @@ class TestWrite:
             case.page_table[row, -(-kv_len // 4) :] = 10**6
         case.page_table[len(MIXED) :] = -(10**6)
         case.kv_lens[len(MIXED) :] = 10**8
-        pool = poisoned(case.kv_pages.shape)
+        pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, 1)
         np.testing.assert_array_equal(bits_of(out), bits_of(written(case, pool, 1)))
 
     def test_same_cells_in_a_donated_pool(self, implementation):
         case = make_case(PREFILL)
-        pool = poisoned(case.kv_pages.shape)
+        pool = poisoned_pool(case.kv_pages.shape)
         want = written(case, pool, 1)
         donated = jnp.array(pool)
         write = jax.jit(functools.partial(WRITES[implementation], layer=1), donate_argnums=0)
@@ -187,7 +165,7 @@ def jitted_copy(implementation, donate):
     ids=str,
 )
 def test_copy_reads_every_source_before_it_writes(implementation, dtype, pairs):
-    pool = poisoned((3, 7, 2, 4, 10), dtype)
+    pool = poisoned_pool((3, 7, 2, 4, 10), dtype)
     want = pool.copy()
     for layer in range(3):
         for src, dst in pairs:
@@ -287,7 +265,7 @@ class TestNothingCopiesThePool:
 
 def test_undonated_pool_is_left_alone():
     case = make_case(MIXED)
-    pool = poisoned(case.kv_pages.shape)
+    pool = poisoned_pool(case.kv_pages.shape)
     kept = jnp.array(pool)
     write = functools.partial(pallas_kernels.write_kv, layer=1, backend="xla")
     jax.jit(write)(kept, jnp.asarray(case.k), jnp.asarray(case.v), *case.index)

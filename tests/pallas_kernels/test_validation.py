@@ -11,7 +11,7 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels import dispatch, validation
-from tests.pallas_kernels.cases import make_case
+from pallas_kernels.conformance import make_case
 
 
 def array(shape, dtype=jnp.float32):

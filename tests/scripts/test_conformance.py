@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/conformance.py as a user runs it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.conformance", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_our_own_functions_pass():
+    done = run("--backend=xla", "--only=9 query heads")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["passed"], report["failed"], report["refused"]) == (3, 0, 0)
+    assert {r["function"] for r in report["results"]} == {
+        "paged_attention",
+        "write_kv",
+        "copy_pages",
+    }
+
+
+def test_a_stranger_that_fails():
+    fault = "tests.pallas_kernels.test_conformance:widens_the_window"
+    done = run(f"--paged_attention={fault}", "--only=sliding_window 16")
+    assert done.returncode == 1, done.stderr
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert result["status"] == "failed" and "numbers are wrong" in result["detail"]
+    assert result["detail"] in done.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--only=nothing"], "--only='nothing' is in no case's name"),
+        (["--write_kv=no_such_module:f"], "--write_kv='no_such_module:f' must be an importable"),
+        (["--write_kv=math:pi"], "is a float, no function"),
+        (["--write_kv=json:dumps", "--backend=xla"], "leave it out"),
+        (["x"], "unexpected arguments"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args, message):
+    done = run(*args)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
