@@ -86,7 +86,10 @@ class ModelRunner:
           vocab_size: of the logits.
           backend: which kernels copy pages.
         """
-        self.params = jax.device_put(params, jax.devices()[0])
+        # All on one device by name: jit compiles anew, without a trace, when an argument goes from
+        # a default placement to the one that an earlier step's result has.
+        device = jax.devices()[0]
+        self.params = jax.device_put(params, device)
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
         self.compile_s = 0.0
@@ -95,9 +98,6 @@ class ModelRunner:
         self._pages_per_seq = plan.pages_per_seq
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
-        # All on one device by name: jit compiles anew, without a trace, when an argument goes from
-        # a default placement to the one that an earlier step's result has.
-        device = jax.devices()[0]
         self._kv_pages = jax.device_put(jnp.zeros(plan.shape, plan.dtype), device)
         self._tokens = jax.device_put(jnp.zeros(max_num_samples, jnp.int32), device)
 

@@ -49,27 +49,17 @@ def misses_the_newest_token(q, pool, table, kv_lens, cu, num_seqs, options):
     return q, pool, table, jnp.maximum(kv_lens - 1, 1), cu, num_seqs
 
 
-@attention_fault
-def ignores_the_window(q, pool, table, kv_lens, cu, num_seqs, options):
-    options["sliding_window"] = None
-    return q, pool, table, kv_lens, cu, num_seqs
+def ignores(option):
+    def attend(*args, **options):
+        return reference.paged_attention(*args, **options | {option: None})
+
+    attend.__name__ = f"ignores_{option}"
+    return attend
 
 
 @attention_fault
 def widens_the_window(q, pool, table, kv_lens, cu, num_seqs, options):
     options["sliding_window"] += 1
-    return q, pool, table, kv_lens, cu, num_seqs
-
-
-@attention_fault
-def ignores_the_cap(q, pool, table, kv_lens, cu, num_seqs, options):
-    options["soft_cap"] = None
-    return q, pool, table, kv_lens, cu, num_seqs
-
-
-@attention_fault
-def ignores_the_scales(q, pool, table, kv_lens, cu, num_seqs, options):
-    options["kv_scale"] = None
     return q, pool, table, kv_lens, cu, num_seqs
 
 
@@ -110,10 +100,10 @@ def gives_float32(q, pool, *index, **options):
     [
         (sees_a_token_too_many, "decode around page boundaries"),
         (misses_the_newest_token, "prefill, page_size 16"),
-        (ignores_the_window, "sliding_window 129"),
+        (ignores("sliding_window"), "sliding_window 129"),
         (widens_the_window, "sliding_window 16"),
-        (ignores_the_cap, "soft_cap and sm_scale"),
-        (ignores_the_scales, "int8 pages"),
+        (ignores("soft_cap"), "soft_cap and sm_scale"),
+        (ignores("kv_scale"), "int8 pages"),
         (reads_the_layer_below, "decode without padding"),
         (sorts_the_pages, "mixed, page_size 16"),
         (rounds_queries_to_bfloat16, "decode, page_size 16"),

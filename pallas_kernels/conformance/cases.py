@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What implementations are called with: cases that a wrong kernel cannot pass by luck."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import kv_pages_shape
+
+
+@dataclasses.dataclass
+class Case:
+    """Arguments of the kernels as NumPy arrays, with each sequence's dense keys and values.
+
+    Attributes:
+      q, k, v, kv_pages: float32, of numbers that `dtype` and `kv_dtype` represent exactly.
+      page_table, kv_lens, cu_q_lens, num_seqs, layer: as in `pallas_kernels.paged_attention`.
+      dense: keys and values of each live row, [kv_len, num_kv_heads, head_dim], what the stored
+        numbers stand for.
+      dtype: of queries, and of new keys and values.
+      kv_dtype: of the pool.
+      options: sm_scale, sliding_window, soft_cap and kv_scale where they are not the default.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    kv_pages: np.ndarray
+    page_table: np.ndarray
+    kv_lens: np.ndarray
+    cu_q_lens: np.ndarray
+    num_seqs: np.ndarray
+    layer: int
+    dense: list[tuple[np.ndarray, np.ndarray]]
+    dtype: Any = np.float32
+    kv_dtype: Any = np.float32
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def index(self) -> tuple[jax.Array, ...]:
+        """The index arrays, in the order in which every kernel takes them."""
+        arrays = (self.page_table, self.kv_lens, self.cu_q_lens, self.num_seqs)
+        return tuple(jnp.asarray(array) for array in arrays)
+
+
+def make_case(
+    lens: list[tuple[int, int]],
+    *,
+    num_q_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    page_size: int = 4,
+    num_layers: int = 2,
+    layer: int = 1,
+    pad_rows: int = 2,
+    pad_tokens: int = 3,
+    pad_pages: int = 3,
+    lane_padding: int | None = 0,
+    dtype: Any = np.float32,
+    kv_dtype: Any = None,
+    written: bool = True,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """Builds a case of rows `(q_len, kv_len)`.
+
+    Args:
+      lens: queries and tokens of each live row.
+      num_q_heads: query heads.
+      num_kv_heads: KV heads.
+      head_dim: lanes of a key.
+      page_size: tokens a page holds.
+      num_layers: layers of the pool.
+      layer: the one that is used; the others are poisoned whole.
+      pad_rows: rows past the live ones.
+      pad_tokens: tokens past the live ones.
+      pad_pages: columns of the table past the longest sequence.
+      lane_padding: lanes of a cell past the values; None takes as many as a TPU's pool has.
+      dtype: see `Case`.
+      kv_dtype: see `Case`; dtype by default.
+      written: whether this step's cells are filled.
+      seed: of everything drawn.
+      **options: see `Case`.
+    """
+    rng = np.random.default_rng(seed)
+    kv_dtype = np.dtype(dtype if kv_dtype is None else kv_dtype)
+    key_scale, value_scale = options.get("kv_scale", (1.0, 1.0))
+    integers = jnp.iinfo(kv_dtype) if jnp.issubdtype(kv_dtype, jnp.integer) else None
+    poison = integers.max if integers else np.nan
+    pages_per_seq = max(-(-kv_len // page_size) for _, kv_len in lens) + pad_pages
+    owned = [-(-kv_len // page_size) for _, kv_len in lens]
+    num_pages = 1 + sum(owned) + 5
+    free = list(rng.permutation(np.arange(1, num_pages)))
+    sizes = (num_layers, num_pages, num_kv_heads, page_size, head_dim)
+    if lane_padding is None:
+        shape = kv_pages_shape(*sizes, backend="tpu")
+    else:
+        shape = (*sizes[:4], 2 * head_dim + lane_padding)
+    kv_pages = np.full(shape, poison, np.float32)
+    rows = len(lens) + pad_rows
+    # Padding entries point at pages that other sequences own, or at the null page.
+    page_table = rng.integers(0, num_pages, (rows, pages_per_seq)).astype(np.int32)
+    num_tokens = sum(q_len for q_len, _ in lens) + pad_tokens
+
+    def draw(*shape):
+        return np.array(jnp.asarray(rng.standard_normal(shape), dtype), np.float32)
+
+    def stored(numbers, scale):
+        scaled = numbers / np.float32(scale)
+        if integers:
+            return np.clip(np.round(scaled), integers.min, integers.max)
+        return scaled.astype(kv_dtype).astype(np.float32)
+
+    q = draw(num_tokens, num_q_heads, head_dim)
+    k = np.full((num_tokens, num_kv_heads, head_dim), np.nan, np.float32)
+    v = np.full_like(k, np.nan)
+    cu_q_lens = [0]
+    dense = []
+    for row, (q_len, kv_len) in enumerate(lens):
+        keys, values = draw(kv_len, num_kv_heads, head_dim), draw(kv_len, num_kv_heads, head_dim)
+        start, cu = cu_q_lens[-1], cu_q_lens[-1] + q_len
+        k[start:cu], v[start:cu] = keys[kv_len - q_len :], values[kv_len - q_len :]
+        cu_q_lens.append(cu)
+        keys, values = stored(keys, key_scale), stored(values, value_scale)
+        dense.append((keys * np.float64(key_scale), values * np.float64(value_scale)))
+        ids = [free.pop() for _ in range(owned[row])]
+        page_table[row, : len(ids)] = ids
+        positions = np.arange(kv_len if written else kv_len - q_len)
+        at = (layer, np.array(ids, int)[positions // page_size], slice(None), positions % page_size)
+        cells = kv_pages[at]
+        cells[..., :head_dim] = keys[: len(positions)]
+        cells[..., head_dim : 2 * head_dim] = values[: len(positions)]
+        kv_pages[at] = cells
+    q[cu_q_lens[-1] :] = np.nan
+    return Case(
+        q=q,
+        k=k,
+        v=v,
+        kv_pages=kv_pages,
+        page_table=page_table,
+        kv_lens=np.array([kv_len for _, kv_len in lens] + [7] * pad_rows, np.int32),
+        cu_q_lens=np.array(cu_q_lens + [cu_q_lens[-1]] * pad_rows, np.int32),
+        num_seqs=np.array([len(lens)], np.int32),
+        layer=layer,
+        dense=dense,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        options=options,
+    )
+
+
+def poisoned_pool(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """A pool whose numbers differ from their neighbours in their bits, NaN wherever that can be.
+
+    Comparing bits then shows a cell that was moved or taken from another.
+    """
+    dtype = np.dtype(dtype)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    count = np.arange(np.prod(shape), dtype=np.int64)
+    if dtype == jnp.bfloat16:
+        # XLA keeps no payload of a bfloat16 NaN: every third number is the plain one.
+        bits = np.where(count % 3 == 0, 0x7FC0, 0x3000 + count * 7919 % 0x2FFF)
+    elif dtype.itemsize == 1:
+        bits = count * 89 % 113  # no two neighbours equal, and finite in every 8-bit format
+    else:
+        nan, free = {2: (0x7E00, 9), 4: (0x7FC00000, 22)}[dtype.itemsize]
+        bits = nan + count * 7919 % (2**free - 1)
+    return bits.astype(unsigned).reshape(shape).view(dtype)
