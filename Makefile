@@ -28,6 +28,10 @@ MADE := $(VENV)/.made-py$(PYVER)
 RUN := $(VENV)/.run-py$(PYVER)
 TEST := $(VENV)/.test-py$(PYVER)
 DEV := $(VENV)/.dev-py$(PYVER)
+# The TPU compiler, in a folder of its own: installed as a package, it would complain at every start
+# on a machine without a TPU. Tests and reports find it by libtpu's own variable.
+LIBTPU := $(VENV)/libtpu/.made-py$(PYVER)
+export TPU_LIBRARY_PATH ?= $(wildcard $(VENV)/libtpu/libtpu/libtpu.so)
 
 , := ,
 WITH := $(if $(CONSTRAINTS),with $(CONSTRAINTS),WITHOUT constraints (no constraints/py$(PYVER).txt))
@@ -43,7 +47,7 @@ endef
 # Two pips must not write into one environment at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help generate test lint types format bench demo constraints clean
+.PHONY: help generate test lint types format bench demo constraints clean libtpu
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +75,8 @@ bench: $(RUN) ## Measure throughput and cache use (BENCH_ARGS=)
 demo: $(DEV) ## Train the shipped checkpoint anew (DEMO_ARGS=)
 	$(BIN)/python -m scripts.train_demo $(DEMO_ARGS)
 
+libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
+
 # In an environment of its own, so that nothing installed by hand gets into the file.
 constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at a version)
 	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
@@ -96,6 +102,15 @@ $(MADE):
 
 $(RUN): $(MADE) $(INPUTS)
 	$(call install,)
+	@touch $@
+
+$(LIBTPU): $(RUN)
+	@echo "make: installing the libtpu of this jax into $(VENV)/libtpu"
+	@rm -rf $(VENV)/libtpu
+	@$(BIN)/python -c 'import importlib.metadata as m; \
+	  print(*(r.partition(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))' \
+	  | xargs $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+	  --target $(VENV)/libtpu
 	@touch $@
 
 $(TEST): $(MADE) $(INPUTS)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the backend of each public function; never falls back in silence."""
 
+import importlib
+from types import ModuleType
+
 import jax
 
-from pallas_kernels import validation, xla
+from pallas_kernels import validation
 
 BACKENDS = ("tpu", "gpu", "xla")
 _BACKEND_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
@@ -13,19 +16,26 @@ def resolve_backend(backend: str | None) -> str:
     """Returns the backend to use: as asked, or that of JAX's default device.
 
     Raises:
-      ValueError: for a name that is no backend, or a backend that has no kernels yet.
+      ValueError: for a name that is no backend, or a backend that cannot be used here.
     """
     asked = backend if backend is not None else _BACKEND_OF_PLATFORM.get(jax.default_backend())
     if asked not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} on platform {jax.default_backend()!r}: choose one of {BACKENDS}"
         )
-    if asked != "xla":
+    if asked == "gpu":
         raise ValueError(
             f"backend {asked!r} has no kernels in this version; pass backend='xla' to run the XLA "
             "kernels on this device instead (correct, but slower than a kernel made for it)"
         )
+    if asked == "tpu":
+        _module(asked).check_platform()
     return asked
+
+
+def _module(backend: str) -> ModuleType:
+    """The backend's package, imported when it is first used: Pallas costs every start 0.1 s."""
+    return importlib.import_module(f"pallas_kernels.{backend}")
 
 
 def paged_attention(
@@ -73,7 +83,7 @@ def paged_attention(
 
     Source: Kwon et al. 2023, section 4.1; online softmax, Milakov & Gimelshein 2018.
     """
-    resolve_backend(backend)
+    kernels = _module(resolve_backend(backend))
     validation.check_attention(
         q,
         kv_pages,
@@ -86,7 +96,7 @@ def paged_attention(
         kv_scale=kv_scale,
     )
     validation.check_layer(kv_pages, layer)
-    return xla.paged_attention(
+    return kernels.paged_attention(
         q,
         kv_pages,
         page_table,
@@ -137,12 +147,12 @@ def write_kv(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.
     """
-    resolve_backend(backend)
+    kernels = _module(resolve_backend(backend))
     validation.check_write(
         kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, kv_scale=kv_scale
     )
     validation.check_layer(kv_pages, layer)
-    return xla.write_kv(
+    return kernels.write_kv(
         kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, layer=layer, kv_scale=kv_scale
     )
 
@@ -168,6 +178,6 @@ def copy_pages(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.
     """
-    resolve_backend(backend)
+    kernels = _module(resolve_backend(backend))
     validation.check_copy(kv_pages, src_page_ids, dst_page_ids)
-    return xla.copy_pages(kv_pages, src_page_ids, dst_page_ids)
+    return kernels.copy_pages(kv_pages, src_page_ids, dst_page_ids)

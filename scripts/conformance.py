@@ -2,6 +2,7 @@
 """Holds an implementation of the paged-attention contract to dense float64.
 
     python -m scripts.conformance --backend=xla
+    python -m scripts.conformance --backend=tpu --interpret
     python -m scripts.conformance --paged_attention=my_package.my_module:my_attention --only=decode
 
 Without --paged_attention, --write_kv or --copy_pages, jpaged's own functions are held to it, on
@@ -29,6 +30,11 @@ _FUNCTIONS = ("paged_attention", "write_kv", "copy_pages")
 for _name in _FUNCTIONS:
     flags.DEFINE_string(_name, None, f"Implementation of {_name}, as module:function.")
 _BACKEND = flags.DEFINE_enum("backend", None, ["tpu", "gpu", "xla"], "Of jpaged's own functions.")
+_INTERPRET = flags.DEFINE_bool(
+    "interpret",
+    False,
+    "Run TPU kernels on this machine in jax's TPU interpret mode, slowly; a race fails a case.",
+)
 _ONLY = flags.DEFINE_string("only", "", "Run the cases whose name contains this.")
 
 
@@ -40,7 +46,9 @@ def main(argv: list[str]) -> None:
         names = ", ".join(repr(name) for name in conformance.suite())
         raise app.UsageError(f"--only={_ONLY.value!r} is in no case's name; cases: {names}")
     results = []
-    for result in conformance.run(**_implementations(), only=_ONLY.value):
+    for result in conformance.run(
+        **_implementations(), only=_ONLY.value, interpret=_INTERPRET.value
+    ):
         results.append(result)
         share = f"{result.error_share:.1%} of the bound" if result.error_share else ""
         line = f"{result.status:<8} {result.function:<16} {result.case:<36} {share}"

@@ -8,12 +8,6 @@ import numpy as np
 
 from pallas_kernels.conformance.cases import Case
 
-# Half the distance between neighbouring numbers of size 1: what rounding to the dtype can cost.
-_UNIT_ROUNDOFF = {
-    np.dtype(jnp.float32): 2.0**-24,
-    np.dtype(jnp.bfloat16): 2.0**-9,
-    np.dtype(jnp.float16): 2.0**-12,
-}
 # A kernel's own freedom: the smallest block of keys after which it may rescale its sums, and the
 # units in the last place by which its exp and tanh may be off.
 _LEAST_BLOCK = 8
@@ -42,7 +36,7 @@ def dense_attention(case: Case, **options: Any) -> tuple[np.ndarray, np.ndarray]
     num_q_heads, head_dim = case.q.shape[1:]
     scale = options.get("sm_scale")
     scale = head_dim**-0.5 if scale is None else scale
-    u, out_u = 2.0**-24, _UNIT_ROUNDOFF[np.dtype(case.dtype)]
+    u, out_u = 2.0**-24, float(jnp.finfo(case.dtype).eps) / 2
     weight_u = out_u if out_u > u else 0.0
     out, bound = np.zeros(case.q.shape), np.zeros(case.q.shape)
     for row, (keys, values) in enumerate(case.dense):

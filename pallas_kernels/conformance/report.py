@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite of named cases, and what implementations make of them."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.conformance.cases import Case, make_case
 from pallas_kernels.conformance.checks import check_attention, check_copy, check_write
+from pallas_kernels.conformance.interpret import interpret_tpu
 
 _DECODE = [(1, 1), (1, 4), (1, 5), (1, 130), (1, 257), (1, 3)]
 _PREFILL = [(1, 1), (4, 4), (7, 7), (40, 40), (33, 65), (2, 130)]
@@ -94,6 +96,7 @@ def run(
     write_kv: Callable[..., jax.Array] | None = None,
     copy_pages: Callable[..., jax.Array] | None = None,
     only: str = "",
+    interpret: bool = False,
 ) -> Iterator[Result]:
     """Runs the suite on implementations with the signatures of those in `pallas_kernels`.
 
@@ -102,6 +105,7 @@ def run(
       write_kv: likewise; the pool is donated.
       copy_pages: likewise.
       only: runs the cases whose name contains this.
+      interpret: whether to run TPU kernels in interpret mode, where a race fails a case.
 
     Yields:
       A result a function and case, as soon as it is there.
@@ -119,7 +123,8 @@ def run(
                 continue
             start, share, status, detail = time.perf_counter(), 0.0, "passed", ""
             try:
-                share = check(implementation, case)
+                with interpret_tpu() if interpret else contextlib.nullcontext():
+                    share = check(implementation, case)
             except (ValueError, NotImplementedError) as e:
                 status, detail = "refused", str(e)
             except Exception as e:  # the suite goes on, whatever a stranger's kernel raises

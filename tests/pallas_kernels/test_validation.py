@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from pallas_kernels import dispatch, validation
@@ -262,17 +263,27 @@ class TestBackend:
         assert dispatch.resolve_backend(None) == "xla"
         assert dispatch.resolve_backend("xla") == "xla"
 
-    @pytest.mark.parametrize("backend", ["tpu", "gpu"])
     @pytest.mark.parametrize("asked", ["by name", "by platform"])
-    def test_no_silent_fall_back(self, backend, asked, monkeypatch):
+    def test_no_silent_fall_back(self, asked, monkeypatch):
         if asked == "by platform":
-            monkeypatch.setattr(jax, "default_backend", lambda: backend)
+            monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
         message = (
-            f"^backend '{backend}' has no kernels in this version; pass backend='xla' to run the "
-            "XLA kernels"
+            "^backend 'gpu' has no kernels in this version; pass backend='xla' to run the XLA "
+            "kernels"
         )
         with pytest.raises(ValueError, match=message):
-            dispatch.resolve_backend(backend if asked == "by name" else None)
+            dispatch.resolve_backend("gpu" if asked == "by name" else None)
+
+    def test_tpu_kernels_run_on_tpus_or_interpreted(self, monkeypatch):
+        message = r"^backend 'tpu' on platform 'cpu': .*force_tpu_interpret_mode\(\)$"
+        with pytest.raises(ValueError, match=message):
+            dispatch.resolve_backend("tpu")
+        with pltpu.force_tpu_interpret_mode():
+            assert dispatch.resolve_backend("tpu") == "tpu"
+        with pytest.raises(ValueError, match=message):
+            dispatch.resolve_backend("tpu")
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        assert dispatch.resolve_backend(None) == "tpu"
 
     @pytest.mark.parametrize("backend", ["XLA", "cpu", "cuda", "triton", ""])
     def test_unknown_name(self, backend):

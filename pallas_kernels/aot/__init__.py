@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles for accelerators that are not there, and reads what their compilers say.
+
+The real TPU compiler is in the package libtpu and runs on any x86-64 Linux machine. It refuses what
+a chip cannot do, says what a program takes of each memory, and writes out the schedule of every
+kernel. It does not run anything, so nothing here is a time.
+"""
+
+from pallas_kernels.aot.schedule import Loop, Schedule, read_schedule
+from pallas_kernels.aot.tpu import TARGETS, Target, TpuCompiler, find_libtpu
+
+__all__ = [
+    "TARGETS",
+    "Loop",
+    "Schedule",
+    "Target",
+    "TpuCompiler",
+    "find_libtpu",
+    "read_schedule",
+]

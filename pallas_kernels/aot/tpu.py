@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU generations and their compiler."""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.aot.schedule import Schedule, read_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A TPU generation.
+
+    Attributes:
+      topology: a slice of it that libtpu knows, of four devices or more.
+      device: what one of them is, as jax counts them.
+      hbm_bytes_per_s: bandwidth of a device's memory.
+      dma_granule_bytes: the unit of the sizes of copies in schedules (from copies of known size).
+    """
+
+    topology: str
+    device: str
+    hbm_bytes_per_s: float
+    dma_granule_bytes: int
+
+
+# Bandwidths: Google Cloud's pages on each generation ("TPU v5e" and so on, System architecture),
+# per chip; a 7x chip is two devices.
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        "v4": Target("v4:2x2x1", "chip of 2 cores", 1228e9, 512),
+        "v5e": Target("v5e:2x2", "chip", 819e9, 32),
+        "v5p": Target("v5p:2x2x1", "chip of 2 cores", 2765e9, 32),
+        "v6e": Target("v6e:2x2", "chip", 1640e9, 32),
+        "7x": Target("tpu7x:2x2x1", "half a chip", 7380e9 / 2, 32),
+    }
+)
+
+# The environment of a machine without a TPU, in which libtpu would look for one.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    # Compiling needs no chip, so others may do it at the same time.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def find_libtpu() -> pathlib.Path | None:
+    """The compiler: where TPU_LIBRARY_PATH says, or in the installed package libtpu."""
+    if path := os.environ.get("TPU_LIBRARY_PATH"):
+        return pathlib.Path(path) if pathlib.Path(path).exists() else None
+    spec = importlib.util.find_spec("libtpu")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return pathlib.Path(spec.submodule_search_locations[0]) / "libtpu.so"
+
+
+class TpuCompiler:
+    """libtpu, loaded into this process to compile.
+
+    Loading it sets environment variables of libtpu's, and its options hold for the whole process:
+    whether schedules are written is decided by the first instance.
+    """
+
+    def __init__(self, schedules: bool = False):
+        """Loads libtpu.
+
+        Args:
+          schedules: whether `schedule` is wanted. Makes compilation slower.
+
+        Raises:
+          RuntimeError: if there is no libtpu.
+        """
+        path = find_libtpu()
+        if path is None:
+            raise RuntimeError(
+                "no libtpu to compile with: install the package libtpu in the version that this "
+                "jax names (make libtpu), or let TPU_LIBRARY_PATH name its libtpu.so"
+            )
+        os.environ.update(_ENVIRONMENT | {"TPU_LIBRARY_PATH": str(path)})
+        self._dump: pathlib.Path | None = None
+        if schedules:
+            self._dump = pathlib.Path(tempfile.mkdtemp(prefix="tpu-schedules-"))
+            os.environ["LIBTPU_INIT_ARGS"] = (
+                f"--xla_jf_dump_to={self._dump} --xla_jf_dump_llo_pass_label_regex=final.*"
+            )
+
+    def close(self) -> None:
+        """Removes the schedules."""
+        if self._dump is not None:
+            shutil.rmtree(self._dump, ignore_errors=True)
+            self._dump = None
+
+    def mesh(self, target: str, num_devices: int = 1, axis: str = "tp") -> Mesh:
+        """Some of a generation's devices, on one axis."""
+        topology = topologies.get_topology_desc(
+            topology_name=TARGETS[target].topology, platform="tpu"
+        )
+        devices = np.array(topology.devices[:num_devices])
+        return Mesh(devices, (axis,), axis_types=(AxisType.Auto,))
+
+    def compile(
+        self,
+        mesh: Mesh,
+        function: Callable[..., Any],
+        *args: Any,
+        donate_argnums: tuple[int, ...] = (),
+        out_shardings: Any = None,
+    ) -> jax.stages.Compiled:
+        """Compiles for a mesh of `mesh`.
+
+        Args:
+          mesh: what for.
+          function: what to compile.
+          *args: pytrees of `jax.ShapeDtypeStruct`; those without a sharding are replicated.
+          donate_argnums: as in `jax.jit`.
+          out_shardings: as in `jax.jit`; None lets the compiler choose.
+
+        Raises:
+          Exception: what the compiler raises, for example for too much vector memory.
+        """
+        if self._dump is not None:
+            for path in self._dump.iterdir():
+                path.unlink()
+        replicated = NamedSharding(mesh, PartitionSpec())
+
+        def place(leaf):
+            sharding = leaf.sharding or replicated
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        options = {} if out_shardings is None else {"out_shardings": out_shardings}
+        jitted = jax.jit(function, donate_argnums=donate_argnums, **options)
+        # Kernels ask the abstract mesh which chip they are traced for.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = jitted.lower(*jax.tree.map(place, args))
+        return lowered.compile()
+
+    def schedule(self, target: str, kernel: str) -> Schedule:
+        """The schedule of a kernel of the last compilation, by its name.
+
+        Raises:
+          RuntimeError: if schedules are not written.
+          FileNotFoundError: if there is none of that name.
+        """
+        if self._dump is None:
+            raise RuntimeError("TpuCompiler(schedules=True) writes schedules")
+        return read_schedule(self._dump, kernel, TARGETS[target].dma_granule_bytes)

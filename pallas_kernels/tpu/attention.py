@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention for TPUs: page copies that run ahead of an online softmax.
+
+Decode and prefill run the same kernel with tiles of one and of many queries; a mixed step calls it
+twice. `plan.py` chooses tile sizes, `spans.py` makes the list of work, `kernel.py` does it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.reference import token_rows
+from pallas_kernels.tpu import spans as spans_lib
+from pallas_kernels.tpu.kernel import attention_kernel
+from pallas_kernels.tpu.plan import (
+    LANES,
+    AttentionPlan,
+    check_scalars,
+    plan_attention,
+    vmem_limit,
+)
+
+
+def paged_attention(
+    q,
+    kv_pages,
+    page_table,
+    kv_lens,
+    cu_q_lens,
+    num_seqs,
+    *,
+    layer,
+    sm_scale,
+    sliding_window,
+    soft_cap,
+    kv_scale,
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention`.
+
+    A step that has no more tokens than rows is taken for decode and gets tiles of one query. In any
+    other, rows with one query get those too, so that they do not pay for the others' large tiles.
+    """
+    num_tokens, max_num_seqs = q.shape[0], page_table.shape[0]
+    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
+    q_lens = jnp.where(jnp.arange(max_num_seqs) < num_seqs[0], q_lens, 0)
+    scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
+    scale = scale * jnp.array([sm_scale, 1.0], jnp.float32)
+
+    def attend(q, first_tokens, q_lens, decode):
+        plan = plan_attention(q, kv_pages, page_table, decode=decode)
+        num_blocks = pl.cdiv(q.shape[0], plan.q_tile)
+        tiles = spans_lib.make_tiles(
+            kv_lens,
+            first_tokens,
+            q_lens,
+            q_tile=plan.q_tile,
+            num_blocks=num_blocks,
+            # Beside one tile a block, one more for each row of several queries.
+            max_tiles=num_blocks + (0 if decode else min(max_num_seqs, num_tokens // 2)),
+        )
+        out = _attend_tiles(
+            _to_blocks(q, num_blocks, plan),
+            kv_pages,
+            page_table,
+            tiles,
+            layer,
+            scale,
+            plan=plan,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        )
+        return _from_blocks(out, q.shape[0], plan)
+
+    rows, live = token_rows(cu_q_lens, num_seqs, num_tokens)
+    if num_tokens <= max_num_seqs:
+        out = attend(q, cu_q_lens[:-1], q_lens, decode=True)
+    else:
+        single = q_lens == 1
+        own = jnp.arange(max_num_seqs, dtype=jnp.int32)
+        row_q = q.at[cu_q_lens[:-1]].get(mode="clip")
+        decoded = attend(row_q, own, jnp.where(single, 1, 0), decode=True)
+        prefilled = attend(q, cu_q_lens[:-1], jnp.where(single, 0, q_lens), decode=False)
+        out = jnp.where(single[rows][:, None, None], decoded[rows], prefilled)
+    return jnp.where(live[:, None, None], out, jnp.zeros((), q.dtype))
+
+
+def _to_blocks(q, num_blocks: int, plan: AttentionPlan):
+    """[blocks, num_kv_heads, block_rows, key_lanes]; row `i * q_tile + j` is head i, token j."""
+    group = plan.num_q_heads // plan.num_kv_heads
+    q = jnp.pad(q, ((0, num_blocks * plan.q_tile - q.shape[0]), (0, 0), (0, 0)))
+    q = q.reshape(num_blocks, plan.q_tile, plan.num_kv_heads, group, plan.head_dim)
+    q = q.transpose(0, 2, 3, 1, 4)
+    q = q.reshape(num_blocks, plan.num_kv_heads, plan.head_queries, plan.head_dim)
+    pad_rows = plan.block_rows - plan.head_queries
+    pad_lanes = plan.key_lanes - plan.head_dim
+    return jnp.pad(q, ((0, 0), (0, 0), (0, pad_rows), (0, pad_lanes)))
+
+
+def _from_blocks(out, num_tokens: int, plan: AttentionPlan):
+    """[num_tokens, num_q_heads, head_dim]: the inverse of `_to_blocks`."""
+    group = plan.num_q_heads // plan.num_kv_heads
+    out = out[:, :, : plan.head_queries]
+    out = out.reshape(-1, plan.num_kv_heads, group, plan.q_tile, plan.head_dim)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(-1, plan.num_q_heads, plan.head_dim)
+    return out[:num_tokens]
+
+
+def _attend_tiles(
+    q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, sliding_window, soft_cap
+):
+    num_rows, pages_per_seq = page_table.shape
+    num_parts = pl.cdiv(pages_per_seq, plan.table_part)
+    # A part is a row of its own with nothing above or below it: copied without stride.
+    page_table = jnp.pad(page_table, ((0, 0), (0, num_parts * plan.table_part - pages_per_seq)))
+    page_table = page_table.reshape(num_rows * num_parts, 1, plan.table_part)
+    spans, num_spans = spans_lib.make_spans(
+        tiles,
+        page_size=plan.page_size,
+        table_part=plan.table_part,
+        num_rows=num_rows,
+        num_parts=num_parts,
+        sliding_window=sliding_window,
+    )
+    check_scalars("attention", plan.smem_bytes(spans.shape[1] - 1), num_rows)
+    scalars = jnp.stack([num_spans, jnp.asarray(layer, jnp.int32)])
+
+    def live_span(span, scalars_ref):
+        return jnp.clip(span, 0, jnp.maximum(scalars_ref[0] - 1, 0))
+
+    def block_index(span, spans_ref, scalars_ref):
+        field = spans_lib.FIELDS.index("block")
+        return spans_ref[field, live_span(span, scalars_ref)], 0, 0, 0
+
+    def part_index(span, spans_ref, scalars_ref):
+        field = spans_lib.FIELDS.index("part")
+        return spans_ref[field, live_span(span, scalars_ref)], 0, 0
+
+    def next_part_index(span, spans_ref, scalars_ref):
+        return part_index(span + 1, spans_ref, scalars_ref)
+
+    heads, rows = plan.num_kv_heads, plan.num_kv_heads * plan.score_rows
+    part = (1, 1, plan.table_part)
+    out_block = (1, heads, plan.block_rows, plan.head_dim)
+    return pl.pallas_call(
+        functools.partial(
+            attention_kernel, plan=plan, sliding_window=sliding_window, soft_cap=soft_cap
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(jnp.maximum(num_spans, 1),),
+            in_specs=[
+                pl.BlockSpec(part, part_index, memory_space=pltpu.SMEM),
+                pl.BlockSpec(part, next_part_index, memory_space=pltpu.SMEM),
+                pl.BlockSpec((1, *q_blocks.shape[1:]), block_index),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+            ],
+            out_specs=pl.BlockSpec(out_block, block_index),
+            scratch_shapes=[
+                pltpu.VMEM((2, plan.group_pages, *kv_pages.shape[2:]), kv_pages.dtype),
+                pltpu.VMEM((plan.softmax_heads * plan.score_rows, plan.group_tokens), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((rows, plan.acc_lanes), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((q_blocks.shape[0], *out_block[1:]), q_blocks.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(plan.vmem_bytes)
+        ),
+        name="paged_attention_decode" if plan.q_tile == 1 else "paged_attention_prefill",
+    )(spans, scalars, page_table, page_table, q_blocks, kv_pages, scale)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which TPU a trace is for, and what that chip holds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TensorCore.
+
+    Attributes:
+      name: generation as Google names it, such as "v5e".
+      vmem_bytes: vector memory.
+      smem_bytes: scalar memory.
+    """
+
+    name: str
+    vmem_bytes: int
+    smem_bytes: int
+
+
+# What interpret mode holds kernels to: the least of any generation that they are made for.
+_INTERPRETED = Chip("v4", 16 * 2**20, 2**20)
+
+
+def target_chip() -> Chip:
+    """The chip to lower for: the abstract mesh's where one is set, else the default device's.
+
+    On any other platform kernels can only be interpreted, as if for the smallest chip.
+    """
+    if not pltpu.is_tpu_device():
+        return _INTERPRETED
+    info = pltpu.get_tpu_info()
+    return Chip(str(info.chip_version), info.vmem_capacity_bytes, info.smem_capacity_bytes)
+
+
+def check_platform() -> None:
+    """Raises ValueError where TPU kernels can neither run, nor be compiled, nor be interpreted."""
+    if jax.default_backend() == "tpu" or pltpu.is_tpu_device():
+        return
+
+    def touch(x):
+        def kernel(x_ref, out_ref):
+            out_ref[...] = x_ref[...]
+
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    try:
+        # Whether interpret mode is forced shows in nothing but the lowering.
+        jax.jit(touch).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    except ValueError as e:
+        raise ValueError(
+            f"backend 'tpu' on platform {jax.default_backend()!r}: its kernels run on TPUs only; "
+            "pass backend='xla', or interpret them, slowly, within "
+            "jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
+        ) from e
