@@ -29,9 +29,8 @@ RUN := $(VENV)/.run-py$(PYVER)
 TEST := $(VENV)/.test-py$(PYVER)
 DEV := $(VENV)/.dev-py$(PYVER)
 # The TPU compiler, in a folder of its own: installed as a package, it would complain at every start
-# on a machine without a TPU. Tests and reports find it by libtpu's own variable.
+# on a machine without a TPU. `pallas_kernels.aot` knows the place.
 LIBTPU := $(VENV)/libtpu/.made-py$(PYVER)
-export TPU_LIBRARY_PATH ?= $(wildcard $(VENV)/libtpu/libtpu/libtpu.so)
 
 , := ,
 WITH := $(if $(CONSTRAINTS),with $(CONSTRAINTS),WITHOUT constraints (no constraints/py$(PYVER).txt))

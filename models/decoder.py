@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from models import layers
+from models import layers, sharding
 from models.config import ModelConfig
 from models.inputs import PagedInputs
 
@@ -27,11 +27,18 @@ class Decoder:
         compiles in a time that does not grow with depth (right for TPU and GPU). The parameter tree
         differs: see `stack_layers`.
       backend: which kernels to use, as in `pallas_kernels.paged_attention`.
+      mesh: devices with one axis, over which `apply` splits the heads; the caller lays parameters
+        and pool out as `models.sharding` says. None computes on one device.
     """
 
     config: ModelConfig
     scan_layers: bool = False
     backend: str | None = None
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        if self.mesh is not None:
+            sharding.check_mesh(self.config, self.mesh)
 
     def init(self, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
         """Random parameters. Args: a PRNG key and the dtype of every parameter."""
@@ -60,7 +67,7 @@ class Decoder:
         """
         module = _DecoderModule(
             self.config,
-            functools.partial(_paged_attend, backend=self.backend),
+            functools.partial(_paged_attend, backend=self.backend, mesh=self.mesh),
             self.scan_layers,
             _dtype_of(params),
         )
@@ -148,11 +155,26 @@ class _DecoderModule(nn.Module):
         return logits, kv_pages
 
 
-def _paged_attend(q, k, v, kv_pages, layer, inputs: PagedInputs, *, backend):
+def _paged_attend(q, k, v, kv_pages, layer, inputs: PagedInputs, *, backend, mesh):
+    def attend(q, k, v, kv_pages, layer, *index):
+        kv_pages = pallas_kernels.write_kv(kv_pages, k, v, *index, layer=layer, backend=backend)
+        out = pallas_kernels.paged_attention(q, kv_pages, *index, layer=layer, backend=backend)
+        return out, kv_pages
+
     index = (inputs.page_table, inputs.kv_lens, inputs.cu_q_lens, inputs.num_seqs)
-    kv_pages = pallas_kernels.write_kv(kv_pages, k, v, *index, layer=layer, backend=backend)
-    out = pallas_kernels.paged_attention(q, kv_pages, *index, layer=layer, backend=backend)
-    return out, kv_pages
+    if mesh is None:
+        return attend(q, k, v, kv_pages, layer, *index)
+    # Kernels are no operations that the compiler could split by itself. A head needs no other.
+    heads, pool = sharding.heads_spec(mesh), sharding.pool_spec(mesh)
+    one = jax.sharding.PartitionSpec()
+    split = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, pool, *[one] * (1 + len(index))),
+        out_specs=(heads, pool),
+        check_vma=False,  # Pallas says nothing of what differs between devices
+    )
+    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), *index)
 
 
 def _dense_attend(q, k, v, kv_pages, layer, inputs, *, batch):

@@ -9,6 +9,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from pallas_kernels.aot import TpuCompiler, find_libtpu
+
+# Interpreted TPU kernels can wait for themselves for ever with a single one.
+jax.config.update("jax_num_cpu_devices", 2)
 # Mixed dtypes and silently broadcast ranks are bugs until shown otherwise.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -20,3 +24,13 @@ def _compilation_cache(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler():
+    """The TPU compiler; one a process, as its options hold for all of it."""
+    if find_libtpu() is None:
+        pytest.skip("no libtpu to compile for TPUs with: make libtpu")
+    compiler = TpuCompiler(schedules=True)
+    yield compiler
+    compiler.close()

@@ -61,9 +61,9 @@ def read_schedule(dump: pathlib.Path, kernel: str, dma_granule_bytes: int) -> Sc
       FileNotFoundError: if there are none of that kernel.
       ValueError: if they do not look like those of the versions that this was written for.
     """
-    name = re.escape(kernel)
-    bundles = _newest(dump, rf"{name}(\.\d+)?-\d+-final_bundles\.txt$")
-    slots = _newest(dump, rf"{name}(\.\d+)?-\d+-final_hlo-static-per-bundle-utilization\.txt$")
+    name = rf"^\d+-{re.escape(kernel)}(\.\d+)?-\d+-final"
+    bundles = _newest(dump, rf"{name}_bundles\.txt$")
+    slots = _newest(dump, rf"{name}_hlo-static-per-bundle-utilization\.txt$")
     if bundles is None or slots is None:
         raise FileNotFoundError(f"no schedule of {kernel!r} in {dump}")
     lines = slots.read_text().splitlines()
@@ -80,6 +80,8 @@ def read_schedule(dump: pathlib.Path, kernel: str, dma_granule_bytes: int) -> Sc
         }
 
     num_bundles, loops = _read_bundles(bundles, dma_granule_bytes)
+    if not 0 < num_bundles <= len(used):
+        raise ValueError(f"{bundles} has {num_bundles} bundles, {slots} has {len(used)}")
     report = _newest(dump, r"vmem_report\.html$")
     vmem, spill = _read_vmem(report, kernel) if report else (None, None)
     return Schedule(
@@ -105,15 +107,19 @@ def _read_bundles(path: pathlib.Path, dma_granule_bytes: int) -> tuple[int, list
     count, depth = 0, 0
     loops: list[_OpenLoop] = []
     open_loops: dict[int, _OpenLoop] = {}
-    for line in path.open():
+    for line in path.read_text().splitlines():
         if match := _BUNDLE.match(line):
             at = int(match[1], 0)
             if not re.search(r":\s*\{\}", line):  # empty bundles show no depth
                 depth = match[3].count(">")
             count = at + 1
-            for other in [other for other in open_loops if other > depth]:
-                open_loops.pop(other).end = at
-            if "LB" in (match[2] or ""):
+            tags = match[2] or ""
+            # A loop ends where the path falls through its branch back, or where another begins.
+            # In between, a bundle that only moves registers may show the depth outside.
+            if "PF" in tags or "LB" in tags:
+                for other in [other for other in open_loops if other > depth]:
+                    open_loops.pop(other).end = at
+            if "LB" in tags:
                 if depth in open_loops:
                     open_loops[depth].end = at
                 open_loops[depth] = _OpenLoop(depth, at)
@@ -132,7 +138,7 @@ def _read_vmem(path: pathlib.Path, kernel: str) -> tuple[int | None, int | None]
     start = text.index("const DATA =") + len("const DATA =")
     data, _ = json.JSONDecoder().raw_decode(text[start:].lstrip())
     for name, breakdown in data["hlo_breakdowns"].items():
-        if kernel in name:
+        if re.search(rf"(?<![\w]){re.escape(kernel)}(\.\d+)?(?![\w])", name):
             allocations = [a for block in breakdown["blocks"] for a in block["allocations"]]
             spill = sum(a["size"] for a in allocations if a.get("tag") == "SPILL")
             return breakdown["total_size"], spill

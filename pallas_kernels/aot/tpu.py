@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import pathlib
-import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.aot.schedule import Schedule, read_schedule
@@ -59,13 +60,13 @@ _ENVIRONMENT = {
 
 
 def find_libtpu() -> pathlib.Path | None:
-    """The compiler: where TPU_LIBRARY_PATH says, or in the installed package libtpu."""
-    if path := os.environ.get("TPU_LIBRARY_PATH"):
-        return pathlib.Path(path) if pathlib.Path(path).exists() else None
-    spec = importlib.util.find_spec("libtpu")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return pathlib.Path(spec.submodule_search_locations[0]) / "libtpu.so"
+    """The compiler: where TPU_LIBRARY_PATH says, or `make libtpu` puts it, or a package has it."""
+    places = [pathlib.Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"]
+    if named := os.environ.get("TPU_LIBRARY_PATH"):
+        places = [pathlib.Path(named)]
+    elif (spec := importlib.util.find_spec("libtpu")) and spec.submodule_search_locations:
+        places.append(pathlib.Path(spec.submodule_search_locations[0]) / "libtpu.so")
+    return next((path for path in places if path.exists()), None)
 
 
 class TpuCompiler:
@@ -93,7 +94,8 @@ class TpuCompiler:
         os.environ.update(_ENVIRONMENT | {"TPU_LIBRARY_PATH": str(path)})
         self._dump: pathlib.Path | None = None
         if schedules:
-            self._dump = pathlib.Path(tempfile.mkdtemp(prefix="tpu-schedules-"))
+            self._directory = tempfile.TemporaryDirectory(prefix="tpu-schedules-")
+            self._dump = pathlib.Path(self._directory.name)
             os.environ["LIBTPU_INIT_ARGS"] = (
                 f"--xla_jf_dump_to={self._dump} --xla_jf_dump_llo_pass_label_regex=final.*"
             )
@@ -101,7 +103,7 @@ class TpuCompiler:
     def close(self) -> None:
         """Removes the schedules."""
         if self._dump is not None:
-            shutil.rmtree(self._dump, ignore_errors=True)
+            self._directory.cleanup()
             self._dump = None
 
     def mesh(self, target: str, num_devices: int = 1, axis: str = "tp") -> Mesh:
@@ -146,7 +148,15 @@ class TpuCompiler:
         # Kernels ask the abstract mesh which chip they are traced for.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jitted.lower(*jax.tree.map(place, args))
-        return lowered.compile()
+        # A program out of jax's cache could not be loaded here, and would leave no schedule.
+        cached = jax.config.jax_enable_compilation_cache
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        try:
+            return lowered.compile()
+        finally:
+            jax.config.update("jax_enable_compilation_cache", cached)
+            compilation_cache.reset_cache()
 
     def schedule(self, target: str, kernel: str) -> Schedule:
         """The schedule of a kernel of the last compilation, by its name.

@@ -15,7 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 def interpret_tpu() -> Iterator[None]:
     """Interprets what is traced within, with copies that run as late as they may.
 
-    Memory that was never written is NaN, and page ids outside the pool are errors.
+    Memory that was never written is NaN, and page ids outside the pool are errors where the copy is
+    awaited: one that is started only goes unnoticed. jax's interpreter can wait for itself for ever
+    on a machine with one core; two CPU devices (`jax_num_cpu_devices`) prevent that.
 
     Raises:
       AssertionError: at the end, if two accesses of which one writes were not ordered by a wait.

@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.reference import token_rows
 from pallas_kernels.tpu import spans as spans_lib
+from pallas_kernels.tpu.chip import in_hbm
 from pallas_kernels.tpu.kernel import attention_kernel
 from pallas_kernels.tpu.plan import (
     LANES,
@@ -22,6 +23,7 @@ from pallas_kernels.tpu.plan import (
     plan_attention,
     vmem_limit,
 )
+from pallas_kernels.tuning import TpuTiles
 
 
 def paged_attention(
@@ -37,8 +39,9 @@ def paged_attention(
     sliding_window,
     soft_cap,
     kv_scale,
+    tiles: TpuTiles | None = None,
 ) -> jax.Array:
-    """See `pallas_kernels.paged_attention`.
+    """See `pallas_kernels.paged_attention`; `tiles` replace those of `tuning`.
 
     A step that has no more tokens than rows is taken for decode and gets tiles of one query. In any
     other, rows with one query get those too, so that they do not pay for the others' large tiles.
@@ -50,9 +53,9 @@ def paged_attention(
     scale = scale * jnp.array([sm_scale, 1.0], jnp.float32)
 
     def attend(q, first_tokens, q_lens, decode):
-        plan = plan_attention(q, kv_pages, page_table, decode=decode)
+        plan = plan_attention(q, kv_pages, page_table, decode=decode, tiles=tiles)
         num_blocks = pl.cdiv(q.shape[0], plan.q_tile)
-        tiles = spans_lib.make_tiles(
+        work = spans_lib.make_tiles(
             kv_lens,
             first_tokens,
             q_lens,
@@ -65,7 +68,7 @@ def paged_attention(
             _to_blocks(q, num_blocks, plan),
             kv_pages,
             page_table,
-            tiles,
+            work,
             layer,
             scale,
             plan=plan,
@@ -155,7 +158,7 @@ def _attend_tiles(
                 pl.BlockSpec(part, part_index, memory_space=pltpu.SMEM),
                 pl.BlockSpec(part, next_part_index, memory_space=pltpu.SMEM),
                 pl.BlockSpec((1, *q_blocks.shape[1:]), block_index),
-                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.HBM),
                 pl.BlockSpec(memory_space=pltpu.SMEM),
             ],
             out_specs=pl.BlockSpec(out_block, block_index),
@@ -174,4 +177,4 @@ def _attend_tiles(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(plan.vmem_bytes)
         ),
         name="paged_attention_decode" if plan.q_tile == 1 else "paged_attention_prefill",
-    )(spans, scalars, page_table, page_table, q_blocks, kv_pages, scale)
+    )(spans, scalars, page_table, page_table, q_blocks, in_hbm(kv_pages), scale)

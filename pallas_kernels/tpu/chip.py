@@ -59,3 +59,13 @@ def check_platform() -> None:
             "pass backend='xla', or interpret them, slowly, within "
             "jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
         ) from e
+
+
+def in_hbm(kv_pages: jax.Array) -> jax.Array:
+    """Keeps a pool that a kernel only reads in HBM.
+
+    The compiler of a chip with much vector memory would copy one of some MiB there at every call.
+    It leaves alone what is written in place, and refuses this constraint on it ("Different aliasing
+    shapes").
+    """
+    return pltpu.with_memory_space_constraint(kv_pages, pltpu.HBM)

@@ -48,8 +48,8 @@ def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
                 pltpu.VMEM((at_once, *strip), kv_pages.dtype),
                 pltpu.VMEM((at_once, strip_slots, strip[0], strip[2]), jnp.float32),
@@ -183,19 +183,17 @@ def copy_pages(kv_pages, src_page_ids, dst_page_ids):
     num_copies = src_page_ids.shape[0]
     if not num_copies:
         return kv_pages
-    held = jax.ShapeDtypeStruct(
-        (num_copies, kv_pages.shape[0], *kv_pages.shape[2:]), kv_pages.dtype
-    )
+    held = (num_copies, kv_pages.shape[0], *kv_pages.shape[2:])
     out, _ = pl.pallas_call(
         _copy_kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_specs=[pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pltpu.HBM)],
             scratch_shapes=[pltpu.SemaphoreType.DMA],
         ),
-        out_shape=[jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype), held],
+        out_shape=[jax.ShapeDtypeStruct(shape, kv_pages.dtype) for shape in (kv_pages.shape, held)],
         input_output_aliases={2: 0},
         name="copy_pages",
     )(src_page_ids, dst_page_ids, kv_pages)

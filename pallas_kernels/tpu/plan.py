@@ -118,6 +118,7 @@ def plan_attention(
     *,
     decode: bool,
     chip: Chip | None = None,
+    tiles: tuning.TpuTiles | None = None,
 ) -> AttentionPlan:
     """Chooses the tiles of one call: those of `tuning`, or the largest below that fit the chip.
 
@@ -127,6 +128,7 @@ def plan_attention(
       page_table: likewise.
       decode: whether tiles have one query.
       chip: what to fit; by default that which the trace is for.
+      tiles: instead of those of `tuning`.
 
     Returns:
       The plan.
@@ -143,7 +145,7 @@ def plan_attention(
             f"backend 'tpu' multiplies bfloat16 and float32, but q has dtype {q.dtype}; convert "
             "it, or pass backend='xla'"
         )
-    tiles = tuning.tpu_tiles(
+    tiles = tiles or tuning.tpu_tiles(
         chip.name, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
     plan = AttentionPlan(

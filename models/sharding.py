@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a decoder is laid over a tensor-parallel mesh: a device has some heads and their pages."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.config import ModelConfig
+
+# Axes of a weight [features, in] that are split, by the name of the module that holds it. Splitting
+# what a product gives needs no communication, and splitting what the next one sums over makes its
+# result a sum over devices: one all-reduce after attention, one after the MLP.
+_SPLIT_AXIS = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "o_proj": 1,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "down_proj": 1,
+    "embedding": 0,
+    "lm_head": 0,
+}
+# The axis of the page pool that has the KV heads.
+_POOL_HEADS = 2
+
+
+def axis_of(mesh: Mesh) -> str:
+    """The one axis of a tensor-parallel mesh.
+
+    Raises:
+      ValueError: if it has more.
+    """
+    if len(mesh.axis_names) != 1:
+        raise ValueError(f"a tensor-parallel mesh has one axis, not {mesh.axis_names}")
+    return mesh.axis_names[0]
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError unless heads, MLP and vocabulary split evenly over the devices."""
+    axis_of(mesh)
+    for name in ("num_kv_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % mesh.size:
+            raise ValueError(
+                f"{name}={getattr(config, name)} does not split over {mesh.size} devices; take a "
+                "number of devices that divides it"
+            )
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """The sharding of each parameter.
+
+    Args:
+      params: a decoder's parameter tree, layers stacked or not; only shapes matter.
+      mesh: as in `Decoder.mesh`.
+
+    Returns:
+      A tree of the same structure.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        names = [entry.key for entry in path]
+        split = next((_SPLIT_AXIS[name] for name in names if name in _SPLIT_AXIS), None)
+        spec: list[str | None] = [None] * leaf.ndim
+        if split is not None:
+            # Stacked layers come before the weight's own two axes.
+            spec[leaf.ndim - 2 + split] = axis_of(mesh)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def pool_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of the page pool: whole pages, some heads."""
+    return NamedSharding(mesh, pool_spec(mesh))
+
+
+def pool_spec(mesh: Mesh) -> PartitionSpec:
+    """`pool_sharding` without the mesh."""
+    return PartitionSpec(*[None] * _POOL_HEADS, axis_of(mesh))
+
+
+def heads_spec(mesh: Mesh) -> PartitionSpec:
+    """How `[num_tokens, heads, head_dim]` is split."""
+    return PartitionSpec(None, axis_of(mesh), None)

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `tpu_report` and `tune_tpu` compile for TPUs, and the facts that they read off it."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from models import sharding
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.inputs import PagedInputs
+from models.shapes import SHAPES
+from pallas_kernels import tpu
+from pallas_kernels.aot import TARGETS, Loop, Schedule, TpuCompiler
+from pallas_kernels.tpu.plan import plan_attention
+from pallas_kernels.tuning import TpuTiles
+
+Struct = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What an attention layer looks like to its kernel; see `pallas_kernels.paged_attention`."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
+# Gemma 2 and 3 alternate layers with and without a window; those with it are listed here.
+_GEMMA = {
+    "gemma-2-2b": AttentionShape(8, 4, 256, 4096, 50.0),
+    "gemma-2-9b": AttentionShape(16, 8, 256, 4096, 50.0),
+    "gemma-2-27b": AttentionShape(32, 16, 128, 4096, 50.0),
+    "gemma-3-1b": AttentionShape(4, 1, 256, 512),
+    "gemma-3-4b": AttentionShape(8, 4, 256, 1024),
+    "gemma-3-12b": AttentionShape(16, 8, 256, 1024),
+    "gemma-3-27b": AttentionShape(32, 16, 128, 1024),
+}
+ATTENTION_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
+    {
+        name: AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
+        for name, config in SHAPES.items()
+    }
+    | _GEMMA
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelFacts:
+    """What the compiler says of a kernel; None where it does not say.
+
+    Attributes:
+      bundles_per_kv_token: of the loop that does most of the work, all heads; a rank, no time.
+      dma_bytes_per_kv_token: what that loop copies.
+      vmem_bytes: vector memory.
+      smem_bytes: scalar memory, as planned.
+      spill_bytes: vector memory for registers that did not suffice, of all loops.
+      temp_bytes: device memory that the call takes beside arguments and results.
+      error: why it does not compile; then the rest is None.
+    """
+
+    bundles_per_kv_token: float | None = None
+    dma_bytes_per_kv_token: float | None = None
+    vmem_bytes: int | None = None
+    smem_bytes: int | None = None
+    spill_bytes: int | None = None
+    temp_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+    """What the compiler says of a whole decode step.
+
+    Attributes:
+      alias_bytes: arguments whose memory results take.
+      pool_bytes: of the page pool on one device.
+      temp_bytes: device memory beside arguments and results.
+      pool_ops: operations of the compiled step that give an array of the pool's shape, but for
+        passing it on: a copy or transpose of it would be here.
+      collectives: how often each collective operation stands in the program.
+      error: why it does not compile; then the rest is None.
+    """
+
+    alias_bytes: int | None = None
+    pool_bytes: int | None = None
+    temp_bytes: int | None = None
+    pool_ops: tuple[str, ...] | None = None
+    collectives: dict[str, int] | None = None
+    error: str | None = None
+
+
+def kv_bytes_per_token(shape: AttentionShape, kv_dtype: Any) -> int:
+    """Bytes of a token's keys and values in one layer, as stored on a TPU."""
+    *_, heads, _, kv_dim = pallas_kernels.kv_pages_shape(
+        1, 1, shape.num_kv_heads, 8, shape.head_dim, backend="tpu"
+    )
+    return heads * kv_dim * jnp.dtype(kv_dtype).itemsize
+
+
+def floor_s(target: str, num_bytes: float) -> float:
+    """Seconds that memory needs at least to give so many bytes."""
+    return num_bytes / TARGETS[target].hbm_bytes_per_s
+
+
+def compile_attention(
+    compiler: TpuCompiler,
+    target: str,
+    shape: AttentionShape,
+    *,
+    num_rows: int = 64,
+    kv_len: int = 2048,
+    num_tokens: int | None = None,
+    page_size: int = 16,
+    dtype: Any = jnp.bfloat16,
+    kv_dtype: Any = None,
+    num_pages: int | None = None,
+    tiles: TpuTiles | None = None,
+) -> KernelFacts:
+    """Compiles one call of our attention: decode, or with more tokens than rows, prefill.
+
+    Args:
+      compiler: with schedules.
+      target: a generation of `pallas_kernels.aot.TARGETS`.
+      shape: the layer's.
+      num_rows: sequences.
+      kv_len: tokens that the page table has room for.
+      num_tokens: of the step; as many as rows by default.
+      page_size: tokens a page holds.
+      dtype: of queries.
+      kv_dtype: of the pool; dtype by default.
+      num_pages: of the pool; by default as many as all rows need.
+      tiles: instead of those of `pallas_kernels.tuning`.
+
+    Returns:
+      The facts of the kernel for decode, or of that for prefill.
+    """
+    kv_dtype = dtype if kv_dtype is None else kv_dtype
+    num_tokens = num_tokens or num_rows
+    decode = num_tokens <= num_rows
+    q: Any = Struct((num_tokens, shape.num_q_heads, shape.head_dim), dtype)
+    pool: Any = _pool(shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype)
+    index = _index(num_rows, -(-kv_len // page_size))
+    mesh = compiler.mesh(target)
+    attend = functools.partial(
+        tpu.paged_attention,
+        sm_scale=shape.head_dim**-0.5,
+        sliding_window=shape.sliding_window,
+        soft_cap=shape.soft_cap,
+        tiles=tiles,
+    )
+
+    def call(q, pool, layer, scale, *index):
+        return attend(q, pool, *index, layer=layer, kv_scale=scale)
+
+    scale = Struct((2,), jnp.float32)
+    try:
+        compiled = compiler.compile(mesh, call, q, pool, Struct((), jnp.int32), scale, *index)
+    except Exception as e:  # whatever the compiler refuses it with is what the report is for
+        return KernelFacts(error=_first_line(e))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        plan = plan_attention(q, pool, index[0], decode=decode, tiles=tiles)
+    kind = "decode" if decode else "prefill"
+    schedule = compiler.schedule(target, f"paged_attention_{kind}")
+    return _facts(schedule, plan.group_tokens, compiled, plan.smem_bytes(num_tokens))
+
+
+def compile_write(
+    compiler: TpuCompiler,
+    target: str,
+    shape: AttentionShape,
+    *,
+    num_rows: int = 64,
+    kv_len: int = 2048,
+    page_size: int = 16,
+    dtype: Any = jnp.bfloat16,
+    kv_dtype: Any = None,
+    num_pages: int | None = None,
+) -> KernelFacts:
+    """Compiles one token write of a decode step; see `compile_attention`."""
+    pool = _pool(
+        shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype or dtype
+    )
+    new = Struct((num_rows, shape.num_kv_heads, shape.head_dim), dtype)
+
+    def write(pool, k, v, layer, scale, *index):
+        return tpu.write_kv(pool, k, v, *index, layer=layer, kv_scale=scale)
+
+    layer, scale = Struct((), jnp.int32), Struct((2,), jnp.float32)
+    index = _index(num_rows, -(-kv_len // page_size))
+    return _in_place(compiler, target, write, pool, new, new, layer, scale, *index)
+
+
+def compile_copy(
+    compiler: TpuCompiler,
+    target: str,
+    shape: AttentionShape,
+    *,
+    num_rows: int = 64,
+    kv_len: int = 2048,
+    page_size: int = 16,
+    dtype: Any = jnp.bfloat16,
+    kv_dtype: Any = None,
+    num_pages: int | None = None,
+) -> KernelFacts:
+    """Compiles a copy of eight pages; see `compile_attention`."""
+    pool = _pool(
+        shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype or dtype
+    )
+    ids = Struct((8,), jnp.int32)
+    return _in_place(compiler, target, tpu.copy_pages, pool, ids, ids)
+
+
+def _in_place(
+    compiler: TpuCompiler, target: str, function: Callable[..., Any], pool: Struct, *args: Struct
+) -> KernelFacts:
+    """Compiles what must give its first argument back, in the same memory."""
+    try:
+        compiled = compiler.compile(
+            compiler.mesh(target), function, pool, *args, donate_argnums=(0,)
+        )
+    except Exception as e:
+        return KernelFacts(error=_first_line(e))
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    error = None
+    pool_bytes = math.prod(pool.shape) * pool.dtype.itemsize
+    if memory.alias_size_in_bytes < pool_bytes:
+        error = f"aliases {memory.alias_size_in_bytes} bytes of a pool of {pool_bytes}"
+    return KernelFacts(temp_bytes=memory.temp_size_in_bytes, error=error)
+
+
+def compile_ragged(
+    compiler: TpuCompiler,
+    target: str,
+    shape: AttentionShape,
+    *,
+    num_rows: int = 64,
+    kv_len: int = 2048,
+    page_size: int = 16,
+    blocks: tuple[int, int] = (16, 8),
+) -> KernelFacts:
+    """Compiles `jax.experimental.pallas.ops.tpu.ragged_paged_attention` for the same decode.
+
+    Args:
+      compiler: with schedules.
+      target: a generation of `pallas_kernels.aot.TARGETS`.
+      shape: the layer's.
+      num_rows: sequences.
+      kv_len: tokens that the page table has room for.
+      page_size: tokens a page holds.
+      blocks: pages and queries that the kernel takes at once.
+    """
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    q = Struct((num_rows, shape.num_q_heads, shape.head_dim), jnp.bfloat16)
+    num_pages = num_rows * kv_len // page_size + 1
+    pages = Struct((num_pages, page_size, 2 * shape.num_kv_heads, shape.head_dim), jnp.bfloat16)
+    page_table, kv_lens, cu_q_lens, num_seqs = _index(num_rows, -(-kv_len // page_size))
+    attend = functools.partial(
+        ragged_paged_attention,
+        sliding_window=shape.sliding_window,
+        soft_cap=shape.soft_cap,
+        num_kv_pages_per_block=blocks[0],
+        num_queries_per_block=blocks[1],
+    )
+    try:
+        compiled = compiler.compile(
+            compiler.mesh(target), attend, q, pages, kv_lens, page_table, cu_q_lens, num_seqs
+        )
+    except Exception as e:  # as above
+        return KernelFacts(error=_first_line(e))
+    schedule = compiler.schedule(target, "ragged_paged_attention_kernel")
+    table_bytes = 4 * page_table.shape[0] * page_table.shape[1]
+    return _facts(schedule, blocks[0] * page_size, compiled, table_bytes)
+
+
+def compile_step(
+    compiler: TpuCompiler,
+    target: str,
+    config: ModelConfig,
+    *,
+    num_devices: int = 1,
+    num_rows: int = 64,
+    num_tokens: int | None = None,
+    kv_len: int = 2048,
+    page_size: int = 16,
+) -> StepFacts:
+    """Compiles a whole step of a model in bfloat16, layers scanned and the pool donated.
+
+    Args:
+      compiler: with or without schedules.
+      target: a generation of `pallas_kernels.aot.TARGETS`.
+      config: the model.
+      num_devices: over which its heads are split.
+      num_rows: sequences.
+      num_tokens: of the step; as many as rows by default.
+      kv_len: tokens of each that the pool has room for.
+      page_size: tokens a page holds.
+    """
+    num_tokens = num_tokens or num_rows
+    mesh = compiler.mesh(target, num_devices)
+    decoder = Decoder(config, True, "tpu", mesh if num_devices > 1 else None)
+    params = Decoder(config, True, "xla").abstract_params(jnp.bfloat16)
+    shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
+    num_pages = num_rows * kv_len // page_size + 1
+    pool = _pool(shape, num_pages, page_size, jnp.bfloat16, config.num_layers)
+    if num_devices > 1:
+        params = jax.tree.map(_placed, params, sharding.param_shardings(params, mesh))
+        pool = _placed(pool, sharding.pool_sharding(mesh))
+    page_table, kv_lens, cu_q_lens, num_seqs = _index(num_rows, -(-kv_len // page_size))
+    tokens: Any = Struct((num_tokens,), jnp.int32)
+    rows: Any = Struct((num_rows,), jnp.int32)
+    inputs = PagedInputs(
+        token_ids=tokens,
+        positions=tokens,
+        page_table=page_table,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        num_seqs=num_seqs,
+        logits_indices=rows,
+    )
+    try:
+        compiled = compiler.compile(mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,))
+    except Exception as e:
+        return StepFacts(error=_first_line(e))
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    own = list(pool.shape)
+    own[2] //= num_devices
+    dims = ",".join(map(str, own))
+    ops = re.findall(rf"= \w+\[{dims}\]\S* ([\w-]+)\(", text)
+    passing = {"get-tuple-element", "parameter", "custom-call", "bitcast"}
+    collectives = re.findall(
+        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    return StepFacts(
+        alias_bytes=memory.alias_size_in_bytes,
+        pool_bytes=math.prod(own) * jnp.dtype(jnp.bfloat16).itemsize,
+        temp_bytes=memory.temp_size_in_bytes,
+        pool_ops=tuple(op for op in ops if op not in passing),
+        collectives={name: collectives.count(name) for name in sorted(set(collectives))},
+    )
+
+
+def _facts(
+    schedule: Schedule, tokens: int, compiled: jax.stages.Compiled, smem_bytes: int
+) -> KernelFacts:
+    """The facts of the innermost loop that copies most; `tokens` is what a trip attends to."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    loop = busiest_loop(schedule)
+    return KernelFacts(
+        bundles_per_kv_token=loop.bundles / tokens,
+        dma_bytes_per_kv_token=loop.dma_bytes / tokens,
+        vmem_bytes=schedule.vmem_bytes,
+        smem_bytes=smem_bytes,
+        spill_bytes=schedule.spill_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+    )
+
+
+def busiest_loop(schedule: Schedule) -> Loop:
+    """The loop over groups of pages: of those that copy most in the grid's body, the shortest."""
+    inner = [loop for loop in schedule.loops if loop.depth > 1]
+    most = max(loop.dma_bytes for loop in inner)
+    return min((loop for loop in inner if loop.dma_bytes == most), key=lambda loop: loop.bundles)
+
+
+def _pool(
+    shape: AttentionShape, num_pages: int, page_size: int, dtype: Any, num_layers: int = 2
+) -> Struct:
+    pool = pallas_kernels.kv_pages_shape(
+        num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim, backend="tpu"
+    )
+    return Struct(pool, dtype)
+
+
+def _index(num_rows: int, pages_per_seq: int) -> Any:
+    """page_table, kv_lens, cu_q_lens and num_seqs, which stand for arrays."""
+    shapes = ((num_rows, pages_per_seq), (num_rows,), (num_rows + 1,), (1,))
+    return tuple(Struct(shape, jnp.int32) for shape in shapes)
+
+
+def _placed(struct: Struct, where: jax.sharding.Sharding) -> Struct:
+    return Struct(struct.shape, struct.dtype, sharding=where)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the TPU compiler says of our kernels and steps, beside jax's own ragged kernel.
+
+    make libtpu
+    python -m scripts.tpu_report
+    python -m scripts.tpu_report --targets=v5e --shapes=llama-3.1-8b,qwen3-0.6b
+    python -m scripts.tpu_report --coverage
+
+Compiles the decode attention and the whole decode step of each model shape for each generation,
+and prints what they take. Bundles per KV token rank variants; they are no time. `floor` is the time
+in which a chip's memory gives the keys and values of one layer at its published bandwidth: no
+decode can be faster, and none has been timed. `ragged` is jax's own kernel,
+`jax.experimental.pallas.ops.tpu.ragged_paged_attention`, for the same rows, with the better of two
+block sizes. `--coverage` compiles every combination that the kernels are made for instead. Steps
+have --step_layers layers: the compiled loop over layers is the same for any number of them. The
+last line is JSON. No TPU is used or needed.
+
+Exits with 1 if something does not compile that should, or a step copies its page pool.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import tqdm
+from absl import app, flags
+
+from models.shapes import SHAPES
+from pallas_kernels.aot import TARGETS, TpuCompiler
+from scripts.flags import run
+from scripts.tpu_programs import (
+    ATTENTION_SHAPES,
+    AttentionShape,
+    KernelFacts,
+    StepFacts,
+    compile_attention,
+    compile_copy,
+    compile_ragged,
+    compile_step,
+    compile_write,
+    floor_s,
+    kv_bytes_per_token,
+)
+
+_TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to compile for.")
+_SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to compile.")
+_ROWS = flags.DEFINE_integer("num_rows", 64, "Sequences of a step.", lower_bound=1)
+_KV_LEN = flags.DEFINE_integer("kv_len", 2048, "Tokens of each sequence.", lower_bound=1)
+_PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens a page holds.", lower_bound=8)
+_STEP_LAYERS = flags.DEFINE_integer(
+    "step_layers", 4, "Layers of a compiled step; 0 compiles kernels only.", lower_bound=0
+)
+_COVERAGE = flags.DEFINE_bool(
+    "coverage", False, "Compile all combinations, each for decode and prefill."
+)
+
+# Pages and queries: blocks as long as our groups, and the shortest that jax's tables have.
+_RAGGED_BLOCKS = ((16, 8), (4, 8))
+
+
+def main(argv: list[str]) -> None:
+    """Prints the report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    for name, known in (("targets", TARGETS), ("shapes", ATTENTION_SHAPES)):
+        if unknown := set(flags.FLAGS[name].value or ()) - set(known):
+            names = ", ".join(known)
+            raise app.UsageError(f"--{name}={','.join(sorted(unknown))}: choose among {names}")
+    try:
+        compiler = TpuCompiler(schedules=True)
+    except RuntimeError as e:
+        raise app.UsageError(str(e)) from e
+    report = _coverage(compiler) if _COVERAGE.value else _shapes(compiler)
+    compiler.close()
+    print(json.dumps(report))
+    sys.exit(1 if report["faults"] else 0)
+
+
+def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_rows": _ROWS.value,
+        "kv_len": _KV_LEN.value,
+        "page_size": _PAGE_SIZE.value,
+    }
+    rows, faults = [], []
+    print(
+        f"decode of {_ROWS.value} rows x {_KV_LEN.value} tokens, pages of {_PAGE_SIZE.value}, "
+        "bfloat16; bundles and bytes per KV token and layer, all heads\n"
+    )
+    columns = ("target", "shape", "compiles", "bundles", "DMA B", "least B", "spill KiB")
+    columns += ("VMEM KiB", "SMEM KiB", "floor us", "step temp", "pool ops", "ragged bundles")
+    columns += ("ragged spill KiB",)
+    print(" | ".join(columns))
+    work = [(target, name) for target in _TARGETS.value for name in _SHAPES.value]
+    for target, name in tqdm.tqdm(work, unit="program", disable=None):
+        shape = ATTENTION_SHAPES[name]
+        facts = compile_attention(compiler, target, shape, **options)
+        ragged = [
+            compile_ragged(compiler, target, shape, blocks=blocks, **options)
+            for blocks in _RAGGED_BLOCKS
+        ]
+        best = min(ragged, key=lambda r: r.bundles_per_kv_token or float("inf"))
+        step = None
+        if name in SHAPES and _STEP_LAYERS.value:
+            config = dataclasses.replace(SHAPES[name], num_layers=_STEP_LAYERS.value)
+            step = compile_step(compiler, target, config, **options)
+        least = kv_bytes_per_token(shape, jnp.bfloat16)
+        floor = floor_s(target, least * _ROWS.value * _KV_LEN.value)
+        print(" | ".join(_cells(target, name, facts, best, step, least, floor)), flush=True)
+        faults += [f"{target} {name}: {fault}" for fault in _faults(facts, step)]
+        rows.append(
+            {
+                "target": target,
+                "shape": name,
+                "attention": dataclasses.asdict(facts),
+                "ragged_paged_attention": dataclasses.asdict(best),
+                "step": step and dataclasses.asdict(step),
+                "least_dma_bytes_per_kv_token": least,
+                "floor_s_per_layer": floor,
+            }
+        )
+    print(f"\n{len(rows)} rows, {len(faults)} faults", *faults, sep="\n  ")
+    bandwidths = {name: target.hbm_bytes_per_s for name, target in TARGETS.items()}
+    return {"rows": rows, "faults": faults, "hbm_bytes_per_s": bandwidths, **options}
+
+
+def _faults(facts: KernelFacts, step: StepFacts | None) -> Iterator[str]:
+    if facts.error:
+        yield f"attention does not compile: {facts.error}"
+    if step is None:
+        return
+    if step.error:
+        yield f"the step does not compile: {step.error}"
+        return
+    assert step.temp_bytes is not None and step.pool_bytes and step.alias_bytes is not None
+    if step.pool_ops or step.alias_bytes < step.pool_bytes:
+        yield f"the step does not keep its pool in place: {step}"
+    if step.temp_bytes > 0.05 * step.pool_bytes:
+        yield f"the step takes {step.temp_bytes} bytes beside a pool of {step.pool_bytes}"
+
+
+def _cells(
+    target: str,
+    name: str,
+    facts: KernelFacts,
+    ragged: KernelFacts,
+    step: StepFacts | None,
+    least: int,
+    floor: float,
+) -> list[str]:
+    def number(value: float | None, scale: float = 1, digits: int = 0) -> str:
+        return "-" if value is None else f"{value / scale:.{digits}f}"
+
+    temp = ops = "-"
+    if step and not step.error:
+        assert step.temp_bytes is not None and step.pool_bytes
+        temp = f"{step.temp_bytes / step.pool_bytes:.2%}"
+        ops = ",".join(step.pool_ops or ()) or "none"
+    return [
+        target,
+        name,
+        "no" if facts.error else "yes",
+        number(facts.bundles_per_kv_token, digits=2),
+        number(facts.dma_bytes_per_kv_token),
+        str(least),
+        number(facts.spill_bytes, 1024),
+        number(facts.vmem_bytes, 1024),
+        number(facts.smem_bytes, 1024),
+        number(floor, 1e-6, 1),
+        temp,
+        ops,
+        "refused" if ragged.error else number(ragged.bundles_per_kv_token, digits=2),
+        number(ragged.spill_bytes, 1024),
+    ]
+
+
+def coverage_cases() -> dict[str, dict[str, Any]]:
+    """Everything that the kernels are made for: one at a time beside the usual, and the corners."""
+    cases: dict[str, dict[str, Any]] = {"usual": {}}
+    for head_dim in (64, 80, 96, 128, 256):
+        cases[f"head_dim {head_dim}"] = {"shape": AttentionShape(32, 8, head_dim)}
+        for page_size in (8, 32, 64, 128, 256):
+            name = f"head_dim {head_dim}, page_size {page_size}"
+            cases[name] = {"shape": AttentionShape(8, 2, head_dim), "page_size": page_size}
+        for kv_dtype in (jnp.int8, jnp.float8_e4m3fn, jnp.float32):
+            name = f"head_dim {head_dim}, {kv_dtype.__name__} pages"
+            dtype = jnp.float32 if kv_dtype == jnp.float32 else jnp.bfloat16
+            shape = AttentionShape(8, 2, head_dim)
+            cases[name] = {"shape": shape, "dtype": dtype, "kv_dtype": kv_dtype}
+    cases["float32 queries, bfloat16 pages"] = {"dtype": jnp.float32, "kv_dtype": jnp.bfloat16}
+    for q_heads, kv_heads in ((8, 8), (32, 32), (8, 1), (16, 1), (5, 1), (9, 3), (14, 2), (40, 8)):
+        name = f"{q_heads} query heads, {kv_heads} KV heads"
+        cases[name] = {"shape": AttentionShape(q_heads, kv_heads, 128)}
+    cases["sliding_window"] = {"shape": AttentionShape(32, 8, 128, sliding_window=1000)}
+    cases["soft_cap"] = {"shape": AttentionShape(32, 8, 128, soft_cap=30.0)}
+    cases["both"] = {"shape": AttentionShape(16, 8, 256, 4096, 50.0)}
+    for rows in (1, 8, 256, 512):
+        cases[f"{rows} rows"] = {"num_rows": rows, "kv_len": 1024}
+    cases["131,072 tokens"] = {"num_rows": 8, "kv_len": 131072}
+    cases["512 rows of 131,072 tokens"] = {
+        "shape": AttentionShape(8, 1, 64),
+        "num_rows": 512,
+        "kv_len": 131072,
+        "num_pages": 4096,
+    }
+    cases["131,072 tokens in pages of 8"] = {"num_rows": 8, "kv_len": 131072, "page_size": 8}
+    return cases
+
+
+def _coverage(compiler: TpuCompiler) -> dict[str, Any]:
+    rows, faults = [], []
+    work = [(t, name, case) for t in _TARGETS.value for name, case in coverage_cases().items()]
+    for target, name, case in tqdm.tqdm(work, unit="case", disable=None):
+        for kind, facts in compile_case(compiler, target, case).items():
+            detail = facts.error or f"{facts.spill_bytes} bytes spilled"
+            print(f"{target:<4} {name:<36} {kind:<8} {detail}", flush=True)
+            rows.append({"target": target, "case": name, "kind": kind, **dataclasses.asdict(facts)})
+            faults += [f"{target} {name}, {kind}: {facts.error}"] if facts.error else []
+    print(f"{len(rows)} programs, {len(faults)} do not compile", *faults, sep="\n  ")
+    return {"rows": rows, "faults": faults}
+
+
+def compile_case(
+    compiler: TpuCompiler, target: str, case: dict[str, Any]
+) -> dict[str, KernelFacts]:
+    """Compiles all kernels for one of `coverage_cases`."""
+    case = {"shape": AttentionShape(32, 8, 128)} | case
+    # A prefill of a few rows; the token axis is no multiple of any tile.
+    tokens = case.get("num_rows", 64) + 203
+    return {
+        "decode": compile_attention(compiler, target, **case),
+        "prefill": compile_attention(compiler, target, num_tokens=tokens, **case),
+        "write": compile_write(compiler, target, **case),
+        "copy": compile_copy(compiler, target, **case),
+    }
+
+
+if __name__ == "__main__":
+    run(main)

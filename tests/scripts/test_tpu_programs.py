@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels and steps that the TPU compiler makes of our code, for chips that are not there.
+
+Nothing runs: these say that it compiles, what it takes, and what the compiled program does not do.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models.shapes import SHAPES
+from pallas_kernels.aot import TARGETS
+from pallas_kernels.tpu.plan import plan_attention
+from scripts.tpu_programs import (
+    ATTENTION_SHAPES,
+    AttentionShape,
+    compile_attention,
+    compile_ragged,
+    compile_step,
+    kv_bytes_per_token,
+)
+from scripts.tpu_report import compile_case, coverage_cases
+
+pytestmark = pytest.mark.slow
+
+# Every kind of case somewhere, and each generation with some; `scripts.tpu_report --coverage`
+# compiles all of them for all.
+REPRESENTATIVE = [
+    ("v4", "head_dim 64, page_size 8"),
+    ("v4", "head_dim 128, int8 pages"),
+    ("v5e", "head_dim 80, float8_e4m3fn pages"),
+    ("v5e", "32 query heads, 32 KV heads"),
+    ("v5e", "both"),
+    ("v5e", "131,072 tokens in pages of 8"),
+    ("v5p", "head_dim 256, float32 pages"),
+    ("v5p", "9 query heads, 3 KV heads"),
+    ("v6e", "16 query heads, 1 KV heads"),
+    ("v6e", "512 rows of 131,072 tokens"),
+    ("7x", "head_dim 96, page_size 64"),
+    ("7x", "head_dim 128, float8_e4m3fn pages"),
+]
+
+
+@pytest.mark.parametrize(("target", "name"), REPRESENTATIVE)
+def test_what_the_kernels_are_made_for_compiles(tpu_compiler, target, name):
+    facts = compile_case(tpu_compiler, target, coverage_cases()[name])
+    assert set(facts) == {"decode", "prefill", "write", "copy"}
+    assert [fact.error for fact in facts.values()] == [None] * 4
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.2-1b"])
+def test_decode_reads_each_page_once_without_spills_in_few_bundles(tpu_compiler, target, name):
+    shape = ATTENTION_SHAPES[name]
+    facts = compile_attention(tpu_compiler, target, shape, num_rows=64, kv_len=2048)
+    assert facts.dma_bytes_per_kv_token == kv_bytes_per_token(shape, jnp.bfloat16)
+    assert facts.spill_bytes == 0
+    assert facts.bundles_per_kv_token is not None and facts.bundles_per_kv_token <= 3
+
+
+@pytest.mark.parametrize("target", ["v6e", "7x"])
+def test_a_small_pool_stays_in_hbm(tpu_compiler, target):
+    """Left to itself, the compiler moves one that fits to vector memory and back in every call."""
+    shape = AttentionShape(32, 8, 128)
+    facts = compile_attention(tpu_compiler, target, shape, num_pages=64)
+    assert facts.dma_bytes_per_kv_token == kv_bytes_per_token(shape, jnp.bfloat16)
+
+
+def test_fewer_bundles_than_the_ragged_kernel_of_jax(tpu_compiler):
+    shape = ATTENTION_SHAPES["llama-3.1-8b"]
+    ours = compile_attention(tpu_compiler, "v5e", shape)
+    theirs = compile_ragged(tpu_compiler, "v5e", shape)
+    assert ours.dma_bytes_per_kv_token == theirs.dma_bytes_per_kv_token
+    assert 2 * ours.bundles_per_kv_token < theirs.bundles_per_kv_token
+
+
+def small(name, **changes):
+    return dataclasses.replace(SHAPES[name], num_layers=3, vocab_size=2048, **changes)
+
+
+STEPS = [
+    ("v4", small("llama-3.2-1b"), 64),
+    ("v5e", small("llama-3.2-1b"), 64),
+    ("v5e", small("qwen3-0.6b"), 64),
+    ("v5e", small("qwen3-0.6b", head_dim=80), 64),
+    ("v5e", small("qwen3-0.6b", head_dim=96), 64),
+    ("v5e", small("qwen3-0.6b", head_dim=256), 64),
+    ("v5e", small("llama-3.2-1b"), 512),
+    ("v5p", small("qwen3-1.7b"), 64),
+    ("v6e", small("smollm2-135m"), 64),
+    ("7x", small("qwen3-4b"), 64),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "num_tokens"),
+    STEPS,
+    ids=lambda value: f"{value.num_q_heads}-{value.head_dim}" if hasattr(value, "head_dim") else "",
+)
+def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config, num_tokens):
+    facts = compile_step(tpu_compiler, target, config, num_tokens=num_tokens)
+    assert facts.error is None
+    assert facts.alias_bytes == facts.pool_bytes
+    assert facts.pool_ops == ()
+    assert facts.temp_bytes < 0.05 * facts.pool_bytes
+    assert facts.collectives == {}
+
+
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target):
+    config = small("llama-3.2-1b")
+    facts = compile_step(tpu_compiler, target, config, num_devices=4)
+    assert facts.error is None
+    # After attention and MLP, in the one loop body of all layers, and after the embedding.
+    assert facts.collectives == {"all-reduce": 3}
+    assert facts.pool_ops == () and facts.alias_bytes == facts.pool_bytes
+    whole = compile_step(tpu_compiler, target, config)
+    assert 4 * facts.pool_bytes == whole.pool_bytes
+
+
+def test_a_copy_of_the_pool_would_be_seen(tpu_compiler, monkeypatch):
+    """A cell of 160 lanes is stored with pages innermost, and turned round for every kernel."""
+    monkeypatch.setattr(
+        "pallas_kernels.kv_pages_shape",
+        lambda layers, pages, heads, page_size, head_dim, *, backend: (
+            layers,
+            pages,
+            heads,
+            page_size,
+            2 * head_dim,
+        ),
+    )
+    monkeypatch.setattr("pallas_kernels.tpu.attention.plan_attention", unchecked_plan)
+    monkeypatch.setattr("pallas_kernels.tpu.pages.check_pool", lambda kv_pages: None)
+    facts = compile_step(tpu_compiler, "v5e", small("qwen3-0.6b", head_dim=48))
+    assert facts.error or facts.pool_ops or facts.temp_bytes > 0.05 * facts.pool_bytes
+
+
+def unchecked_plan(q, kv_pages, page_table, **options):
+    wide = jax.ShapeDtypeStruct((*kv_pages.shape[:4], 128), kv_pages.dtype)
+    return dataclasses.replace(
+        plan_attention(q, wide, page_table, **options), kv_dim=kv_pages.shape[4]
+    )
+
+
+class TestVectorMemory:
+    def test_the_compiler_refuses_what_does_not_fit(self, tpu_compiler, monkeypatch):
+        monkeypatch.setattr("pallas_kernels.tpu.attention.vmem_limit", lambda num_bytes: 2**20)
+        facts = compile_attention(tpu_compiler, "v5e", AttentionShape(32, 8, 128))
+        assert "vmem" in facts.error.lower()
+
+    def test_validation_refuses_it_first(self, tpu_compiler):
+        facts = compile_attention(
+            tpu_compiler, "v4", AttentionShape(64, 64, 256), page_size=256, num_rows=4
+        )
+        assert facts.error.startswith("ValueError: attention over pages of 256 tokens, 64 KV heads")
+
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("num_tokens", [64, 96])
+    def test_the_plan_knows_what_the_kernel_takes(self, tpu_compiler, target, num_tokens):
+        shape = AttentionShape(32, 8, 128)
+        facts = compile_attention(tpu_compiler, target, shape, num_tokens=num_tokens)
+        mesh = tpu_compiler.mesh(target)
+        q = jax.ShapeDtypeStruct((num_tokens, 32, 128), jnp.bfloat16)
+        pool = jax.ShapeDtypeStruct((2, 8193, 8, 16, 256), jnp.bfloat16)
+        table = jax.ShapeDtypeStruct((64, 128), jnp.int32)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            plan = plan_attention(q, pool, table, decode=num_tokens == 64)
+        taken = facts.vmem_bytes - facts.spill_bytes
+        # Blocks that the compiler keeps elsewhere, or need no second copy, are counted too.
+        assert 0.5 * plan.vmem_bytes < taken <= 1.05 * plan.vmem_bytes
