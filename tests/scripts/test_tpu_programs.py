@@ -90,7 +90,15 @@ STEPS = [
     ("v5e", small("llama-3.2-1b"), 512),
     ("v5p", small("qwen3-1.7b"), 64),
     ("v6e", small("smollm2-135m"), 64),
-    ("7x", small("qwen3-4b"), 64),
+    pytest.param(
+        "7x",
+        small("qwen3-4b"),
+        64,
+        marks=pytest.mark.xfail(
+            reason="the compiler of 7x tiles stacked weights anew in every step; the pool stays in "
+            "place (docs/decisions.md)"
+        ),
+    ),
 ]
 
 

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads split over devices: the same logits, each device with its own heads and pages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+import pallas_kernels
+from models import sharding
+from models.decoder import Decoder
+from models.inputs import PagedInputs
+from models.shapes import SHAPES
+
+CONFIG = dataclasses.replace(
+    SHAPES["qwen3-0.6b"],
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.array(jax.devices("cpu")[:2]), ("tp",), axis_types=(AxisType.Auto,))
+
+
+def step_inputs():
+    """A chunk of one row and a decoding one, in pages of 4."""
+    return PagedInputs(
+        token_ids=jnp.array([3, 7, 11, 20, 41, 5], jnp.int32),
+        positions=jnp.array([0, 1, 2, 3, 4, 0], jnp.int32),
+        page_table=jnp.array([[2, 3], [1, 0]], jnp.int32),
+        kv_lens=jnp.array([5, 1], jnp.int32),
+        cu_q_lens=jnp.array([0, 5, 6], jnp.int32),
+        num_seqs=jnp.array([2], jnp.int32),
+        logits_indices=jnp.array([4, 5], jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_two_devices_compute_what_one_does(mesh, scan):
+    params = Decoder(CONFIG, scan).init(jax.random.key(0))
+    shape = pallas_kernels.kv_pages_shape(2, 5, 2, 4, 16, backend="xla")
+    pool = jnp.zeros(shape)
+    want, want_pool = jax.jit(Decoder(CONFIG, scan, "xla").apply)(params, step_inputs(), pool)
+    split = Decoder(CONFIG, scan, "xla", mesh)
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    pool = jax.device_put(pool, sharding.pool_sharding(mesh))
+    got, got_pool = jax.jit(split.apply)(params, step_inputs(), pool)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got_pool, want_pool, atol=1e-5)
+    assert got_pool.addressable_shards[0].data.shape == (2, 5, 1, 4, 32)
+    assert np.abs(np.asarray(want_pool)).max() > 0.1
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_what_is_split(mesh, scan):
+    params = Decoder(CONFIG, scan).abstract_params()
+    specs = {
+        "/".join(entry.key for entry in path): leaf.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            sharding.param_shardings(params, mesh)
+        )
+    }
+    stacked = (None,) if scan else ()
+    layer = "layers/" if scan else "layers_1/"
+    first, second = PartitionSpec(*stacked, "tp", None), PartitionSpec(*stacked, None, "tp")
+    for name in ("attention/q_proj", "attention/k_proj", "attention/v_proj", "mlp/gate_proj"):
+        assert specs[f"{layer}{name}/weight"] == first
+    for name in ("attention/o_proj", "mlp/down_proj"):
+        assert specs[f"{layer}{name}/weight"] == second
+    assert specs["embedding"] == specs["lm_head"] == PartitionSpec("tp", None)
+    assert not any(specs[f"{layer}attention/q_norm/scale"])
+    assert not any(specs["final_norm/scale"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_kv_heads": 1}, r"^num_kv_heads=1 does not split over 2 devices; take a number"),
+        ({"intermediate_size": 47}, r"^intermediate_size=47 does not split over 2 devices"),
+        ({"vocab_size": 63}, r"^vocab_size=63 does not split over 2 devices"),
+    ],
+)
+def test_what_does_not_split_is_refused(mesh, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(dataclasses.replace(CONFIG, **changes), mesh=mesh)
+
+
+def test_a_mesh_of_two_axes_is_refused():
+    mesh = Mesh(np.array(jax.devices("cpu")[:2]).reshape(1, 2), ("dp", "tp"))
+    with pytest.raises(ValueError, match=r"has one axis, not \('dp', 'tp'\)"):
+        Decoder(CONFIG, mesh=mesh)
