@@ -149,7 +149,8 @@ class TpuCompiler:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jitted.lower(*jax.tree.map(place, args))
         # A program out of jax's cache could not be loaded here, and would leave no schedule.
-        cached = jax.config.jax_enable_compilation_cache
+        # jax defines the attributes of its config at run time.
+        cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()
         try:

@@ -111,7 +111,7 @@ def test_a_page_too_large_for_the_chip_is_refused_with_both_sizes():
 def test_tiles_of_queries_shrink_before_groups_of_pages():
     """Every chip between plenty and too little: q_tile falls to 1 before group_pages falls."""
     options = {"num_q_heads": 32, "num_kv_heads": 8, "dtype": jnp.bfloat16}
-    most = plan_of(**options)
+    most = plan_of(**options, chip=Chip("v0", 64 * MIB, MIB))
     plans = []
     for vmem in range(most.vmem_bytes + 3 * MIB, 0, -64 * 1024):
         try:
@@ -120,7 +120,7 @@ def test_tiles_of_queries_shrink_before_groups_of_pages():
             break
         assert plans[-1].vmem_bytes + 3 * MIB <= vmem
     steps = list(dict.fromkeys((plan.q_tile, plan.group_pages) for plan in plans))
-    assert most == plans[0] and steps[0] == (32, 16) and steps[-1] == (1, 1)
+    assert most == plans[0] and steps[0] == (64, 16) and steps[-1] == (1, 1)
     for (q_tile, pages), after in itertools.pairwise(steps):
         if q_tile > 1:
             assert after[0] < q_tile and (after[1] == pages or after[0] == 1)
