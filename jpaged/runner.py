@@ -17,6 +17,7 @@ from jpaged import sampling
 from jpaged.batch import Batch, StepShape, empty_batch
 from jpaged.memory import PoolPlan
 from models.inputs import PagedInputs
+from models.sharding import placements
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class ModelRunner:
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
         device = jax.devices()[0]
-        self.params = jax.device_put(params, device)
+        where = placements(params, jax.sharding.SingleDeviceSharding(device))
+        self.params = jax.device_put(params, where)
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
         self.compile_s = 0.0

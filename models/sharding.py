@@ -4,7 +4,8 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from models.config import ModelConfig
 
@@ -69,6 +70,33 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def placements(params: Any, shardings: Any) -> Any:
+    """Where each parameter lies, and how: a 7x multiplies other tiles than it stores arrays in.
+
+    A loop over stacked layers would tile all of their weights anew in every step there
+    (docs/decisions.md).
+
+    Args:
+      params: a decoder's parameter tree; only shapes and dtypes matter.
+      shardings: a tree of where, or one sharding for all.
+
+    Returns:
+      What `jax.device_put` takes: `shardings`, with tiles for a 7x's matrices of 16 bits.
+    """
+
+    def place(path, leaf, sharding: Sharding):
+        device = next(iter(sharding.device_set))
+        matrix = any(getattr(entry, "key", None) in _SPLIT_AXIS for entry in path)
+        if device.device_kind != "TPU7x" or not matrix or leaf.dtype.itemsize != 2:
+            return sharding
+        return Format(Layout(tuple(range(leaf.ndim)), ((16, 128), (2, 1))), sharding)
+
+    if isinstance(shardings, Sharding):
+        one = shardings
+        shardings = jax.tree.map(lambda leaf: one, params)
+    return jax.tree_util.tree_map_with_path(place, params, shardings)
 
 
 def pool_sharding(mesh: Mesh) -> NamedSharding:

@@ -316,9 +316,9 @@ def compile_step(
     shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
     num_pages = num_rows * kv_len // page_size + 1
     pool = _pool(shape, num_pages, page_size, jnp.bfloat16, config.num_layers)
-    if num_devices > 1:
-        params = jax.tree.map(_placed, params, sharding.param_shardings(params, mesh))
-        pool = _placed(pool, sharding.pool_sharding(mesh))
+    where = sharding.placements(params, sharding.param_shardings(params, mesh))
+    params = jax.tree.map(_placed, params, where)
+    pool = _placed(pool, sharding.pool_sharding(mesh))
     page_table, kv_lens, cu_q_lens, num_seqs = _index(num_rows, -(-kv_len // page_size))
     tokens: Any = Struct((num_tokens,), jnp.int32)
     rows: Any = Struct((num_rows,), jnp.int32)
@@ -393,7 +393,7 @@ def _index(num_rows: int, pages_per_seq: int) -> Any:
     return tuple(Struct(shape, jnp.int32) for shape in shapes)
 
 
-def _placed(struct: Struct, where: jax.sharding.Sharding) -> Struct:
+def _placed(struct: Struct, where: Any) -> Struct:
     return Struct(struct.shape, struct.dtype, sharding=where)
 
 

@@ -120,7 +120,6 @@ class TpuCompiler:
         function: Callable[..., Any],
         *args: Any,
         donate_argnums: tuple[int, ...] = (),
-        out_shardings: Any = None,
     ) -> jax.stages.Compiled:
         """Compiles for a mesh of `mesh`.
 
@@ -129,7 +128,6 @@ class TpuCompiler:
           function: what to compile.
           *args: pytrees of `jax.ShapeDtypeStruct`; those without a sharding are replicated.
           donate_argnums: as in `jax.jit`.
-          out_shardings: as in `jax.jit`; None lets the compiler choose.
 
         Raises:
           Exception: what the compiler raises, for example for too much vector memory.
@@ -140,11 +138,11 @@ class TpuCompiler:
         replicated = NamedSharding(mesh, PartitionSpec())
 
         def place(leaf):
-            sharding = leaf.sharding or replicated
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            if leaf.sharding is not None:
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
-        options = {} if out_shardings is None else {"out_shardings": out_shardings}
-        jitted = jax.jit(function, donate_argnums=donate_argnums, **options)
+        jitted = jax.jit(function, donate_argnums=donate_argnums)
         # Kernels ask the abstract mesh which chip they are traced for.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jitted.lower(*jax.tree.map(place, args))

@@ -100,3 +100,23 @@ def test_a_mesh_of_two_axes_is_refused():
     mesh = Mesh(np.array(jax.devices("cpu")[:2]).reshape(1, 2), ("dp", "tp"))
     with pytest.raises(ValueError, match=r"has one axis, not \('dp', 'tp'\)"):
         Decoder(CONFIG, mesh=mesh)
+
+
+class Device:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+@pytest.mark.parametrize("kind", ["TPU7x", "TPU v6e"])
+def test_only_matrices_of_16_bits_on_a_7x_get_tiles_of_their_own(kind, monkeypatch):
+    where = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    monkeypatch.setattr(type(where), "device_set", property(lambda self: {Device(kind)}))
+    formats = []
+    monkeypatch.setattr(sharding, "Format", lambda layout, where: formats.append(layout) or where)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        params = Decoder(CONFIG, True).abstract_params(dtype)
+        placed = sharding.placements(params, where)
+        assert all(leaf is where for leaf in jax.tree.leaves(placed))
+    # Seven of the stacked layers, the embedding and the head.
+    assert len(formats) == (9 if kind == "TPU7x" else 0)
+    assert all(layout.tiling == ((16, 128), (2, 1)) for layout in formats)
