@@ -59,6 +59,8 @@ def paged_attention(
     are the last `cu_q_lens[i+1] - cu_q_lens[i]` positions of its `kv_lens[i]` tokens, each
     attending causally. Rows past `num_seqs`, tokens past `cu_q_lens[num_seqs]` and table entries
     past a sequence's last page are padding: what they hold, NaN included, never reaches a live row.
+    A call with no more tokens than rows is taken for decode, where each query reads its sequence by
+    itself: right for prefill too, but slow.
 
     Args:
       q: bf16|f16|f32[num_tokens, num_q_heads, head_dim], sequences back to back.

@@ -37,6 +37,8 @@ class TpuRow:
 def tpu_tiles(chip: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int) -> TpuTiles:
     """The tiles for a layer: those of its row, or what most rows have.
 
+    A device of a mesh has a share of a layer's heads, and so mostly no row.
+
     Args:
       chip: generation, as in `pallas_kernels.aot.TARGETS`.
       num_q_heads: query heads.

@@ -215,7 +215,9 @@ def _coverage(compiler: TpuCompiler) -> dict[str, Any]:
     work = [(t, name, case) for t in _TARGETS.value for name, case in coverage_cases().items()]
     for target, name, case in tqdm.tqdm(work, unit="case", disable=None):
         for kind, facts in compile_case(compiler, target, case).items():
-            detail = facts.error or f"{facts.spill_bytes} bytes spilled"
+            detail = (
+                facts.error or f"{facts.spill_bytes or 0} bytes spilled, {facts.temp_bytes} temp"
+            )
             print(f"{target:<4} {name:<36} {kind:<8} {detail}", flush=True)
             rows.append({"target": target, "case": name, "kind": kind, **dataclasses.asdict(facts)})
             faults += [f"{target} {name}, {kind}: {facts.error}"] if facts.error else []

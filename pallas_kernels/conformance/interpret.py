@@ -5,11 +5,6 @@ import contextlib
 import unittest.mock
 from collections.abc import Iterator
 
-# jax keeps what it finds here, until 0.12 raises it.
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as _interpreter
-from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
-from jax.experimental.pallas import tpu as pltpu
-
 
 @contextlib.contextmanager
 def interpret_tpu() -> Iterator[None]:
@@ -22,6 +17,12 @@ def interpret_tpu() -> Iterator[None]:
     Raises:
       AssertionError: at the end, if two accesses of which one writes were not ordered by a wait.
     """
+    # Imported here, so that who interprets nothing depends on nothing private. Up to jax 0.11 what
+    # the interpreter finds stands here only.
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
+    from jax.experimental.pallas import tpu as pltpu
+
     states: list[RaceDetectionState] = []
 
     def recorded(*args, **kwargs):
@@ -32,7 +33,7 @@ def interpret_tpu() -> Iterator[None]:
     pltpu.reset_tpu_interpret_mode_state()
     try:
         with (
-            unittest.mock.patch.object(_interpreter, "RaceDetectionState", recorded),
+            unittest.mock.patch.object(interpret_pallas_call, "RaceDetectionState", recorded),
             pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)),
         ):
             yield

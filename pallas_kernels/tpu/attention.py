@@ -74,6 +74,7 @@ def paged_attention(
             plan=plan,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
+            name="paged_attention_decode" if decode else "paged_attention_prefill",
         )
         return _from_blocks(out, q.shape[0], plan)
 
@@ -112,7 +113,7 @@ def _from_blocks(out, num_tokens: int, plan: AttentionPlan):
 
 
 def _attend_tiles(
-    q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, sliding_window, soft_cap
+    q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, sliding_window, soft_cap, name
 ):
     num_rows, pages_per_seq = page_table.shape
     num_parts = pl.cdiv(pages_per_seq, plan.table_part)
@@ -176,5 +177,5 @@ def _attend_tiles(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(plan.vmem_bytes)
         ),
-        name="paged_attention_decode" if plan.q_tile == 1 else "paged_attention_prefill",
+        name=name,
     )(spans, scalars, page_table, page_table, q_blocks, in_hbm(kv_pages), scale)

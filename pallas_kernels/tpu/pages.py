@@ -11,7 +11,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import NULL_PAGE
 from pallas_kernels.reference import pack_cells
-from pallas_kernels.tpu.plan import LANES, SUBLANES, check_pool, check_scalars, round_up
+from pallas_kernels.tpu.plan import (
+    LANES,
+    SUBLANES,
+    check_pool,
+    check_scalars,
+    check_vmem,
+    round_up,
+    vmem_limit,
+)
 from pallas_kernels.tpu.spans import expand
 
 # Vector memory for strips on their way; half of them are read ahead, half are being written.
@@ -43,6 +51,9 @@ def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer,
     # Either is padded to whole tiles.
     strip_bytes = 4 * round_up(strip[0], SUBLANES) * round_up(strip_slots, SUBLANES) * strip[2]
     at_once = max(2, min(_MAX_STRIPS, _STRIPS_BYTES // (2 * strip_bytes) // 2 * 2))
+    # Beside the strips, those of float32 that are merged at the moment, as they come and turned.
+    vmem_bytes = (2 * at_once + 3) * strip_bytes
+    check_vmem(f"a token write to {strip[0]} KV heads of {strip[2]} lanes", vmem_bytes)
     return pl.pallas_call(
         functools.partial(_write_kernel, num_lanes=2 * k.shape[2]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -58,6 +69,7 @@ def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer,
         ),
         out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
         input_output_aliases={3: 0},
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_limit(vmem_bytes)),
         name="write_kv",
     )(strips, scalars, cells, kv_pages)
 
@@ -180,7 +192,9 @@ def _write_kernel(
 
 def copy_pages(kv_pages, src_page_ids, dst_page_ids):
     """See `pallas_kernels.copy_pages`; every source is read before any page is written."""
+    check_pool(kv_pages)
     num_copies = src_page_ids.shape[0]
+    check_scalars("a page copy", 2 * 4 * round_up(num_copies, LANES), num_copies)
     if not num_copies:
         return kv_pages
     held = (num_copies, kv_pages.shape[0], *kv_pages.shape[2:])

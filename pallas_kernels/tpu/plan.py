@@ -148,6 +148,7 @@ def plan_attention(
     tiles = tiles or tuning.tpu_tiles(
         chip.name, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
+    group_pages = min(_power_of_two(max(1, tiles.group_tokens // page_size)), _MAX_TABLE_PART)
     plan = AttentionPlan(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
@@ -157,8 +158,8 @@ def plan_attention(
         dtype=jnp.dtype(q.dtype),
         kv_dtype=jnp.dtype(kv_pages.dtype),
         q_tile=1 if decode else tiles.q_tile,
-        group_pages=_power_of_two(max(1, tiles.group_tokens // page_size)),
-        table_part=min(_MAX_TABLE_PART, round_up(page_table.shape[1], LANES)),
+        group_pages=group_pages,
+        table_part=min(_MAX_TABLE_PART, round_up(page_table.shape[1], max(LANES, group_pages))),
     )
     limit = chip.vmem_bytes - _VMEM_RESERVE_BYTES
     while plan.vmem_bytes > limit and plan.q_tile > 1:
@@ -201,6 +202,17 @@ def check_scalars(name: str, num_bytes: int, num_rows: int, chip: Chip | None = 
             f"{name} of {num_rows} rows needs {num_bytes} bytes of scalar memory, more than the "
             f"{limit} that a {chip.name} has for it; lower max_num_seqs, max_model_len or "
             "max_num_batched_tokens, or raise page_size"
+        )
+
+
+def check_vmem(name: str, num_bytes: int, chip: Chip | None = None) -> None:
+    """Raises ValueError if what a kernel works on does not fit vector memory."""
+    chip = chip or target_chip()
+    limit = chip.vmem_bytes - _VMEM_RESERVE_BYTES
+    if num_bytes > limit:
+        raise ValueError(
+            f"{name} needs {num_bytes} bytes of vector memory, more than the {limit} that a "
+            f"{chip.name} has for it; shard the KV heads over more chips"
         )
 
 

@@ -90,11 +90,10 @@ def test_the_names_above_are_cases():
 
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_float16_is_refused_with_the_rule(case, monkeypatch):
-    """Where it would be stored or multiplied; a copy of pages does not look at their numbers."""
-    *results, copies = run_only(case, monkeypatch)
+    results = run_only(case, monkeypatch)
+    assert len(results) == 3
     rule = "backend 'tpu' takes pages of bfloat16, float32, int8, float8_e4m3fn, not of float16"
     assert {(result.status, result.detail) for result in results} == {("refused", rule)}
-    assert copies.status == "passed"
 
 
 def check(case):

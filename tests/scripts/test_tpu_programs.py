@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import pallas_kernels
 from models.shapes import SHAPES
 from pallas_kernels.aot import TARGETS
 from pallas_kernels.tpu.plan import plan_attention
@@ -19,6 +20,7 @@ from scripts.tpu_programs import (
     compile_attention,
     compile_ragged,
     compile_step,
+    compile_write,
     kv_bytes_per_token,
 )
 from scripts.tpu_report import compile_case, coverage_cases
@@ -128,28 +130,15 @@ def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target
 
 
 def test_a_copy_of_the_pool_would_be_seen(tpu_compiler, monkeypatch):
-    """A cell of 160 lanes is stored with pages innermost, and turned round for every kernel."""
+    write = pallas_kernels.write_kv
     monkeypatch.setattr(
-        "pallas_kernels.kv_pages_shape",
-        lambda layers, pages, heads, page_size, head_dim, *, backend: (
-            layers,
-            pages,
-            heads,
-            page_size,
-            2 * head_dim,
-        ),
+        pallas_kernels,
+        "write_kv",
+        lambda pool, *rest, **options: write(pool[:, ::-1], *rest, **options),
     )
-    monkeypatch.setattr("pallas_kernels.tpu.attention.plan_attention", unchecked_plan)
-    monkeypatch.setattr("pallas_kernels.tpu.pages.check_pool", lambda kv_pages: None)
-    facts = compile_step(tpu_compiler, "v5e", small("qwen3-0.6b", head_dim=48))
-    assert facts.error or facts.pool_ops or facts.temp_bytes > 0.05 * facts.pool_bytes
-
-
-def unchecked_plan(q, kv_pages, page_table, **options):
-    wide = jax.ShapeDtypeStruct((*kv_pages.shape[:4], 128), kv_pages.dtype)
-    return dataclasses.replace(
-        plan_attention(q, wide, page_table, **options), kv_dim=kv_pages.shape[4]
-    )
+    facts = compile_step(tpu_compiler, "v5e", small("qwen3-0.6b"))
+    assert facts.error is None
+    assert facts.pool_ops or facts.temp_bytes > 0.05 * facts.pool_bytes
 
 
 class TestVectorMemory:
@@ -163,6 +152,11 @@ class TestVectorMemory:
             tpu_compiler, "v4", AttentionShape(64, 64, 256), page_size=256, num_rows=4
         )
         assert facts.error.startswith("ValueError: attention over pages of 256 tokens, 64 KV heads")
+
+    def test_validation_refuses_a_write_that_does_not_fit(self, tpu_compiler):
+        shape = AttentionShape(64, 64, 256)
+        facts = compile_write(tpu_compiler, "v4", shape, kv_dtype=jnp.int8, page_size=32)
+        assert facts.error is None or facts.error.startswith("ValueError: a token write to 64 KV")
 
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("num_tokens", [64, 96])
