@@ -165,10 +165,10 @@ def compile_attention(
         return attend(q, pool, *index, layer=layer, kv_scale=scale)
 
     scale = Struct((2,), jnp.float32)
-    try:
-        compiled = compiler.compile(mesh, call, q, pool, Struct((), jnp.int32), scale, *index)
-    except Exception as e:  # whatever the compiler refuses it with is what the report is for
-        return KernelFacts(error=_first_line(e))
+    layer = Struct((), jnp.int32)
+    compiled = _try_compile(compiler, mesh, call, q, pool, layer, scale, *index)
+    if isinstance(compiled, str):
+        return KernelFacts(error=compiled)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         plan = plan_attention(q, pool, index[0], decode=decode, tiles=tiles)
     kind = "decode" if decode else "prefill"
@@ -226,12 +226,10 @@ def _in_place(
     compiler: TpuCompiler, target: str, function: Callable[..., Any], pool: Struct, *args: Struct
 ) -> KernelFacts:
     """Compiles what must give its first argument back, in the same memory."""
-    try:
-        compiled = compiler.compile(
-            compiler.mesh(target), function, pool, *args, donate_argnums=(0,)
-        )
-    except Exception as e:
-        return KernelFacts(error=_first_line(e))
+    mesh = compiler.mesh(target)
+    compiled = _try_compile(compiler, mesh, function, pool, *args, donate_argnums=(0,))
+    if isinstance(compiled, str):
+        return KernelFacts(error=compiled)
     memory = compiled.memory_analysis()
     assert memory is not None
     error = None
@@ -275,12 +273,12 @@ def compile_ragged(
         num_kv_pages_per_block=blocks[0],
         num_queries_per_block=blocks[1],
     )
-    try:
-        compiled = compiler.compile(
-            compiler.mesh(target), attend, q, pages, kv_lens, page_table, cu_q_lens, num_seqs
-        )
-    except Exception as e:  # as above
-        return KernelFacts(error=_first_line(e))
+    mesh = compiler.mesh(target)
+    compiled = _try_compile(
+        compiler, mesh, attend, q, pages, kv_lens, page_table, cu_q_lens, num_seqs
+    )
+    if isinstance(compiled, str):
+        return KernelFacts(error=compiled)
     schedule = compiler.schedule(target, "ragged_paged_attention_kernel")
     table_bytes = 4 * page_table.shape[0] * page_table.shape[1]
     return _facts(schedule, blocks[0] * page_size, compiled, table_bytes)
@@ -331,10 +329,11 @@ def compile_step(
         num_seqs=num_seqs,
         logits_indices=rows,
     )
-    try:
-        compiled = compiler.compile(mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,))
-    except Exception as e:
-        return StepFacts(error=_first_line(e))
+    compiled = _try_compile(
+        compiler, mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,)
+    )
+    if isinstance(compiled, str):
+        return StepFacts(error=compiled)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
     own = list(pool.shape)
@@ -397,6 +396,12 @@ def _placed(struct: Struct, where: Any) -> Struct:
     return Struct(struct.shape, struct.dtype, sharding=where)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
+def _try_compile(
+    compiler: TpuCompiler, mesh: jax.sharding.Mesh, function: Callable, *args: Any, **options: Any
+) -> jax.stages.Compiled | str:
+    """The compiled program, or why it is refused: what the reports are for."""
+    try:
+        return compiler.compile(mesh, function, *args, **options)
+    except Exception as e:  # ours refuse with ValueError, the compiler with errors of many kinds
+        lines = str(e).strip().splitlines() or [""]
+        return f"{type(e).__name__}: {lines[0]}"[:300]

@@ -26,26 +26,24 @@ class Target:
 
     Attributes:
       topology: a slice of it that libtpu knows, of four devices or more.
-      device: what one of them is, as jax counts them.
       hbm_bytes_per_s: bandwidth of a device's memory.
       dma_granule_bytes: the unit of the sizes of copies in schedules (from copies of known size).
     """
 
     topology: str
-    device: str
     hbm_bytes_per_s: float
     dma_granule_bytes: int
 
 
 # Bandwidths: Google Cloud's pages on each generation ("TPU v5e" and so on, System architecture),
-# per chip; a 7x chip is two devices.
+# per chip. jax counts a v4 or v5p, which has two cores, as one device, and a 7x as two.
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "v4": Target("v4:2x2x1", "chip of 2 cores", 1228e9, 512),
-        "v5e": Target("v5e:2x2", "chip", 819e9, 32),
-        "v5p": Target("v5p:2x2x1", "chip of 2 cores", 2765e9, 32),
-        "v6e": Target("v6e:2x2", "chip", 1640e9, 32),
-        "7x": Target("tpu7x:2x2x1", "half a chip", 7380e9 / 2, 32),
+        "v4": Target("v4:2x2x1", 1228e9, 512),
+        "v5e": Target("v5e:2x2", 819e9, 32),
+        "v5p": Target("v5p:2x2x1", 2765e9, 32),
+        "v6e": Target("v6e:2x2", 1640e9, 32),
+        "7x": Target("tpu7x:2x2x1", 7380e9 / 2, 32),
     }
 )
 
