@@ -173,7 +173,8 @@ def compile_attention(
         plan = plan_attention(q, pool, index[0], decode=decode, tiles=tiles)
     kind = "decode" if decode else "prefill"
     schedule = compiler.schedule(target, f"paged_attention_{kind}")
-    return _facts(schedule, plan.group_tokens, compiled, plan.smem_bytes(num_tokens))
+    num_spans = plan.max_tiles(num_tokens, num_rows) * plan.num_parts(index[0].shape[1])
+    return _facts(schedule, plan.group_tokens, compiled, plan.smem_bytes(num_spans))
 
 
 def compile_write(

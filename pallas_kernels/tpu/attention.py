@@ -61,8 +61,7 @@ def paged_attention(
             q_lens,
             q_tile=plan.q_tile,
             num_blocks=num_blocks,
-            # Beside one tile a block, one more for each row of several queries.
-            max_tiles=num_blocks + (0 if decode else min(max_num_seqs, num_tokens // 2)),
+            max_tiles=plan.max_tiles(q.shape[0], max_num_seqs),
         )
         out = _attend_tiles(
             _to_blocks(q, num_blocks, plan),
@@ -116,7 +115,7 @@ def _attend_tiles(
     q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, sliding_window, soft_cap, name
 ):
     num_rows, pages_per_seq = page_table.shape
-    num_parts = pl.cdiv(pages_per_seq, plan.table_part)
+    num_parts = plan.num_parts(pages_per_seq)
     # A part is a row of its own with nothing above or below it: copied without stride.
     page_table = jnp.pad(page_table, ((0, 0), (0, num_parts * plan.table_part - pages_per_seq)))
     page_table = page_table.reshape(num_rows * num_parts, 1, plan.table_part)

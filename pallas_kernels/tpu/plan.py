@@ -106,6 +106,15 @@ class AttentionPlan:
             + 4 * (sums + scores)
         )
 
+    def max_tiles(self, num_tokens: int, num_rows: int) -> int:
+        """Tiles at most: one a block of the token axis, and one more a row of several queries."""
+        blocks = -(-num_tokens // self.q_tile)
+        return blocks if self.q_tile == 1 else blocks + min(num_rows, num_tokens // 2)
+
+    def num_parts(self, pages_per_seq: int) -> int:
+        """Parts of a row of the page table: as many spans has a tile at most."""
+        return -(-pages_per_seq // self.table_part)
+
     def smem_bytes(self, num_spans: int) -> int:
         """Scalar memory: the spans' fields and four parts of the page table."""
         return 4 * (SUBLANES * round_up(num_spans + 1, LANES) + 4 * self.table_part)
