@@ -395,7 +395,7 @@ class TestRefusals:
             (dict(memory_fraction=0.0), "memory_fraction=0.0 must be in"),
             (dict(max_model_len=300), "max_model_len=300 exceeds .*max_position_embeddings=256"),
             (dict(reservation="min"), "reservation='min' must be"),
-            (dict(backend="tpu"), "backend 'tpu' has no kernels in this version"),
+            (dict(backend="tpu"), "backend 'tpu' on platform 'cpu': its kernels run on"),
             (dict(backend="cuda"), "backend='cuda'"),
             (dict(deterministic=True, max_num_batched_tokens=8), "deterministic needs"),
             (dict(memory_fraction=1e-12), "holds 0 pages of 8192 bytes"),

@@ -130,7 +130,7 @@ def test_model_without_tokenizer_takes_token_ids(run):
         (["--prompt=x", "--beam_width=4"], "this version has no beam search"),
         (["--prompt=x", "--model=nowhere"], "model directory 'nowhere' does not exist"),
         (["--prompt=x", "--dtype=int4"], "dtype"),
-        (["--prompt=x", "--backend=tpu"], "backend 'tpu' has no kernels in this version"),
+        (["--prompt=x", "--backend=tpu"], "its kernels run on TPUs only"),
         (["--prompt=x", "--page_size=0"], "page_size=0 must be at least 1"),
         (["--prompt=" + "word " * 2000], "max_model_len=1024"),
         (["--prompt=x", "--num_pages=4", "--max_tokens=100"], "but the pool has 3"),
