@@ -12,7 +12,6 @@ import pytest
 
 import pallas_kernels
 from models.shapes import SHAPES
-from pallas_kernels.aot import TARGETS
 from pallas_kernels.tpu.plan import plan_attention
 from scripts.tpu_programs import (
     ATTENTION_SHAPES,
@@ -33,7 +32,7 @@ REPRESENTATIVE = [
     ("v4", "head_dim 64, page_size 8"),
     ("v4", "head_dim 128, int8 pages"),
     ("v5e", "head_dim 80, float8_e4m3fn pages"),
-    ("v5e", "32 query heads, 32 KV heads"),
+    ("v5e", "8 query heads, 8 KV heads"),
     ("v5e", "both"),
     ("v5e", "131,072 tokens in pages of 8"),
     ("v5p", "head_dim 256, float32 pages"),
@@ -83,26 +82,25 @@ def small(name, **changes):
 
 
 STEPS = [
-    ("v4", small("llama-3.2-1b"), 64),
-    ("v5e", small("llama-3.2-1b"), 64),
-    ("v5e", small("qwen3-0.6b"), 64),
-    ("v5e", small("qwen3-0.6b", head_dim=80), 64),
-    ("v5e", small("qwen3-0.6b", head_dim=96), 64),
-    ("v5e", small("qwen3-0.6b", head_dim=256), 64),
-    ("v5e", small("llama-3.2-1b"), 512),
-    ("v5p", small("qwen3-1.7b"), 64),
-    ("v6e", small("smollm2-135m"), 64),
-    ("7x", small("qwen3-4b"), 64),
+    ("v4", small("llama-3.2-1b")),
+    ("v5e", small("llama-3.2-1b")),
+    ("v5e", small("qwen3-0.6b")),
+    ("v5e", small("qwen3-0.6b", head_dim=80)),
+    ("v5e", small("qwen3-0.6b", head_dim=96)),
+    ("v5e", small("qwen3-0.6b", head_dim=256)),
+    ("v5p", small("qwen3-1.7b")),
+    ("v6e", small("smollm2-135m")),
+    ("7x", small("qwen3-4b")),
 ]
 
 
 @pytest.mark.parametrize(
-    ("target", "config", "num_tokens"),
+    ("target", "config"),
     STEPS,
     ids=lambda value: f"{value.num_q_heads}-{value.head_dim}" if hasattr(value, "head_dim") else "",
 )
-def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config, num_tokens):
-    facts = compile_step(tpu_compiler, target, config, num_tokens=num_tokens)
+def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
+    facts = compile_step(tpu_compiler, target, config)
     assert facts.error is None
     assert facts.alias_bytes == facts.pool_bytes
     assert facts.pool_ops == ()
@@ -158,7 +156,7 @@ class TestVectorMemory:
         facts = compile_write(tpu_compiler, "v4", shape, kv_dtype=jnp.int8, page_size=32)
         assert facts.error.startswith("ValueError: a token write to 64 KV heads")
 
-    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("target", ["v4", "v5e", "7x"])
     @pytest.mark.parametrize("num_tokens", [64, 96])
     def test_the_plan_knows_what_the_kernel_takes(self, tpu_compiler, target, num_tokens):
         shape = AttentionShape(32, 8, 128)
