@@ -35,9 +35,10 @@ class TpuRow:
 
 
 def tpu_tiles(chip: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int) -> TpuTiles:
-    """The tiles for a layer: those of its row, or what most rows have.
+    """The tiles for a layer: those of its row, or of the row most like it.
 
-    A device of a mesh has a share of a layer's heads, and so mostly no row.
+    That is one of the same generation, head_dim and query heads a KV head, with the number of KV
+    heads closest: a device of a mesh has a share of a layer's heads, and so mostly no row.
 
     Args:
       chip: generation, as in `pallas_kernels.aot.TARGETS`.
@@ -45,11 +46,16 @@ def tpu_tiles(chip: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int) 
       num_kv_heads: KV heads.
       head_dim: lanes of a key.
     """
-    row = TPU_ROWS.get((chip, num_q_heads, num_kv_heads, head_dim))
-    if row is not None:
-        return row.tiles
+    group = num_q_heads // num_kv_heads
+    alike = {
+        kv_heads: row.tiles
+        for (name, q_heads, kv_heads, dim), row in TPU_ROWS.items()
+        if (name, q_heads // kv_heads, dim) == (chip, group, head_dim)
+    }
+    if alike:
+        return alike[min(alike, key=lambda heads: abs(heads - num_kv_heads))]
     # As many queries as give a KV head 256 rows.
-    q_tile = 256 // (num_q_heads // num_kv_heads)
+    q_tile = 256 // group
     return TpuTiles(256, min(128, max(8, 1 << (max(q_tile, 1).bit_length() - 1))))
 
 

@@ -9,7 +9,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from absl import app, flags, logging
@@ -101,6 +101,12 @@ def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pat
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
+
+
+def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises `app.UsageError` if a flag that is a list names what is not known."""
+    if unknown := sorted(set(names) - set(known)):
+        raise app.UsageError(f"--{flag}={','.join(unknown)}: choose among {', '.join(known)}")
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

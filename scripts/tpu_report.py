@@ -11,11 +11,14 @@ and prints what they take. Bundles per KV token rank variants; they are no time.
 in which a chip's memory gives the keys and values of one layer at its published bandwidth: no
 decode can be faster, and none has been timed. `ragged` is jax's own kernel,
 `jax.experimental.pallas.ops.tpu.ragged_paged_attention`, for the same rows, with the better of two
-block sizes. `--coverage` compiles every combination that the kernels are made for instead. Steps
-have --step_layers layers: the compiled loop over layers is the same for any number of them. The
-last line is JSON. No TPU is used or needed.
+block sizes. `busiest` is the unit with most of its slots in use. `--coverage` compiles every
+combination that the kernels are made for instead. Steps have --step_layers layers: the compiled
+loop over layers is the same for any number of them. The last line is JSON. No TPU is used or
+needed.
 
-Exits with 1 if something does not compile that should, or a step copies its page pool.
+Exits with 1 if something does not compile that should, a kernel copies more than it must, a step
+copies its page pool, or the kernels are worse than they were made to be: at most 3 bundles per KV
+token and no spilled register for 8 KV heads of 64 or 128 with 4 queries each on v5e and v6e.
 """
 
 import dataclasses
@@ -28,22 +31,21 @@ import jax.numpy as jnp
 import tqdm
 from absl import app, flags
 
-from models.shapes import SHAPES
 from pallas_kernels.aot import TARGETS, TpuCompiler
-from scripts.flags import run
-from scripts.tpu_programs import (
+from scripts.flags import check_names, run
+from scripts.tpu_kernels import (
     ATTENTION_SHAPES,
+    MAX_TEMP_SHARE,
     AttentionShape,
     KernelFacts,
-    StepFacts,
     compile_attention,
     compile_copy,
     compile_ragged,
-    compile_step,
     compile_write,
     floor_s,
     kv_bytes_per_token,
 )
+from scripts.tpu_steps import STEP_CONFIGS, StepFacts, compile_step
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to compile for.")
 _SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to compile.")
@@ -65,10 +67,8 @@ def main(argv: list[str]) -> None:
     """Prints the report."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    for name, known in (("targets", TARGETS), ("shapes", ATTENTION_SHAPES)):
-        if unknown := set(flags.FLAGS[name].value or ()) - set(known):
-            names = ", ".join(known)
-            raise app.UsageError(f"--{name}={','.join(sorted(unknown))}: choose among {names}")
+    check_names("targets", _TARGETS.value, TARGETS)
+    check_names("shapes", _SHAPES.value, ATTENTION_SHAPES)
     try:
         compiler = TpuCompiler(schedules=True)
     except RuntimeError as e:
@@ -90,9 +90,9 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
         f"decode of {_ROWS.value} rows x {_KV_LEN.value} tokens, pages of {_PAGE_SIZE.value}, "
         "bfloat16; bundles and bytes per KV token and layer, all heads\n"
     )
-    columns = ("target", "shape", "compiles", "bundles", "DMA B", "least B", "spill KiB")
-    columns += ("VMEM KiB", "SMEM KiB", "floor us", "step temp", "pool ops", "ragged bundles")
-    columns += ("ragged spill KiB",)
+    columns = ("target", "shape", "compiles", "bundles", "busiest", "DMA B", "least B")
+    columns += ("spill KiB", "VMEM KiB", "SMEM KiB", "floor us", "step temp", "pool ops")
+    columns += ("ragged: bundles", "busiest", "DMA B", "spill KiB", "VMEM KiB", "SMEM KiB")
     print(" | ".join(columns))
     work = [(target, name) for target in _TARGETS.value for name in _SHAPES.value]
     for target, name in tqdm.tqdm(work, unit="program", disable=None):
@@ -104,13 +104,14 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
         ]
         best = min(ragged, key=lambda r: r.bundles_per_kv_token or float("inf"))
         step = None
-        if name in SHAPES and _STEP_LAYERS.value:
-            config = dataclasses.replace(SHAPES[name], num_layers=_STEP_LAYERS.value)
+        if _STEP_LAYERS.value:
+            config = dataclasses.replace(STEP_CONFIGS[name], num_layers=_STEP_LAYERS.value)
             step = compile_step(compiler, target, config, **options)
         least = kv_bytes_per_token(shape, jnp.bfloat16)
         floor = floor_s(target, least * _ROWS.value * _KV_LEN.value)
         print(" | ".join(_cells(target, name, facts, best, step, least, floor)), flush=True)
-        faults += [f"{target} {name}: {fault}" for fault in _faults(facts, step)]
+        bar = _has_bar(target, shape)
+        faults += [f"{target} {name}: {fault}" for fault in _faults(facts, step, least, bar)]
         rows.append(
             {
                 "target": target,
@@ -123,13 +124,28 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
             }
         )
     print(f"\n{len(rows)} rows, {len(faults)} faults", *faults, sep="\n  ")
-    bandwidths = {name: target.hbm_bytes_per_s for name, target in TARGETS.items()}
+    print("\nbandwidths:")
+    for name in _TARGETS.value:
+        print(f"  {name}: {TARGETS[name].hbm_bytes_per_s / 1e9:.0f} GB/s, {TARGETS[name].source}")
+    bandwidths = {name: TARGETS[name].hbm_bytes_per_s for name in _TARGETS.value}
     return {"rows": rows, "faults": faults, "hbm_bytes_per_s": bandwidths, **options}
 
 
-def _faults(facts: KernelFacts, step: StepFacts | None) -> Iterator[str]:
+def _has_bar(target: str, shape: AttentionShape) -> bool:
+    """Whether the kernels were made to be good at just this."""
+    usual = (_ROWS.value, _KV_LEN.value, _PAGE_SIZE.value) == (64, 2048, 16)
+    plain = shape in (AttentionShape(32, 8, 64), AttentionShape(32, 8, 128))
+    return usual and plain and target in ("v5e", "v6e")
+
+
+def _faults(facts: KernelFacts, step: StepFacts | None, least: int, has_bar: bool) -> Iterator[str]:
     if facts.error:
         yield f"attention does not compile: {facts.error}"
+    elif facts.dma_bytes_per_kv_token != least:
+        yield f"attention copies {facts.dma_bytes_per_kv_token} bytes a token instead of {least}"
+    bundles = facts.bundles_per_kv_token
+    if has_bar and (bundles is None or bundles > 3 or facts.spill_bytes):
+        yield f"attention takes {bundles} bundles and spills {facts.spill_bytes} bytes"
     if step is None:
         return
     if step.error:
@@ -138,7 +154,7 @@ def _faults(facts: KernelFacts, step: StepFacts | None) -> Iterator[str]:
     assert step.temp_bytes is not None and step.pool_bytes and step.alias_bytes is not None
     if step.pool_ops or step.alias_bytes < step.pool_bytes:
         yield f"the step does not keep its pool in place: {step}"
-    if step.temp_bytes > 0.05 * step.pool_bytes:
+    if step.temp_bytes > MAX_TEMP_SHARE * step.pool_bytes:
         yield f"the step takes {step.temp_bytes} bytes beside a pool of {step.pool_bytes}"
 
 
@@ -159,22 +175,21 @@ def _cells(
         assert step.temp_bytes is not None and step.pool_bytes
         temp = f"{step.temp_bytes / step.pool_bytes:.2%}"
         ops = ",".join(step.pool_ops or ()) or "none"
-    return [
-        target,
-        name,
-        "no" if facts.error else "yes",
-        number(facts.bundles_per_kv_token, digits=2),
-        number(facts.dma_bytes_per_kv_token),
-        str(least),
-        number(facts.spill_bytes, 1024),
-        number(facts.vmem_bytes, 1024),
-        number(facts.smem_bytes, 1024),
-        number(floor, 1e-6, 1),
-        temp,
-        ops,
-        "refused" if ragged.error else number(ragged.bundles_per_kv_token, digits=2),
-        number(ragged.spill_bytes, 1024),
-    ]
+
+    def loop(kernel: KernelFacts) -> list[str]:
+        busiest = (
+            f"{kernel.busiest_unit} {kernel.busiest_share:.0%}" if kernel.busiest_unit else "-"
+        )
+        bundles, dma = kernel.bundles_per_kv_token, kernel.dma_bytes_per_kv_token
+        return [number(bundles, digits=2), busiest, number(dma)]
+
+    def memory(kernel: KernelFacts) -> list[str]:
+        sizes = (kernel.spill_bytes, kernel.vmem_bytes, kernel.smem_bytes)
+        return [number(size, 1024) for size in sizes]
+
+    cells = [target, name, "no" if facts.error else "yes", *loop(facts), str(least)]
+    cells += [*memory(facts), number(floor, 1e-6, 1), temp, ops]
+    return cells + (["refused"] if ragged.error else loop(ragged) + memory(ragged))
 
 
 def coverage_cases() -> dict[str, dict[str, Any]]:

@@ -18,10 +18,11 @@ from absl import app, flags
 
 from pallas_kernels.aot import TARGETS, TpuCompiler
 from pallas_kernels.tuning import TpuRow, TpuTiles
-from scripts.flags import run
-from scripts.tpu_programs import ATTENTION_SHAPES, AttentionShape, KernelFacts, compile_attention
+from scripts.flags import check_names, run
+from scripts.tpu_kernels import ATTENTION_SHAPES, AttentionShape, KernelFacts, compile_attention
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to choose for.")
+_SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to choose for.")
 _GROUP_TOKENS = (128, 256, 512)
 _Q_TILES = (16, 32, 64, 128)
 # More rows a KV head gain less than 15 %, and take more vector memory and compilation time.
@@ -34,14 +35,15 @@ def main(argv: list[str]) -> None:
     """Prints a row a target and shape."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    if unknown := set(_TARGETS.value) - set(TARGETS):
-        raise app.UsageError(f"--targets={','.join(unknown)}: choose among {', '.join(TARGETS)}")
+    check_names("targets", _TARGETS.value, TARGETS)
+    check_names("shapes", _SHAPES.value, ATTENTION_SHAPES)
     try:
         compiler = TpuCompiler(schedules=True)
     except RuntimeError as e:
         raise app.UsageError(str(e)) from e
     # Windows and caps are left out: they concern masks, which the loops that count have not.
-    heads = {(s.num_q_heads, s.num_kv_heads, s.head_dim) for s in ATTENTION_SHAPES.values()}
+    shapes = [ATTENTION_SHAPES[name] for name in _SHAPES.value]
+    heads = {(s.num_q_heads, s.num_kv_heads, s.head_dim) for s in shapes}
     work = [
         (target, AttentionShape(*shape)) for target in _TARGETS.value for shape in sorted(heads)
     ]

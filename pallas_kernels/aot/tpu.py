@@ -27,23 +27,25 @@ class Target:
     Attributes:
       topology: a slice of it that libtpu knows, of four devices or more.
       hbm_bytes_per_s: bandwidth of a device's memory.
+      source: the page that publishes it, per chip. jax counts a v4 or v5p, which has two cores, as
+        one device, and a 7x as two.
       dma_granule_bytes: the unit of the sizes of copies in schedules (from copies of known size).
     """
 
     topology: str
     hbm_bytes_per_s: float
+    source: str
     dma_granule_bytes: int
 
 
-# Bandwidths: Google Cloud's pages on each generation ("TPU v5e" and so on, System architecture),
-# per chip. jax counts a v4 or v5p, which has two cores, as one device, and a 7x as two.
+_DOCS = "https://cloud.google.com/tpu/docs"
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "v4": Target("v4:2x2x1", 1228e9, 512),
-        "v5e": Target("v5e:2x2", 819e9, 32),
-        "v5p": Target("v5p:2x2x1", 2765e9, 32),
-        "v6e": Target("v6e:2x2", 1640e9, 32),
-        "7x": Target("tpu7x:2x2x1", 7380e9 / 2, 32),
+        "v4": Target("v4:2x2x1", 1228e9, f"{_DOCS}/v4", 512),
+        "v5e": Target("v5e:2x2", 819e9, f"{_DOCS}/v5e", 32),
+        "v5p": Target("v5p:2x2x1", 2765e9, f"{_DOCS}/v5p", 32),
+        "v6e": Target("v6e:2x2", 1638e9, f"{_DOCS}/v6e", 32),
+        "7x": Target("tpu7x:2x2x1", 7380e9 / 2, f"{_DOCS}/tpu7x", 32),
     }
 )
 

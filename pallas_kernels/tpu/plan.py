@@ -12,6 +12,8 @@ from pallas_kernels.tpu.chip import Chip, target_chip
 
 LANES = 128
 SUBLANES = 8
+# A page is attended to at once: longer ones would take the vector memory of many scores.
+MAX_PAGE_SIZE = 256
 # Entries of the page table in scalar memory at once: two parts, each double-buffered.
 _MAX_TABLE_PART = 2048
 # What the compiler takes for itself beside what is planned: spilled registers and the like.
@@ -191,9 +193,10 @@ def check_pool(kv_pages: jax.Array) -> None:
     if kv_pages.dtype not in dtypes:
         names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
         raise ValueError(f"backend 'tpu' takes pages of {names}, not of {kv_pages.dtype}")
-    if page_size % SUBLANES:
+    if page_size % SUBLANES or page_size > MAX_PAGE_SIZE:
         raise ValueError(
-            f"backend 'tpu' needs a page_size that is a multiple of {SUBLANES}, not {page_size}"
+            f"backend 'tpu' needs a page_size that is a multiple of {SUBLANES} and at most "
+            f"{MAX_PAGE_SIZE}, not {page_size}"
         )
     if kv_dim % LANES:
         raise ValueError(

@@ -41,7 +41,7 @@ def plan_of(
 
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("chip", [SMALL, LARGE], ids=["16 MiB", "128 MiB"])
-@pytest.mark.parametrize("page_size", [8, 16, 48, 256, 1024])
+@pytest.mark.parametrize("page_size", [8, 16, 48, 256])
 @pytest.mark.parametrize("heads", [(1, 1), (14, 2), (32, 8), (64, 8)])
 def test_a_plan_fits_and_its_parts_fit_together(heads, page_size, chip, decode):
     num_q_heads, num_kv_heads = heads
@@ -73,14 +73,21 @@ def test_a_plan_fits_and_its_parts_fit_together(heads, page_size, chip, decode):
             {"kv_dtype": jnp.float16},
             "backend 'tpu' takes pages of bfloat16, float32, int8, float8_e4m3fn, not of float16",
         ),
-        ({"page_size": 12}, "backend 'tpu' needs a page_size that is a multiple of 8, not 12"),
+        (
+            {"page_size": 12},
+            "backend 'tpu' needs a page_size that is a multiple of 8 and at most 256, not 12",
+        ),
+        (
+            {"page_size": 264},
+            "backend 'tpu' needs a page_size that is a multiple of 8 and at most 256, not 264",
+        ),
         (
             {"head_dim": 80, "kv_dim": 160},
             "backend 'tpu' needs cells of a multiple of 128 lanes, not 160; "
             "kv_pages_shape(..., backend='tpu') gives them",
         ),
     ],
-    ids=["queries", "pages", "page_size", "kv_dim"],
+    ids=["queries", "pages", "page_size", "long pages", "kv_dim"],
 )
 def test_what_the_chip_cannot_do_is_refused_with_the_rule(options, rule):
     with pytest.raises(ValueError, match=f"^{re.escape(rule)}$"):
@@ -95,17 +102,44 @@ def test_pools_of_kv_pages_shape_are_taken(head_dim, dtype):
 
 
 def test_a_page_too_large_for_the_chip_is_refused_with_both_sizes():
-    """Two pages of 4,096 tokens, 8 heads, 256 lanes of bfloat16 are 32 MiB by themselves."""
-    options = {"num_kv_heads": 8, "page_size": 4096, "dtype": jnp.bfloat16}
+    """Two pages of 256 tokens, 128 heads, 256 lanes of bfloat16 are 32 MiB by themselves."""
+    heads = {"num_q_heads": 128, "num_kv_heads": 128}
+    options = heads | {"page_size": 256, "dtype": jnp.bfloat16}
     with pytest.raises(
         ValueError,
-        match=r"^attention over pages of 4096 tokens, 8 KV heads and 256 lanes needs (\d+) bytes "
+        match=r"^attention over pages of 256 tokens, 128 KV heads and 256 lanes needs (\d+) bytes "
         r"of vector memory, more than the 13631488 that a v0 has for it; lower page_size, or "
         r"shard the KV heads over more chips$",
     ) as error:
         plan_of(**options, chip=SMALL)
     needed = int(re.search(r"needs (\d+)", str(error.value))[1])
     assert 32 * MIB < needed == plan_of(**options, decode=True).vmem_bytes
+
+
+class TestTuning:
+    def test_a_share_of_a_layers_heads_gets_the_tiles_of_the_layer(self):
+        whole = tuning.tpu_tiles("v5e", num_q_heads=64, num_kv_heads=8, head_dim=128)
+        assert whole == tuning.TPU_ROWS["v5e", 64, 8, 128].tiles
+        assert whole == tuning.tpu_tiles("v5e", num_q_heads=16, num_kv_heads=2, head_dim=128)
+
+    def test_the_closest_number_of_kv_heads_counts(self, monkeypatch):
+        rows = {
+            ("v0", 8 * kv_heads, kv_heads, 64): tuning.TpuRow(tuning.TpuTiles(kv_heads, 8), "", "")
+            for kv_heads in (2, 8)
+        } | {("v1", 32, 4, 64): tuning.TpuRow(tuning.TpuTiles(99, 8), "", "")}
+        monkeypatch.setattr(tuning, "TPU_ROWS", rows)
+        for kv_heads, closest in ((1, 2), (2, 2), (4, 2), (6, 8), (32, 8)):
+            tiles = tuning.tpu_tiles(
+                "v0", num_q_heads=8 * kv_heads, num_kv_heads=kv_heads, head_dim=64
+            )
+            assert tiles.group_tokens == closest
+
+    @pytest.mark.parametrize("group", [1, 3, 7, 16, 1000])
+    def test_heads_like_no_row_get_what_most_rows_have(self, group):
+        tiles = tuning.tpu_tiles("v9", num_q_heads=group, num_kv_heads=1, head_dim=64)
+        assert tiles.group_tokens == 256
+        assert tiles.q_tile & (tiles.q_tile - 1) == 0 and 8 <= tiles.q_tile <= 128
+        assert tiles.q_tile * group <= max(256, 8 * group)
 
 
 def test_tiles_of_queries_shrink_before_groups_of_pages():

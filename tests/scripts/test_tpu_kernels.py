@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels and steps that the TPU compiler makes of our code, for chips that are not there.
+"""The kernels that the TPU compiler makes of our code, for chips that are not there.
 
 Nothing runs: these say that it compiles, what it takes, and what the compiled program does not do.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-import pallas_kernels
-from models.shapes import SHAPES
 from pallas_kernels.tpu.plan import plan_attention
-from scripts.tpu_programs import (
+from scripts.tpu_kernels import (
     ATTENTION_SHAPES,
     AttentionShape,
     compile_attention,
     compile_ragged,
-    compile_step,
     compile_write,
     kv_bytes_per_token,
 )
@@ -75,68 +70,6 @@ def test_fewer_bundles_than_the_ragged_kernel_of_jax(tpu_compiler):
     theirs = compile_ragged(tpu_compiler, "v5e", shape)
     assert ours.dma_bytes_per_kv_token == theirs.dma_bytes_per_kv_token
     assert 2 * ours.bundles_per_kv_token < theirs.bundles_per_kv_token
-
-
-def small(name, **changes):
-    return dataclasses.replace(SHAPES[name], num_layers=3, vocab_size=2048, **changes)
-
-
-STEPS = [
-    ("v4", small("llama-3.2-1b")),
-    ("v5e", small("llama-3.2-1b")),
-    ("v5e", small("qwen3-0.6b")),
-    ("v5e", small("qwen3-0.6b", head_dim=80)),
-    ("v5e", small("qwen3-0.6b", head_dim=96)),
-    ("v5e", small("qwen3-0.6b", head_dim=256)),
-    ("v5p", small("qwen3-1.7b")),
-    ("v6e", small("smollm2-135m")),
-    ("7x", small("qwen3-4b")),
-]
-
-
-@pytest.mark.parametrize(
-    ("target", "config"),
-    STEPS,
-    ids=lambda value: f"{value.num_q_heads}-{value.head_dim}" if hasattr(value, "head_dim") else "",
-)
-def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
-    facts = compile_step(tpu_compiler, target, config)
-    assert facts.error is None
-    assert facts.alias_bytes == facts.pool_bytes
-    assert facts.pool_ops == ()
-    assert facts.temp_bytes < 0.05 * facts.pool_bytes
-    assert facts.collectives == {}
-
-
-def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatch):
-    """What `models.sharding.placements` is for; where this fails, it may go."""
-    monkeypatch.setattr("models.sharding.placements", lambda params, shardings: shardings)
-    facts = compile_step(tpu_compiler, "7x", small("llama-3.2-1b"))
-    assert facts.temp_bytes > 3 * 2 * 60e6 * 0.9  # three layers of 60 million weights
-
-
-@pytest.mark.parametrize("target", ["v5e", "v6e"])
-def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target):
-    config = small("llama-3.2-1b")
-    facts = compile_step(tpu_compiler, target, config, num_devices=4)
-    assert facts.error is None
-    # After attention and MLP, in the one loop body of all layers, and after the embedding.
-    assert facts.collectives == {"all-reduce": 3}
-    assert facts.pool_ops == () and facts.alias_bytes == facts.pool_bytes
-    whole = compile_step(tpu_compiler, target, config)
-    assert 4 * facts.pool_bytes == whole.pool_bytes
-
-
-def test_a_copy_of_the_pool_would_be_seen(tpu_compiler, monkeypatch):
-    write = pallas_kernels.write_kv
-    monkeypatch.setattr(
-        pallas_kernels,
-        "write_kv",
-        lambda pool, *rest, **options: write(pool[:, ::-1], *rest, **options),
-    )
-    facts = compile_step(tpu_compiler, "v5e", small("qwen3-0.6b"))
-    assert facts.error is None
-    assert facts.pool_ops or facts.temp_bytes > 0.05 * facts.pool_bytes
 
 
 class TestVectorMemory:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tpu_report` and `tune_tpu` compile for TPUs, and the facts that they read off it."""
+"""Kernels compiled for TPUs, and the facts that `tpu_report` and `tune_tpu` read off them."""
 
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,10 +12,6 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from models import sharding
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.inputs import PagedInputs
 from models.shapes import SHAPES
 from pallas_kernels import tpu
 from pallas_kernels.aot import TARGETS, Loop, Schedule, TpuCompiler
@@ -24,6 +19,8 @@ from pallas_kernels.tpu.plan import plan_attention
 from pallas_kernels.tuning import TpuTiles
 
 Struct = jax.ShapeDtypeStruct
+# Of the pool: what calls and steps may take beside it, and still count as working in place.
+MAX_TEMP_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +34,9 @@ class AttentionShape:
     soft_cap: float | None = None
 
 
-# Gemma 2 and 3 alternate layers with and without a window; those with it are listed here.
-_GEMMA = {
+# Gemma 2 and 3 alternate layers with and without a window; those with it are listed here. The two
+# Phi have the head_dim that no other has.
+_WITHOUT_DECODER = {
     "gemma-2-2b": AttentionShape(8, 4, 256, 4096, 50.0),
     "gemma-2-9b": AttentionShape(16, 8, 256, 4096, 50.0),
     "gemma-2-27b": AttentionShape(32, 16, 128, 4096, 50.0),
@@ -46,13 +44,15 @@ _GEMMA = {
     "gemma-3-4b": AttentionShape(8, 4, 256, 1024),
     "gemma-3-12b": AttentionShape(16, 8, 256, 1024),
     "gemma-3-27b": AttentionShape(32, 16, 128, 1024),
+    "phi-2": AttentionShape(32, 32, 80),
+    "phi-3-mini": AttentionShape(32, 32, 96, 2047),
 }
 ATTENTION_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
     {
         name: AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
         for name, config in SHAPES.items()
     }
-    | _GEMMA
+    | _WITHOUT_DECODER
 )
 
 
@@ -66,6 +66,8 @@ class KernelFacts:
       vmem_bytes: vector memory.
       smem_bytes: scalar memory, as planned.
       spill_bytes: vector memory for registers that did not suffice, of all loops.
+      busiest_unit: the kind of unit that has most of its slots in use in that loop.
+      busiest_share: the share of them.
       temp_bytes: device memory that the call takes beside arguments and results.
       error: why it does not compile; then the rest is None.
     """
@@ -75,29 +77,9 @@ class KernelFacts:
     vmem_bytes: int | None = None
     smem_bytes: int | None = None
     spill_bytes: int | None = None
+    busiest_unit: str | None = None
+    busiest_share: float | None = None
     temp_bytes: int | None = None
-    error: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StepFacts:
-    """What the compiler says of a whole decode step.
-
-    Attributes:
-      alias_bytes: arguments whose memory results take.
-      pool_bytes: of the page pool on one device.
-      temp_bytes: device memory beside arguments and results.
-      pool_ops: operations of the compiled step that give an array of the pool's shape, but for
-        passing it on: a copy or transpose of it would be here.
-      collectives: how often each collective operation stands in the program.
-      error: why it does not compile; then the rest is None.
-    """
-
-    alias_bytes: int | None = None
-    pool_bytes: int | None = None
-    temp_bytes: int | None = None
-    pool_ops: tuple[str, ...] | None = None
-    collectives: dict[str, int] | None = None
     error: str | None = None
 
 
@@ -150,8 +132,10 @@ def compile_attention(
     num_tokens = num_tokens or num_rows
     decode = num_tokens <= num_rows
     q: Any = Struct((num_tokens, shape.num_q_heads, shape.head_dim), dtype)
-    pool: Any = _pool(shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype)
-    index = _index(num_rows, -(-kv_len // page_size))
+    pool: Any = pool_struct(
+        shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype
+    )
+    index = index_structs(num_rows, -(-kv_len // page_size))
     mesh = compiler.mesh(target)
     attend = functools.partial(
         tpu.paged_attention,
@@ -166,7 +150,7 @@ def compile_attention(
 
     scale = Struct((2,), jnp.float32)
     layer = Struct((), jnp.int32)
-    compiled = _try_compile(compiler, mesh, call, q, pool, layer, scale, *index)
+    compiled = try_compile(compiler, mesh, call, q, pool, layer, scale, *index)
     if isinstance(compiled, str):
         return KernelFacts(error=compiled)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -190,7 +174,7 @@ def compile_write(
     num_pages: int | None = None,
 ) -> KernelFacts:
     """Compiles one token write of a decode step; see `compile_attention`."""
-    pool = _pool(
+    pool = pool_struct(
         shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype or dtype
     )
     new = Struct((num_rows, shape.num_kv_heads, shape.head_dim), dtype)
@@ -199,7 +183,7 @@ def compile_write(
         return tpu.write_kv(pool, k, v, *index, layer=layer, kv_scale=scale)
 
     layer, scale = Struct((), jnp.int32), Struct((2,), jnp.float32)
-    index = _index(num_rows, -(-kv_len // page_size))
+    index = index_structs(num_rows, -(-kv_len // page_size))
     return _in_place(compiler, target, write, pool, new, new, layer, scale, *index)
 
 
@@ -216,7 +200,7 @@ def compile_copy(
     num_pages: int | None = None,
 ) -> KernelFacts:
     """Compiles a copy of eight pages; see `compile_attention`."""
-    pool = _pool(
+    pool = pool_struct(
         shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype or dtype
     )
     ids = Struct((8,), jnp.int32)
@@ -228,16 +212,19 @@ def _in_place(
 ) -> KernelFacts:
     """Compiles what must give its first argument back, in the same memory."""
     mesh = compiler.mesh(target)
-    compiled = _try_compile(compiler, mesh, function, pool, *args, donate_argnums=(0,))
+    compiled = try_compile(compiler, mesh, function, pool, *args, donate_argnums=(0,))
     if isinstance(compiled, str):
         return KernelFacts(error=compiled)
     memory = compiled.memory_analysis()
     assert memory is not None
     error = None
     pool_bytes = math.prod(pool.shape) * pool.dtype.itemsize
+    temp_bytes = memory.temp_size_in_bytes
     if memory.alias_size_in_bytes < pool_bytes:
         error = f"aliases {memory.alias_size_in_bytes} bytes of a pool of {pool_bytes}"
-    return KernelFacts(temp_bytes=memory.temp_size_in_bytes, error=error)
+    elif temp_bytes > MAX_TEMP_SHARE * pool_bytes:
+        error = f"takes {temp_bytes} bytes beside a pool of {pool_bytes}"
+    return KernelFacts(temp_bytes=temp_bytes, error=error)
 
 
 def compile_ragged(
@@ -266,7 +253,7 @@ def compile_ragged(
     q = Struct((num_rows, shape.num_q_heads, shape.head_dim), jnp.bfloat16)
     num_pages = num_rows * kv_len // page_size + 1
     pages = Struct((num_pages, page_size, 2 * shape.num_kv_heads, shape.head_dim), jnp.bfloat16)
-    page_table, kv_lens, cu_q_lens, num_seqs = _index(num_rows, -(-kv_len // page_size))
+    page_table, kv_lens, cu_q_lens, num_seqs = index_structs(num_rows, -(-kv_len // page_size))
     attend = functools.partial(
         ragged_paged_attention,
         sliding_window=shape.sliding_window,
@@ -275,7 +262,7 @@ def compile_ragged(
         num_queries_per_block=blocks[1],
     )
     mesh = compiler.mesh(target)
-    compiled = _try_compile(
+    compiled = try_compile(
         compiler, mesh, attend, q, pages, kv_lens, page_table, cu_q_lens, num_seqs
     )
     if isinstance(compiled, str):
@@ -285,75 +272,6 @@ def compile_ragged(
     return _facts(schedule, blocks[0] * page_size, compiled, table_bytes)
 
 
-def compile_step(
-    compiler: TpuCompiler,
-    target: str,
-    config: ModelConfig,
-    *,
-    num_devices: int = 1,
-    num_rows: int = 64,
-    num_tokens: int | None = None,
-    kv_len: int = 2048,
-    page_size: int = 16,
-) -> StepFacts:
-    """Compiles a whole step of a model in bfloat16, layers scanned and the pool donated.
-
-    Args:
-      compiler: with or without schedules.
-      target: a generation of `pallas_kernels.aot.TARGETS`.
-      config: the model.
-      num_devices: over which its heads are split.
-      num_rows: sequences.
-      num_tokens: of the step; as many as rows by default.
-      kv_len: tokens of each that the pool has room for.
-      page_size: tokens a page holds.
-    """
-    num_tokens = num_tokens or num_rows
-    mesh = compiler.mesh(target, num_devices)
-    decoder = Decoder(config, True, "tpu", mesh if num_devices > 1 else None)
-    params = Decoder(config, True, "xla").abstract_params(jnp.bfloat16)
-    shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
-    num_pages = num_rows * kv_len // page_size + 1
-    pool = _pool(shape, num_pages, page_size, jnp.bfloat16, config.num_layers)
-    where = sharding.placements(params, sharding.param_shardings(params, mesh))
-    params = jax.tree.map(_placed, params, where)
-    pool = _placed(pool, sharding.pool_sharding(mesh))
-    page_table, kv_lens, cu_q_lens, num_seqs = _index(num_rows, -(-kv_len // page_size))
-    tokens: Any = Struct((num_tokens,), jnp.int32)
-    rows: Any = Struct((num_rows,), jnp.int32)
-    inputs = PagedInputs(
-        token_ids=tokens,
-        positions=tokens,
-        page_table=page_table,
-        kv_lens=kv_lens,
-        cu_q_lens=cu_q_lens,
-        num_seqs=num_seqs,
-        logits_indices=rows,
-    )
-    compiled = _try_compile(
-        compiler, mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,)
-    )
-    if isinstance(compiled, str):
-        return StepFacts(error=compiled)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
-    own = list(pool.shape)
-    own[2] //= num_devices
-    dims = ",".join(map(str, own))
-    ops = re.findall(rf"= \w+\[{dims}\]\S* ([\w-]+)\(", text)
-    passing = {"get-tuple-element", "parameter", "custom-call", "bitcast"}
-    collectives = re.findall(
-        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
-    )
-    return StepFacts(
-        alias_bytes=memory.alias_size_in_bytes,
-        pool_bytes=math.prod(own) * jnp.dtype(jnp.bfloat16).itemsize,
-        temp_bytes=memory.temp_size_in_bytes,
-        pool_ops=tuple(op for op in ops if op not in passing),
-        collectives={name: collectives.count(name) for name in sorted(set(collectives))},
-    )
-
-
 def _facts(
     schedule: Schedule, tokens: int, compiled: jax.stages.Compiled, smem_bytes: int
 ) -> KernelFacts:
@@ -361,12 +279,15 @@ def _facts(
     memory = compiled.memory_analysis()
     assert memory is not None
     loop = busiest_loop(schedule)
+    unit, share = max(loop.slots.items(), key=lambda item: item[1])
     return KernelFacts(
         bundles_per_kv_token=loop.bundles / tokens,
         dma_bytes_per_kv_token=loop.dma_bytes / tokens,
         vmem_bytes=schedule.vmem_bytes,
         smem_bytes=smem_bytes,
         spill_bytes=schedule.spill_bytes,
+        busiest_unit=unit,
+        busiest_share=round(share, 3),
         temp_bytes=memory.temp_size_in_bytes,
     )
 
@@ -378,26 +299,23 @@ def busiest_loop(schedule: Schedule) -> Loop:
     return min((loop for loop in inner if loop.dma_bytes == most), key=lambda loop: loop.bundles)
 
 
-def _pool(
+def pool_struct(
     shape: AttentionShape, num_pages: int, page_size: int, dtype: Any, num_layers: int = 2
 ) -> Struct:
+    """What stands for a page pool."""
     pool = pallas_kernels.kv_pages_shape(
         num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim, backend="tpu"
     )
     return Struct(pool, dtype)
 
 
-def _index(num_rows: int, pages_per_seq: int) -> Any:
+def index_structs(num_rows: int, pages_per_seq: int) -> Any:
     """page_table, kv_lens, cu_q_lens and num_seqs, which stand for arrays."""
     shapes = ((num_rows, pages_per_seq), (num_rows,), (num_rows + 1,), (1,))
     return tuple(Struct(shape, jnp.int32) for shape in shapes)
 
 
-def _placed(struct: Struct, where: Any) -> Struct:
-    return Struct(struct.shape, struct.dtype, sharding=where)
-
-
-def _try_compile(
+def try_compile(
     compiler: TpuCompiler, mesh: jax.sharding.Mesh, function: Callable, *args: Any, **options: Any
 ) -> jax.stages.Compiled | str:
     """The compiled program, or why it is refused: what the reports are for."""
