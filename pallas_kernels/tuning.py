@@ -60,7 +60,7 @@ def tpu_tiles(chip: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int) 
 
 
 # By generation, query heads, KV heads and head_dim: those of SmolLM2, Llama 3.x, Qwen3, Gemma 2 and
-# 3, bfloat16, pages of 16. Made by `python -m scripts.tune_tpu`, which says what it chooses by,
+# 3, Phi 2 and 3, bfloat16, pages of 16. Made by `python -m scripts.tune_tpu`, which says what it chooses by,
 # with jax 0.10.2 and libtpu 0.0.42.1, November 2026. Nothing here was timed on a TPU.
 TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
     {
@@ -108,6 +108,16 @@ TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
             TpuTiles(256, 128),
             "128: 6.66s, 256: 5.86s, 512: 5.66s",
             "16: 0.0693s, 32: 0.0425s, 64: 0.0267s, 128: 0.0191s",
+        ),
+        ("v4", 32, 32, 80): TpuRow(
+            TpuTiles(128, 128),
+            "128: 15.2s, 256: 13.9s, 512: 13.9s",
+            "16: 0.0789, 32: 0.0482s, 64: 0.0292s, 128: 0.0221s",
+        ),
+        ("v4", 32, 32, 96): TpuRow(
+            TpuTiles(128, 128),
+            "128: 15.2s, 256: 13.9s, 512: 13.9s",
+            "16: 0.0789, 32: 0.0482s, 64: 0.0292s, 128: 0.0221s",
         ),
         ("v4", 40, 8, 128): TpuRow(
             TpuTiles(256, 32),
@@ -164,6 +174,16 @@ TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
             "128: 5.26, 256: 4.25s, 512: 3.96s",
             "16: 0.0786, 32: 0.0509, 64: 0.0332s, 128: 0.0221s",
         ),
+        ("v5e", 32, 32, 80): TpuRow(
+            TpuTiles(256, 128),
+            "128: 10s, 256: 8.52s, 512: 8.53s",
+            "16: 0.0629s, 32: 0.0352, 64: 0.0237s, 128: 0.0145s",
+        ),
+        ("v5e", 32, 32, 96): TpuRow(
+            TpuTiles(256, 128),
+            "128: 10s, 256: 8.52s, 512: 8.53s",
+            "16: 0.0629s, 32: 0.0352, 64: 0.0237s, 128: 0.0145s",
+        ),
         ("v5e", 40, 8, 128): TpuRow(
             TpuTiles(256, 32),
             "128: 3.42, 256: 2.86, 512: 2.63s",
@@ -218,6 +238,16 @@ TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
             TpuTiles(128, 128),
             "128: 5.23, 256: 4.12s, 512: 3.84s",
             "16: 0.0747, 32: 0.0497, 64: 0.0333s, 128: 0.0215s",
+        ),
+        ("v5p", 32, 32, 80): TpuRow(
+            TpuTiles(256, 128),
+            "128: 10s, 256: 8.66s, 512: 8.44s",
+            "16: 0.0601, 32: 0.0344, 64: 0.0227s, 128: 0.0142s",
+        ),
+        ("v5p", 32, 32, 96): TpuRow(
+            TpuTiles(256, 128),
+            "128: 10s, 256: 8.66s, 512: 8.44s",
+            "16: 0.0601, 32: 0.0344, 64: 0.0227s, 128: 0.0142s",
         ),
         ("v5p", 40, 8, 128): TpuRow(
             TpuTiles(256, 32),
@@ -274,6 +304,16 @@ TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
             "128: 6.02, 256: 3.82s, 512: 3.54s",
             "16: 0.0671, 32: 0.0461, 64: 0.0322s, 128: 0.0241s",
         ),
+        ("v6e", 32, 32, 80): TpuRow(
+            TpuTiles(256, 128),
+            "128: 11.8s, 256: 7.27s, 512: 6.95s",
+            "16: 0.0485, 32: 0.0267, 64: 0.0191s, 128: 0.0126s",
+        ),
+        ("v6e", 32, 32, 96): TpuRow(
+            TpuTiles(256, 128),
+            "128: 11.8s, 256: 7.27s, 512: 6.95s",
+            "16: 0.0485, 32: 0.0267, 64: 0.0191s, 128: 0.0126s",
+        ),
         ("v6e", 40, 8, 128): TpuRow(
             TpuTiles(256, 32),
             "128: 3.41, 256: 2.34, 512: 2.33s",
@@ -328,6 +368,16 @@ TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
             TpuTiles(128, 128),
             "128: 5.96, 256: 3.52s, 512: 3.29s",
             "16: 0.0554, 32: 0.0389, 64: 0.0283s, 128: 0.0229s",
+        ),
+        ("7x", 32, 32, 80): TpuRow(
+            TpuTiles(512, 128),
+            "128: 11.6s, 256: 7.62s, 512: 6.79s",
+            "16: 0.0394s, 32: 0.0215s, 64: 0.0127s, 128: 0.00806s",
+        ),
+        ("7x", 32, 32, 96): TpuRow(
+            TpuTiles(512, 128),
+            "128: 11.6s, 256: 7.62s, 512: 6.79s",
+            "16: 0.0394s, 32: 0.0215s, 64: 0.0127s, 128: 0.00806s",
         ),
         ("7x", 40, 8, 128): TpuRow(
             TpuTiles(256, 32),
