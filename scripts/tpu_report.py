@@ -12,9 +12,10 @@ in which a chip's memory gives the keys and values of one layer at its published
 decode can be faster, and none has been timed. `ragged` is jax's own kernel,
 `jax.experimental.pallas.ops.tpu.ragged_paged_attention`, for the same rows, with the better of two
 block sizes. `busiest` is the unit with most of its slots in use. `--coverage` compiles every
-combination that the kernels are made for instead. Steps have --step_layers layers: the compiled
-loop over layers is the same for any number of them. The last line is JSON. No TPU is used or
-needed.
+combination that the kernels are made for instead. Steps are compiled with --step_layers layers, as
+not every model fits one chip: the compiled loop over layers is the same for any number of them, and
+so are its temporaries, which are compared with the pool of all layers. The last line is JSON. No
+TPU is used or needed.
 
 Exits with 1 if something does not compile that should, a kernel copies more than it must, a step
 copies its page pool, or the kernels are worse than they were made to be: at most 3 bundles per KV
@@ -103,15 +104,22 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
             for blocks in _RAGGED_BLOCKS
         ]
         best = min(ragged, key=lambda r: r.bundles_per_kv_token or float("inf"))
-        step = None
+        step, pool_bytes = None, 0
         if _STEP_LAYERS.value:
             config = dataclasses.replace(STEP_CONFIGS[name], num_layers=_STEP_LAYERS.value)
             step = compile_step(compiler, target, config, **options)
+            layers = STEP_CONFIGS[name].num_layers
+            pool_bytes = (step.pool_bytes or 0) // _STEP_LAYERS.value * layers
         least = kv_bytes_per_token(shape, jnp.bfloat16)
         floor = floor_s(target, least * _ROWS.value * _KV_LEN.value)
-        print(" | ".join(_cells(target, name, facts, best, step, least, floor)), flush=True)
+        print(
+            " | ".join(_cells(target, name, facts, best, step, pool_bytes, least, floor)),
+            flush=True,
+        )
         bar = _has_bar(target, shape)
-        faults += [f"{target} {name}: {fault}" for fault in _faults(facts, step, least, bar)]
+        faults += [
+            f"{target} {name}: {fault}" for fault in _faults(facts, step, pool_bytes, least, bar)
+        ]
         rows.append(
             {
                 "target": target,
@@ -119,6 +127,7 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
                 "attention": dataclasses.asdict(facts),
                 "ragged_paged_attention": dataclasses.asdict(best),
                 "step": step and dataclasses.asdict(step),
+                "pool_bytes_of_all_layers": pool_bytes,
                 "least_dma_bytes_per_kv_token": least,
                 "floor_s_per_layer": floor,
             }
@@ -138,7 +147,9 @@ def _has_bar(target: str, shape: AttentionShape) -> bool:
     return usual and plain and target in ("v5e", "v6e")
 
 
-def _faults(facts: KernelFacts, step: StepFacts | None, least: int, has_bar: bool) -> Iterator[str]:
+def _faults(
+    facts: KernelFacts, step: StepFacts | None, pool_bytes: int, least: int, has_bar: bool
+) -> Iterator[str]:
     if facts.error:
         yield f"attention does not compile: {facts.error}"
     elif facts.dma_bytes_per_kv_token != least:
@@ -154,8 +165,8 @@ def _faults(facts: KernelFacts, step: StepFacts | None, least: int, has_bar: boo
     assert step.temp_bytes is not None and step.pool_bytes and step.alias_bytes is not None
     if step.pool_ops or step.alias_bytes < step.pool_bytes:
         yield f"the step does not keep its pool in place: {step}"
-    if step.temp_bytes > MAX_TEMP_SHARE * step.pool_bytes:
-        yield f"the step takes {step.temp_bytes} bytes beside a pool of {step.pool_bytes}"
+    if step.temp_bytes > MAX_TEMP_SHARE * pool_bytes:
+        yield f"the step takes {step.temp_bytes} bytes beside a pool of {pool_bytes}"
 
 
 def _cells(
@@ -164,6 +175,7 @@ def _cells(
     facts: KernelFacts,
     ragged: KernelFacts,
     step: StepFacts | None,
+    pool_bytes: int,
     least: int,
     floor: float,
 ) -> list[str]:
@@ -172,8 +184,8 @@ def _cells(
 
     temp = ops = "-"
     if step and not step.error:
-        assert step.temp_bytes is not None and step.pool_bytes
-        temp = f"{step.temp_bytes / step.pool_bytes:.2%}"
+        assert step.temp_bytes is not None
+        temp = f"{step.temp_bytes / pool_bytes:.2%}"
         ops = ",".join(step.pool_ops or ()) or "none"
 
     def loop(kernel: KernelFacts) -> list[str]:

@@ -43,6 +43,16 @@ def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
     assert facts.collectives == {}
 
 
+def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
+    """So `tpu_report` compiles a few layers only."""
+    few, more = (
+        compile_step(tpu_compiler, "v5e", dataclasses.replace(small("llama-3.2-1b"), num_layers=n))
+        for n in (2, 6)
+    )
+    assert more.pool_bytes == 3 * few.pool_bytes
+    assert abs(more.temp_bytes - few.temp_bytes) < 0.01 * few.pool_bytes
+
+
 def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatch):
     """What `models.sharding.placements` is for; where this fails, it may go."""
     monkeypatch.setattr("models.sharding.placements", lambda params, shardings: shardings)
