@@ -7,8 +7,8 @@ from typing import cast
 import numpy as np
 
 from jpaged.page_table import PageTable
-from jpaged.scheduler import ScheduledStep
-from jpaged.sequence import Sequence
+from jpaged.sequence import Request, Sequence
+from jpaged.step import ScheduledStep
 
 _MIN_PREFILL_TOKENS = 16
 
@@ -77,6 +77,21 @@ class ShapeBuckets:
 
 
 @dataclasses.dataclass(frozen=True)
+class BeamBatch:
+    """The beams of one search in a step.
+
+    Attributes:
+      slots: i32[beam_width], which samples they are.
+      scores: f32[beam_width], sums of their log-probabilities; -inf where there is no beam.
+      num_candidates: continuations wanted.
+    """
+
+    slots: np.ndarray
+    scores: np.ndarray
+    num_candidates: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """A step as NumPy arrays, padded to `shape`; see `models.inputs.PagedInputs` for the meaning.
 
@@ -95,6 +110,7 @@ class Batch:
       seeds, sample_indices: u32[num_rows], per sample.
       num_samples: live samples.
       num_logprobs: likeliest tokens wanted with each sample; 0 for none.
+      beams: one for each beam search.
     """
 
     shape: StepShape
@@ -115,6 +131,7 @@ class Batch:
     sample_positions: np.ndarray
     num_samples: int
     num_logprobs: int
+    beams: tuple[BeamBatch, ...]
 
 
 def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) -> Batch:
@@ -153,10 +170,8 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
         if slot >= 0:
             # Sampled by the step before and still on the device; always a row's only token.
             previous_slots[token] = slot
-        elif count == 1:
-            token_ids[token] = seq.token_ids[end - 1]
         else:
-            token_ids[token : token + count] = seq.token_ids[end - count : end]
+            token_ids[token : token + count] = seq.tokens(end - count, end)
         token += count
 
     # Every scheduled sequence holds pages.
@@ -176,7 +191,18 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
         **_sampling_arrays(step.samples, shape.num_rows),
         num_samples=num_samples,
         num_logprobs=max((seq.request.params.logprobs or 0 for seq in step.samples), default=0),
+        beams=tuple(_beam_batch(request, slot) for request, slot in step.beams),
     )
+
+
+def _beam_batch(request: Request, first_slot: int) -> BeamBatch:
+    search = request.beam_search
+    assert search is not None
+    scores = np.full(search.width, -np.inf, np.float32)
+    scores[: len(search.scores)] = search.scores
+    slots = np.full(search.width, first_slot, np.int32)
+    slots[: len(search.scores)] += np.arange(len(search.scores), dtype=np.int32)
+    return BeamBatch(slots, scores, search.num_candidates)
 
 
 def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> Batch:
@@ -195,6 +221,7 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
         **_sampling_arrays([], shape.num_rows),
         num_samples=0,
         num_logprobs=num_logprobs,
+        beams=(),
     )
 
 

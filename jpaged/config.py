@@ -2,6 +2,7 @@
 """How an engine is set up."""
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,15 @@ class EngineConfig:
       dtype: of weights: "float32", "bfloat16" or "float16"; pages have the same, but float32 for
         bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
       reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
+      prefix_cache: whether a request uses the pages of earlier ones that began with the same
+        tokens; they are kept until they are needed for something else.
+      preemption: what becomes of a sequence whose pages are needed: "recompute" computes its tokens
+        again when there are pages, "swap" copies its pages to host memory and back, "auto" does
+        what costs less.
+      swap_bytes: host memory for the pages of preempted sequences; None takes as much as the pool
+        has, but at most 1 GiB.
+      swap_bytes_per_s: bytes a second between device and host, for "auto"; None measures it.
+      flops_per_s: operations a second of a prefill, for "auto"; None measures a matrix product.
       deterministic: pads every step to one shape, so that results are the same to the last bit
         whatever else runs, at the price of speed: decode too takes as long as
         max_num_batched_tokens do.
@@ -36,6 +46,11 @@ class EngineConfig:
     max_model_len: int | None = None
     dtype: str | None = None
     reservation: str = "paged"
+    prefix_cache: bool = True
+    preemption: str = "auto"
+    swap_bytes: int | None = None
+    swap_bytes_per_s: float | None = None
+    flops_per_s: float | None = None
     deterministic: bool = False
     scan_layers: bool | None = None
     backend: str | None = None
@@ -47,6 +62,7 @@ class EngineConfig:
             "max_num_seqs": 1,
             "max_num_batched_tokens": 1,
             "max_model_len": 2,
+            "swap_bytes": 0,
         }
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -54,6 +70,10 @@ class EngineConfig:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction={self.memory_fraction} must be in (0, 1]")
+        for name in ("swap_bytes_per_s", "flops_per_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be finite and above 0, or None")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(
                 f"dtype={self.dtype!r} must be 'float32', 'bfloat16', 'float16' or None"

@@ -4,7 +4,6 @@
 import itertools
 import logging
 import pathlib
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,27 +13,30 @@ import jax.numpy as jnp
 import tokenizers
 import tqdm
 
+from jpaged.admission import SchedulerConfig
 from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch
 from jpaged.config import EngineConfig
+from jpaged.costs import preemption_costs
 from jpaged.memory import default_dtype, plan_pool
-from jpaged.outputs import GenerationInterrupted, RequestOutput, output_of
+from jpaged.outputs import GenerationInterrupted, RequestOutput
 from jpaged.page_pool import PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
+from jpaged.requests import Prompt, RequestMaker
+from jpaged.results import ResultReader
 from jpaged.runner import ModelRunner, StepResult
-from jpaged.scheduler import ScheduledStep, Scheduler, SchedulerConfig
+from jpaged.scheduler import Scheduler
 from jpaged.sequence import Request, Status
-from jpaged.sequence import Sequence as Sample
 from jpaged.stats import Counters, EngineStats
-from jpaged.text import TextStream, load_tokenizer
+from jpaged.step import ScheduledStep
+from jpaged.swap import NO_COSTS
+from jpaged.text import load_tokenizer
 from models import checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder, stack_layers
 from pallas_kernels.dispatch import resolve_backend
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -76,12 +78,19 @@ class Engine:
         self.tokenizer = tokenizer
         self._plan = plan
         self._table = PageTable(PagePool(plan.num_pages), config.page_size, plan.pages_per_seq)
+        num_host_pages, costs = plan.num_host_pages(config), NO_COSTS
+        if config.preemption == "auto" and num_host_pages:
+            costs = preemption_costs(config, model_config, plan.page_bytes)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_num_seqs=config.max_num_seqs,
                 max_model_len=plan.max_model_len,
                 reservation=config.reservation,
+                prefix_cache=config.prefix_cache,
+                preemption=config.preemption,
+                num_host_pages=num_host_pages,
+                costs=costs,
             ),
             self._table,
         )
@@ -96,15 +105,18 @@ class Engine:
             max_num_samples=config.max_num_seqs,
             vocab_size=model_config.vocab_size,
             backend=backend,
+            num_host_pages=num_host_pages,
         )
         self._requests: dict[str, Request] = {}
-        self._texts: dict[Sample, TextStream] = {}
         self._request_counter = itertools.count()
         # A step that is scheduled but not dispatched, and one that is dispatched but not read.
         self._planned: tuple[ScheduledStep, Batch] | None = None
         self._inflight: tuple[ScheduledStep, StepResult] | None = None
         self._totals = Counters()
-        self._last_step_end_s = 0.0
+        self._maker = RequestMaker(model_config, tokenizer, self._scheduler.config, self._table)
+        self._results = ResultReader(
+            self._scheduler, tokenizer, model_config.eos_token_ids, self._totals
+        )
 
     @classmethod
     def load(cls, model_path: str | pathlib.Path, config: EngineConfig | None = None) -> "Engine":
@@ -173,7 +185,7 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} SamplingParams do not pair with {len(prompts)} prompts")
         requests = [
-            self._make_request(prompt, own, self._next_request_id(), stream=False)
+            self._maker.make(prompt, own, self._next_request_id(), stream=False)
             for prompt, own in zip(prompts, each, strict=True)
         ]
         for request in requests:
@@ -194,7 +206,7 @@ class Engine:
                 if request.request_id in self._requests:
                     self.abort(request.request_id)
                 # An output may have been lost on its way here.
-                done.setdefault(request.request_id, output_of(request, finished=True))
+                done.setdefault(request.request_id, self._results.output(request, finished=True))
             raise GenerationInterrupted([done[r.request_id] for r in requests]) from None
         return [done[request.request_id] for request in requests]
 
@@ -225,6 +237,7 @@ class Engine:
         request_id: str | None = None,
         *,
         stream: bool = False,
+        cache_salt: str | None = None,
     ) -> str:
         """Queues a request for the coming steps.
 
@@ -233,6 +246,8 @@ class Engine:
           params: how to sample and when to stop.
           request_id: a name of the caller's, unique among live requests; None makes one.
           stream: whether `step` reports the request each time it has grown, not only at its end.
+          cache_salt: requests with equal salts use each other's pages where their prompts begin
+            alike; others do not.
 
         Returns:
           The request's id.
@@ -242,9 +257,53 @@ class Engine:
         """
         if request_id is None:
             request_id = self._next_request_id()
-        request = self._make_request(prompt, params, request_id, stream=stream)
-        self._add(request)
+        if request_id in self._requests:
+            raise ValueError(f"request_id={request_id!r} is in use by a live request")
+        request = self._maker.make(prompt, params, request_id, stream=stream)
+        self._add(request, cache_salt)
         return request_id
+
+    def fork(
+        self,
+        request_id: str,
+        k: int = 1,
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+    ) -> list[str]:
+        """Starts `k` requests that go on from where a live one is, on the same pages.
+
+        Nothing is copied until one of them writes to a page that others use too. The fork knows
+        the tokens that `step` has read so far; its own are drawn with other random bits.
+
+        Args:
+          request_id: a live request with one sample.
+          k: how many.
+          params: for the forks; None takes those of the request. `max_tokens` counts from the end
+            of the prompt, and a seed is varied from fork to fork.
+          stream: as in `add_request`.
+
+        Returns:
+          The ids of the forks: requests like others, with the same prompt, which report the tokens
+          from before the fork too.
+
+        Raises:
+          KeyError: if no live request has this id.
+          ValueError: if the request cannot be forked; nothing has changed then.
+        """
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1")
+        parent = self._requests.get(request_id)
+        if parent is None:
+            raise KeyError(f"no live request {request_id!r}")
+        ids = [self._next_request_id() for _ in range(k)]
+        forks = self._maker.fork(parent, ids, params, stream=stream)
+        # Each is put right behind the parent.
+        for child in reversed(forks):
+            self._results.fork(parent.sequences[0], child.sequences[0])
+            self._scheduler.fork(parent, child)
+            self._requests[child.request_id] = child
+        return ids
 
     def step(self) -> list[RequestOutput]:
         """Runs one step: dispatches the next, then reads the samples of the one before.
@@ -262,12 +321,14 @@ class Engine:
             # A step that was planned, dispatched or read by half cannot be taken up again.
             for request_id in list(self._requests):
                 self.abort(request_id)
+            # Pages may have been given an address whose step never ran.
+            self._scheduler.cache.clear()
             raise
 
     def _step(self) -> list[RequestOutput]:
         previous, self._inflight = self._inflight, None
         if previous is None:
-            self._last_step_end_s = time.perf_counter()
+            self._results.start_clock()
         planned, self._planned = self._planned or self._plan_step(), None
         assert planned or previous or not self._scheduler.has_work, "work, but none is scheduled"
         if planned and previous and not self._runner.is_compiled(planned[1]):
@@ -276,12 +337,18 @@ class Engine:
         elif planned:
             step, batch = planned
             compile_s = self._runner.compile_s
+            self._runner.swap(step.swap_outs, step.swap_ins)
             self._inflight = step, self._runner.run(batch, step.copies)
             # Compiling is no part of what a step takes.
             compile_s = self._runner.compile_s - compile_s
-            self._totals.compile_s += compile_s
-            self._last_step_end_s += compile_s
-        return self._process(*previous) if previous else []
+            self._results.skip(compile_s)
+        if not previous:
+            return []
+        outputs = self._results.read(*previous)
+        for output in outputs:
+            if output.finished:
+                self._forget(self._requests[output.request_id])
+        return outputs
 
     def abort(self, request_id: str) -> RequestOutput:
         """Ends a live request now.
@@ -297,9 +364,17 @@ class Engine:
         request = self._requests[request_id]
         for sample in request.sequences:
             if sample.status is not Status.FINISHED:
-                self._finish(sample, "abort")
+                self._results.finish(sample, "abort")
         self._forget(request)
-        return output_of(request, finished=True)
+        return self._results.output(request, finished=True)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all pages that are kept for their content, for instance after new weights.
+
+        Raises:
+          RuntimeError: if requests are live that use such pages.
+        """
+        self._scheduler.cache.clear()
 
     def warm_up(self, shapes: Sequence[StepShape] | None = None, num_logprobs: int = 0) -> None:
         """Compiles steps ahead of need; compilations after it are logged with their shape.
@@ -324,77 +399,19 @@ class Engine:
 
     def reset_stats(self) -> None:
         """Starts the totals of `stats` again, for instance after a warm-up run."""
-        self._totals = Counters()
+        self._totals = self._results.totals = Counters()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if pages are lost or held twice. Cost: every page; for tests."""
-        self._table.check_invariants()
+        self._scheduler.check_invariants()
         if not self.has_unfinished_requests:
             assert self._table.pool.num_used_pages == 0, "an idle engine holds pages"
 
     def _next_request_id(self) -> str:
         return next(i for i in map(str, self._request_counter) if i not in self._requests)
 
-    def _make_request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool
-    ) -> Request:
-        """Checks all that can be checked without changing anything."""
-        if request_id in self._requests:
-            raise ValueError(f"request_id={request_id!r} is in use by a live request")
-        token_ids = self._encode(prompt, request_id)
-        vocab_size = self.model_config.vocab_size
-        if outside := [t for t in token_ids if not 0 <= t < vocab_size]:
-            raise ValueError(
-                f"request {request_id!r}: token id {outside[0]} is outside the vocabulary, "
-                f"[0, {vocab_size})"
-            )
-        if params.stop and self.tokenizer is None:
-            raise ValueError(
-                f"request {request_id!r}: stop={params.stop!r} needs a tokenizer, which this model "
-                "has not; use stop_token_ids"
-            )
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise ValueError(
-                f"request {request_id!r}: logprobs={params.logprobs} exceeds the vocabulary of "
-                f"{vocab_size}"
-            )
-        seed = params.seed if params.seed is not None else secrets.randbits(32)
-        request = Request(
-            request_id,
-            token_ids,
-            params,
-            seed=seed,
-            max_model_len=self._plan.max_model_len,
-            stream=stream,
-        )
-        self._scheduler.check(request)
-        return request
-
-    def _encode(self, prompt: Prompt, request_id: str) -> list[int]:
-        if not len(prompt):
-            raise ValueError(
-                f"request {request_id!r}: the prompt is empty; give at least one character or token"
-            )
-        if not isinstance(prompt, str):
-            try:
-                return [int(token) for token in prompt]
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"request {request_id!r}: a prompt must be text or a list of token ids, not "
-                    f"{prompt!r:.80}"
-                ) from None
-        if self.tokenizer is None:
-            raise ValueError(
-                f"request {request_id!r}: the model has no tokenizer.json, so its prompts must be "
-                "lists of token ids"
-            )
-        token_ids = self.tokenizer.encode(prompt).ids
-        if not token_ids:
-            raise ValueError(f"request {request_id!r}: the prompt {prompt!r:.80} has no tokens")
-        return token_ids
-
-    def _add(self, request: Request) -> None:
-        self._scheduler.add(request)
+    def _add(self, request: Request, cache_salt: str | None = None) -> None:
+        self._scheduler.add(request, cache_salt)
         self._requests[request.request_id] = request
 
     def _plan_step(self) -> tuple[ScheduledStep, Batch] | None:
@@ -402,66 +419,15 @@ class Engine:
             return None
         step = self._scheduler.schedule()
         if not step.seqs:
+            self._runner.swap(step.swap_outs, step.swap_ins)
             return None
         self._totals.record_step(step, self._table)
         return step, build_batch(step, self._table, self._buckets)
-
-    def _process(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
-        """Reads a step's samples, ends the sequences that they end, and reports."""
-        tokens, logprobs, top = result.read()
-        now = time.perf_counter()
-        took, self._last_step_end_s = now - self._last_step_end_s, now
-        if step.num_prefill_tokens:
-            self._totals.prefill_s += took
-        else:
-            self._totals.decode_s += took
-        grown: dict[str, Request] = {}
-        for slot, (sample, token) in enumerate(zip(step.samples, tokens, strict=True)):
-            if sample.status is Status.FINISHED:
-                continue  # ended by the step before, when this one was on its way already
-            request = sample.request
-            if request.first_token_s is None:
-                request.first_token_s = now
-            sample.receive(token, logprobs[slot])
-            if (wanted := request.params.logprobs) is not None:
-                likeliest = itertools.islice(top[slot].items(), wanted) if top else ()
-                sample.logprobs.append({token: logprobs[slot], **dict(likeliest)})
-            self._totals.num_generated_tokens += 1
-            self._totals.num_decode_tokens += not step.num_prefill_tokens
-            if reason := self._stop_reason(sample):
-                self._finish(sample, reason)
-            if request.stream or request.finished:
-                grown[request.request_id] = request
-        for request in grown.values():
-            if request.finished:
-                self._forget(request)
-        return [output_of(request, finished=request.finished) for request in grown.values()]
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
         if not self._requests:
             # What runs ahead computes tokens of ended sequences only: nobody waits for them.
+            if self._planned is not None:
+                self._scheduler.cache.discard(self._planned[0].addressed)
             self._planned = self._inflight = None
-
-    def _stop_reason(self, sample: Sample) -> str | None:
-        reason = sample.stop_reason(self.model_config.eos_token_ids)
-        if reason == "stop" or self.tokenizer is None:
-            return reason
-        if sample not in self._texts:
-            self._texts[sample] = TextStream(
-                self.tokenizer, sample.request.params.stop, sample.request.prompt_token_ids
-            )
-        text = self._texts[sample]
-        text.add(sample.token_ids[-1])
-        sample.text = text.text
-        return "stop" if text.stopped else reason
-
-    def _finish(self, sample: Sample, reason: str) -> None:
-        text = self._texts.pop(sample, None)
-        if text is not None:
-            # What was held back may complete a stop string of which the length cut the end.
-            text.flush()
-            sample.text = text.text
-            if text.stopped and reason == "length":
-                reason = "stop"
-        self._scheduler.finish(sample, reason)

@@ -13,6 +13,8 @@ import pallas_kernels
 from jpaged.config import EngineConfig
 from models.config import ModelConfig
 
+_MAX_DEFAULT_SWAP_BYTES = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class PoolPlan:
@@ -41,6 +43,14 @@ class PoolPlan:
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
         return math.prod(self.shape) // self.num_pages * self.dtype.itemsize
+
+    def num_host_pages(self, config: EngineConfig) -> int:
+        """Pages that host memory gets room for; none where none could be swapped."""
+        if config.preemption == "recompute" or config.reservation == "max":
+            return 0
+        if config.swap_bytes is None:
+            return min(self.num_pages, _MAX_DEFAULT_SWAP_BYTES // self.page_bytes)
+        return config.swap_bytes // self.page_bytes
 
     def __str__(self) -> str:
         page_kib, pool_mib = self.page_bytes / 2**10, self.num_pages * self.page_bytes / 2**20

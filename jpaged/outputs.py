@@ -3,8 +3,10 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from jpaged import sequence
+from jpaged.beam import Hypothesis, path
 from jpaged.sequence import Request
 
 
@@ -20,6 +22,7 @@ class Completion:
       logprobs: per token, `{token_id: log-probability}` of the chosen token and of the likeliest
         ones; None unless asked for.
       finish_reason: "stop", "length" or "abort"; None while it grows.
+      score: of a beam, what it is ranked by; None for a sample.
     """
 
     text: str
@@ -27,6 +30,7 @@ class Completion:
     cumulative_logprob: float
     logprobs: list[dict[int, float]] | None
     finish_reason: str | None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +40,7 @@ class RequestOutput:
     Attributes:
       request_id: as given or returned by `add_request`.
       prompt_token_ids: the prompt as the model saw it.
-      outputs: the samples, in order.
+      outputs: the samples, in order; of best_of or beam_width, the n best, best first.
       finished: whether all of them have ended.
       time_to_first_token_s: seconds from arrival to the first sampled token; None before it.
       latency_s: seconds from arrival until now, or until the end.
@@ -62,24 +66,62 @@ class GenerationInterrupted(KeyboardInterrupt):
         self.outputs = list(outputs)
 
 
-def output_of(request: Request, *, finished: bool) -> RequestOutput:
-    """Freezes a request as far as it has come."""
-    first = request.first_token_s
-    wants_logprobs = request.params.logprobs is not None
+def output_of(
+    request: Request, decode: Callable[[list[int]], str], *, finished: bool
+) -> RequestOutput:
+    """Freezes a request as far as it has come.
+
+    Args:
+      request: what to report.
+      decode: gives the text of a beam's tokens.
+      finished: whether nothing more will come; before, all samples are reported, and those beams
+        only that have ended.
+    """
+    first, params = request.first_token_s, request.params
+    if request.beam_search is not None:
+        search = request.beam_search
+        best = search.best(params.n) if finished else search.finished[: params.n]
+        outputs = [_beam_completion(hypothesis, request, decode) for hypothesis in best]
+    else:
+        samples = request.sequences
+        if finished and params.num_samples > params.n:
+            samples = sorted(samples, key=_mean_logprob, reverse=True)[: params.n]
+        outputs = [_sample_completion(sample) for sample in samples]
     return RequestOutput(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
-        outputs=[
-            Completion(
-                text=sample.text,
-                token_ids=sample.generated_token_ids,
-                cumulative_logprob=sample.cumulative_logprob,
-                logprobs=list(sample.logprobs) if wants_logprobs else None,
-                finish_reason=sample.finish_reason,
-            )
-            for sample in request.sequences
-        ],
+        outputs=outputs,
         finished=finished,
         time_to_first_token_s=None if first is None else first - request.arrival_s,
         latency_s=time.perf_counter() - request.arrival_s,
+    )
+
+
+def _sample_completion(sample: sequence.Sequence) -> Completion:
+    wants_logprobs = sample.request.params.logprobs is not None
+    return Completion(
+        text=sample.text,
+        token_ids=sample.generated_token_ids,
+        cumulative_logprob=sample.cumulative_logprob,
+        logprobs=list(sample.logprobs) if wants_logprobs else None,
+        finish_reason=sample.finish_reason,
+    )
+
+
+def _mean_logprob(sample: sequence.Sequence) -> float:
+    return sample.cumulative_logprob / max(len(sample.generated_token_ids), 1)
+
+
+def _beam_completion(
+    hypothesis: Hypothesis, request: Request, decode: Callable[[list[int]], str]
+) -> Completion:
+    nodes = path(hypothesis.node)
+    token_ids = [node.token_id for node in nodes]
+    return Completion(
+        text=decode(token_ids),
+        token_ids=token_ids,
+        cumulative_logprob=hypothesis.cumulative_logprob,
+        logprobs=None if request.params.logprobs is None else [n.logprobs or {} for n in nodes],
+        finish_reason=hypothesis.finish_reason,
+        score=hypothesis.score,
     )

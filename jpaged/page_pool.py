@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's allocator of pages: a free list and reference counts."""
+"""The host's allocator of pages: free list, reference counts, pages kept for their content."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Reserved page that pads page tables on the device: never handed out, always safe to read and to
 # write.
@@ -18,9 +18,14 @@ class OutOfPagesError(RuntimeError):
 class PagePool:
     """Hands out page ids and counts who refers to them.
 
+    A page whose content somebody may ask for again (`keep`) stays as it is when its last reference
+    goes: it is cached then, counts as free, and is evicted when there is nothing else to hand out,
+    the one released first before the others.
+
     Invariants:
-      - Every page but `NULL_PAGE` is either free, with count 0, or used, with count >= 1.
-      - A page returns to the free list exactly when its count falls to 0.
+      - Every page but `NULL_PAGE` is either free, with count 0, or used, with count >= 1. A free
+        one is on the free list, or cached if it is to be kept.
+      - A page becomes free exactly when its count falls to 0.
     """
 
     def __init__(self, num_pages: int):
@@ -34,10 +39,16 @@ class PagePool:
                 f"num_pages={num_pages} must be at least 2: page {NULL_PAGE} is kept for padding"
             )
         self.num_pages = num_pages
+        # Called with each page that is evicted.
+        self.on_evict: Callable[[int], None] = lambda page: None
         self._refcounts = [0] * num_pages
         # A stack: the page freed last is the likeliest to be in a cache still.
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))
+        self._keep: set[int] = set()
+        # In order of release, oldest first; a dict, as it forgets any page at once.
+        self._cached: dict[int, None] = {}
         self._num_shared = 0
+        self._num_references = 0
 
     @property
     def num_usable_pages(self) -> int:
@@ -46,51 +57,69 @@ class PagePool:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that nobody refers to."""
-        return len(self._free)
+        """Pages that nobody refers to, cached ones included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached_pages(self) -> int:
+        """Of the free pages, those whose content is kept until they are needed."""
+        return len(self._cached)
 
     @property
     def num_used_pages(self) -> int:
         """Pages that somebody refers to, each counted once."""
-        return self.num_usable_pages - len(self._free)
+        return self.num_usable_pages - self.num_free_pages
 
     @property
     def num_shared_pages(self) -> int:
         """Pages with more than one reference."""
         return self._num_shared
 
+    @property
+    def num_references(self) -> int:
+        """References to all pages; above `num_used_pages` by what sharing saves."""
+        return self._num_references
+
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` free pages, each with one reference.
+        """Takes `count` free pages, each with one reference; cached ones only if it must.
 
         Raises:
           OutOfPagesError: if fewer are free; then none is taken.
         """
-        if count > len(self._free):
-            raise OutOfPagesError(
-                f"{count} pages asked for, {len(self._free)} of {self.num_usable_pages} free; free "
-                "a sequence first or make the pool larger (num_pages)"
-            )
         if count == 0:
             return []
+        if count > self.num_free_pages:
+            raise OutOfPagesError(
+                f"{count} pages asked for, {self.num_free_pages} of {self.num_usable_pages} free; "
+                "free a sequence first or make the pool larger (num_pages)"
+            )
+        while count > len(self._free):
+            page = next(iter(self._cached))
+            self.forget(page)
+            self.on_evict(page)
         pages = self._free[-count:]
         del self._free[-count:]
         pages.reverse()
         for page in pages:
             self._refcounts[page] = 1
+        self._num_references += count
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Adds a reference to each page.
+        """Adds a reference to each page; a cached one is in use again.
 
         Raises:
-          ValueError: if a page is free or reserved.
+          ValueError: if a page is free and not cached, or reserved.
         """
         counts = self._refcounts
         for page in pages:
             if counts[page] == 0:
-                raise ValueError(f"page {page} is not in use: it cannot be shared")
+                if page not in self._cached:
+                    raise ValueError(f"page {page} is not in use: it cannot be shared")
+                del self._cached[page]
             self._num_shared += counts[page] == 1
             counts[page] += 1
+            self._num_references += 1
 
     def release(self, page: int) -> bool:
         """Drops one reference. Returns: whether it was the last, so that the page is free now.
@@ -102,8 +131,12 @@ class PagePool:
         if count == 0:
             raise ValueError(f"page {page} is not in use: it was freed twice, or never handed out")
         self._refcounts[page] = count - 1
+        self._num_references -= 1
         if count == 1:
-            self._free.append(page)
+            if page in self._keep:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
             return True
         self._num_shared -= count == 2
         return False
@@ -112,11 +145,35 @@ class PagePool:
         """References to a page; 0 if it is free."""
         return self._refcounts[page]
 
+    def keep(self, page: int) -> None:
+        """Has a page that is in use cached when its last reference goes.
+
+        Raises:
+          ValueError: if it is free or reserved.
+        """
+        if self._refcounts[page] == 0:
+            raise ValueError(f"page {page} is not in use: it has no content to keep")
+        self._keep.add(page)
+
+    def is_kept(self, page: int) -> bool:
+        """Whether a page's content may be asked for again, so that it must not change."""
+        return page in self._keep
+
+    def forget(self, page: int) -> None:
+        """Takes `keep` back; a cached page goes to the free list."""
+        self._keep.discard(page)
+        if page in self._cached:
+            del self._cached[page]
+            self._free.append(page)
+
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: every page; for tests."""
-        assert self._refcounts[NULL_PAGE] == 0 and NULL_PAGE not in self._free
-        assert len(set(self._free)) == len(self._free), "a page is free twice"
-        free = set(self._free)
+        free = [*self._free, *self._cached]
+        assert self._refcounts[NULL_PAGE] == 0 and NULL_PAGE not in free
+        assert len(set(free)) == len(free), "a page is free twice"
         for page in range(1, self.num_pages):
             assert (self._refcounts[page] == 0) == (page in free), f"page {page} free and in use"
+            assert page not in self._free or page not in self._keep, f"page {page} kept and free"
+        assert self._keep.issuperset(self._cached)
         assert self._num_shared == sum(count > 1 for count in self._refcounts)
+        assert self._num_references == sum(self._refcounts)

@@ -18,8 +18,16 @@ class SamplingParams:
       top_k: keep the k likeliest tokens; 0 keeps all.
       top_p: keep the smallest set of likeliest tokens whose probability reaches this, in (0, 1].
       min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
-      n: samples to draw from the prompt, >= 1; they share its pages.
-      beam_width: reserved for beam search, which this version does not have: must be None.
+      n: samples to draw from the prompt, >= 1, or best beams to return; they share its pages.
+      best_of: draws so many samples and returns the `n` of them whose tokens have the highest
+        log-probability on average; None draws `n`.
+      beam_width: searches with so many beams instead of sampling, as transformers' `num_beams`;
+        tokens are scored as the model has them, so temperature, filters and stop strings must be
+        left alone. None samples.
+      length_penalty: beams are compared by the sum of their log-probabilities divided by their
+        length to this power; above 0 favours long ones.
+      early_stopping: when beam search ends: True as soon as `beam_width` beams have ended; False
+        when none that runs looks better now than those; "never" when none could ever be better.
       seed: makes the request reproducible, in [0, 2**32); None draws one.
       stop: strings that end a sample; they are cut from its text.
       stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
@@ -33,7 +41,10 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     n: int = 1
+    best_of: int | None = None
     beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     seed: int | None = None
     stop: tuple[str, ...] | str = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -61,10 +72,41 @@ class SamplingParams:
             (all(self.stop), "stop", "free of empty strings"),
             (self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0, or None"),
             (
-                self.beam_width is None,
+                self.best_of is None or self.best_of >= self.n,
+                "best_of",
+                f"at least n={self.n}, or None",
+            ),
+            (
+                self.beam_width is None or self.beam_width >= self.n,
                 "beam_width",
-                "None: this version has no beam search; n draws independent samples",
+                f"at least n={self.n}, or None",
+            ),
+            (math.isfinite(self.length_penalty), "length_penalty", "finite"),
+            (
+                self.early_stopping in (False, True, "never"),
+                "early_stopping",
+                "False, True or 'never'",
             ),
         ):
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+        if self.beam_width is None:
+            return
+        for name, neutral in (
+            ("temperature", 1.0),
+            ("top_k", 0),
+            ("top_p", 1.0),
+            ("min_p", 0.0),
+            ("best_of", None),
+            ("stop", ()),
+        ):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning in beam search: leave it at "
+                    f"{neutral!r}, or beam_width at None"
+                )
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences that grow from the prompt one by one; 1 for the beams of a beam search."""
+        return 1 if self.beam_width is not None else self.best_of or self.n

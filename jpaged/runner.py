@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,11 +16,15 @@ import numpy as np
 import pallas_kernels
 from jpaged import sampling
 from jpaged.batch import Batch, StepShape, empty_batch
+from jpaged.host_pages import HostPages
 from jpaged.memory import PoolPlan
 from models.inputs import PagedInputs
 from models.sharding import placements
 
 logger = logging.getLogger(__name__)
+
+# Pages that are swapped by one program, so that there is one for any number.
+_SWAP_PAGES = 16
 
 # apply(params, inputs, kv_pages) -> (logits, kv_pages)
 ApplyFn = Callable[[Any, PagedInputs, jax.Array], tuple[jax.Array, jax.Array]]
@@ -33,12 +38,14 @@ class StepResult:
       tokens: i32[max_num_seqs], the first `num_samples` live.
       logprobs: f32[num_rows], of the tokens.
       top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
+      beams: for each beam search of the step, what `sampling.beam_candidates` returned.
       num_samples: live samples.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
     top: tuple[jax.Array, jax.Array] | None
+    beams: list[tuple[jax.Array, jax.Array, jax.Array]]
     num_samples: int
 
     def read(self) -> tuple[list[int], list[float], list[Mapping[int, float]] | None]:
@@ -53,6 +60,14 @@ class StepResult:
             logprobs,
             [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)],
         )
+
+    def read_beams(self) -> list[list[tuple[float, int, int]]]:
+        """Score, beam and token of the best continuations, best first, for each beam search."""
+        read = []
+        for parts in self.beams:
+            candidates = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
+            read.append([each for each in candidates if each[0] > -math.inf])
+        return read
 
 
 class ModelRunner:
@@ -76,6 +91,7 @@ class ModelRunner:
         max_num_samples: int,
         vocab_size: int,
         backend: str,
+        num_host_pages: int = 0,
     ):
         """Allocates the pool.
 
@@ -86,6 +102,7 @@ class ModelRunner:
           max_num_samples: most samples a step takes.
           vocab_size: of the logits.
           backend: which kernels copy pages.
+          num_host_pages: pages that host memory has room for.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
@@ -102,6 +119,7 @@ class ModelRunner:
         self._max_num_samples = max_num_samples
         self._kv_pages = jax.device_put(jnp.zeros(plan.shape, plan.dtype), device)
         self._tokens = jax.device_put(jnp.zeros(max_num_samples, jnp.int32), device)
+        self._host_pages = HostPages(num_host_pages, plan)
 
         def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
             # Slot -1 indexes the last sample, and is then not used.
@@ -120,6 +138,11 @@ class ModelRunner:
         self._top_logprobs = jax.jit(
             self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
         )
+        self._beam_candidates = jax.jit(
+            self._counted("beam_candidates", sampling.beam_candidates), static_argnums=3
+        )
+        self._get_pages = jax.jit(self._counted("get_pages", _get_pages))
+        self._set_pages = jax.jit(self._counted("set_pages", _set_pages), donate_argnums=0)
 
     def is_compiled(self, batch: Batch) -> bool:
         """Whether `run` would start at once: a step of this shape ran before."""
@@ -162,6 +185,10 @@ class ModelRunner:
             positions=batch.sample_positions,
         )
         self._tokens, logprobs = self._sample(logits, rows)
+        beams = [
+            self._beam_candidates(logits, beam.slots, beam.scores, beam.num_candidates)
+            for beam in batch.beams
+        ]
         top = None
         if batch.num_logprobs:
             # A power of two, so that requests that differ a little share a program.
@@ -179,7 +206,24 @@ class ModelRunner:
                 took_s,
             )
             self.num_unplanned_compilations += self.num_compilations - compiled
-        return StepResult(self._tokens, logprobs, top, batch.num_samples)
+        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples)
+
+    def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> None:
+        """Copies pages to host memory, and others back; after the steps before, before the next.
+
+        Args:
+          outs: `(page, host_page)`.
+          ins: `(host_page, page)`, of earlier calls' host pages.
+        """
+        self._host_pages.settle()
+        for part in _parts(outs):
+            ids = _pad_pages([page for page, _ in part])
+            pages = self._get_pages(self._kv_pages, ids)
+            self._host_pages.put([host_page for _, host_page in part], pages)
+        for part in _parts(ins):
+            ids = _pad_pages([page for _, page in part])
+            pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
+            self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
 
     def warm_up(self, shapes: Iterable[StepShape], num_logprobs: int = 0) -> None:
         """Compiles steps of the given shapes, and every size of page copy, ahead of need.
@@ -197,6 +241,10 @@ class ModelRunner:
             copies = [null_pair] * min(count, self._max_num_samples)
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
             count *= 2
+        if self._host_pages.num_pages:
+            ids = _pad_pages([])
+            pages = np.asarray(self._get_pages(self._kv_pages, ids))
+            self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
         jax.block_until_ready(self._kv_pages)
         self._warm = True
 
@@ -214,6 +262,24 @@ class ModelRunner:
             return function(*args, **kwargs)
 
         return traced
+
+
+def _get_pages(kv_pages: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.swapaxes(kv_pages[:, ids], 0, 1)
+
+
+def _set_pages(kv_pages: jax.Array, ids: jax.Array, pages: jax.Array) -> jax.Array:
+    return kv_pages.at[:, ids].set(jnp.swapaxes(pages, 0, 1))
+
+
+def _parts(pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+    return [pairs[i : i + _SWAP_PAGES] for i in range(0, len(pairs), _SWAP_PAGES)]
+
+
+def _pad_pages(pages: Sequence[int]) -> np.ndarray:
+    padded = np.full(_SWAP_PAGES, pallas_kernels.NULL_PAGE, np.int32)
+    padded[: len(pages)] = pages
+    return padded
 
 
 def _pad_copies(copies: Sequence[tuple[int, int]]) -> np.ndarray:

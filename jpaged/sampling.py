@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _ARGMAX_BLOCK = 128  # columns
+_TOP_K_BLOCK = 64  # columns
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +82,39 @@ def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     logprobs, tokens = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
     return tokens, logprobs
+
+
+def beam_candidates(
+    logits: jax.Array, slots: jax.Array, scores: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best continuations of a request's beams.
+
+    Args:
+      logits: f32[num_samples, vocab_size].
+      slots: i32[width], which samples are the beams.
+      scores: f32[width], sums of the beams' log-probabilities; -inf where there is no beam.
+      count: how many continuations; static.
+
+    Returns:
+      f32[count] scores, best first, -inf where there are not so many; i32[count], which beam each
+      continues, as a place in `slots`; and i32[count], with which token.
+    """
+    vocab_size = logits.shape[1]
+    totals = jax.nn.log_softmax(logits[slots], axis=-1) + scores[:, None]
+    # The best are in as many blocks of columns as there are best, those with the largest maxima:
+    # to sort these and then their columns takes half as long as to sort all (docs/decisions.md).
+    totals = totals.reshape(-1)
+    size = totals.shape[0]
+    width = min(_TOP_K_BLOCK, size)
+    blocks = jnp.pad(totals, (0, -size % width), constant_values=-jnp.inf).reshape(-1, width)
+    _, best = jax.lax.top_k(blocks.max(axis=1), min(count, blocks.shape[0]))
+    best = jnp.sort(best)  # so that the first of equals is taken
+    found = blocks[best].reshape(-1)
+    found = jnp.pad(found, (0, max(count - found.shape[0], 0)), constant_values=-jnp.inf)
+    values, places = jax.lax.top_k(found, count)
+    places = best[jnp.minimum(places // width, best.shape[0] - 1)] * width + places % width
+    places = jnp.minimum(places, size - 1)
+    return values, places // vocab_size, places % vocab_size
 
 
 def _first_largest(logits: jax.Array) -> jax.Array:

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The user's unit of work, and the scheduler's."""
 
+from __future__ import annotations
+
 import enum
 import time
+import typing
 from collections.abc import Collection
 
+import numpy as np
+
 from jpaged.params import SamplingParams
+
+if typing.TYPE_CHECKING:
+    from jpaged.beam import BeamSearch
+    from jpaged.swap import SwappedGroup
 
 
 class Status(enum.Enum):
@@ -32,6 +41,8 @@ class Sequence:
       sample_slot: where the newest of them stands among its step's samples.
       max_total_tokens: prompt and generated tokens at which the sequence ends by length.
       table_id: the sequence's key in the `PageTable`, or None while it holds no pages.
+      swapped: what was swapped to host memory with it, or None.
+      num_addressed_pages: how many of its first pages are those of the `PrefixCache`.
       num_pending_forks: samples still to be forked off when the prompt has been computed.
       status: see `Status`.
       finish_reason: "stop", "length" or "abort" once finished.
@@ -45,6 +56,7 @@ class Sequence:
         "finish_reason",
         "logprobs",
         "max_total_tokens",
+        "num_addressed_pages",
         "num_computed_tokens",
         "num_inflight_tokens",
         "num_pending_forks",
@@ -53,12 +65,13 @@ class Sequence:
         "sample_index",
         "sample_slot",
         "status",
+        "swapped",
         "table_id",
         "text",
         "token_ids",
     )
 
-    def __init__(self, request: "Request", sample_index: int, max_total_tokens: int):
+    def __init__(self, request: Request, sample_index: int, max_total_tokens: int):
         self.request = request
         self.sample_index = sample_index
         self.token_ids = list(request.prompt_token_ids)
@@ -68,6 +81,8 @@ class Sequence:
         self.sample_slot = 0
         self.max_total_tokens = max_total_tokens
         self.table_id: int | None = None
+        self.swapped: SwappedGroup | None = None
+        self.num_addressed_pages = 0
         self.num_pending_forks = 0
         self.status = Status.WAITING
         self.finish_reason: str | None = None
@@ -81,6 +96,15 @@ class Sequence:
         return len(self.token_ids) + self.num_inflight_tokens
 
     @property
+    def num_known_tokens(self) -> int:
+        """Tokens of the sequence that the host knows."""
+        return len(self.token_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The tokens of positions `[start, end)`, all of which the host knows."""
+        return self.token_ids[start:end]
+
+    @property
     def generated_token_ids(self) -> list[int]:
         """Tokens after the prompt that the host knows."""
         return self.token_ids[self.num_prompt_tokens :]
@@ -90,6 +114,13 @@ class Sequence:
         self.num_inflight_tokens -= 1
         self.token_ids.append(token_id)
         self.cumulative_logprob += logprob
+
+    def continue_from(self, other: Sequence) -> None:
+        """Takes over what the host knows of another sequence with the same prompt."""
+        self.token_ids = list(other.token_ids)
+        self.cumulative_logprob = other.cumulative_logprob
+        self.logprobs = list(other.logprobs)
+        self.text = other.text
 
     def stop_reason(self, eos_token_ids: Collection[int]) -> str | None:
         """Why the newest token ends the sequence, "stop" or "length"; None if it does not."""
@@ -112,11 +143,15 @@ class Request:
 
     Attributes:
       request_id: unique among live requests.
+      cache_root: where its prefixes begin in the `PrefixCache`, or None if it does not use it.
       prompt_token_ids: at least one token.
       params: how to sample and when to stop.
       seed: the seed in use, `params.seed` or a drawn one.
       stream: whether every step that adds to a sample reports it.
-      sequences: the samples, in order of `sample_index`; the later ones appear when they fork.
+      sequences: the samples, in order of `sample_index`; the later ones appear when they fork. Or
+        the beams.
+      beam_search: what the beams are, where the request wants them.
+      num_forks: requests that were forked from it so far.
       arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
     """
 
@@ -137,15 +172,20 @@ class Request:
         self.stream = stream
         self.arrival_s = time.perf_counter()
         self.first_token_s: float | None = None
-        max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
-        first = Sequence(self, 0, max_total_tokens)
-        first.num_pending_forks = params.n - 1
+        self.cache_root: int | None = None
+        self.beam_search: BeamSearch | None = None
+        self.num_forks = 0
+        self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
+        first = Sequence(self, 0, self.max_total_tokens)
+        first.num_pending_forks = params.num_samples - 1
         self.sequences = [first]
 
     @property
     def finished(self) -> bool:
-        """Whether every one of the `n` samples has ended."""
-        return len(self.sequences) == self.params.n and all(
+        """Whether every one of the samples, or the beam search, has ended."""
+        if self.beam_search is not None and self.beam_search.running:
+            return False
+        return len(self.sequences) >= self.params.num_samples and all(
             seq.status is Status.FINISHED for seq in self.sequences
         )
 
@@ -153,5 +193,11 @@ class Request:
         """Returns the next sample, with all that `parent` has computed but its pages."""
         child = Sequence(self, len(self.sequences), parent.max_total_tokens)
         child.num_computed_tokens = parent.num_computed_tokens
+        child.num_addressed_pages = parent.num_addressed_pages
         self.sequences.append(child)
         return child
+
+
+def fork_seed(seed: int, index: int) -> int:
+    """The seed of a request's `index`-th fork: another one for each, the same in every run."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])

@@ -5,7 +5,8 @@ import copy
 import dataclasses
 
 from jpaged.page_table import PageTable
-from jpaged.scheduler import ScheduledStep, Scheduler
+from jpaged.scheduler import Scheduler
+from jpaged.step import ScheduledStep
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From text to tokens, and from tokens back to text as they come."""
 
+import copy
 import pathlib
 from collections.abc import Sequence
 
@@ -56,6 +57,12 @@ class TextStream:
         self._read = len(self._token_ids)
         self._decoded = ""
         self._longest_stop = max(map(len, stop), default=0)
+
+    def copy(self) -> "TextStream":
+        """A stream that goes on from here by itself."""
+        twin = copy.copy(self)
+        twin._token_ids = list(self._token_ids)
+        return twin
 
     def add(self, token_id: int) -> None:
         """Adds a token; the text is cut before a stop string that it completes."""

@@ -21,8 +21,8 @@ import time
 import numpy as np
 from absl import app, flags
 
+from jpaged.admission import SchedulerConfig
 from jpaged.batch import ShapeBuckets, build_batch
-from jpaged.scheduler import SchedulerConfig
 from scripts.flags import run
 from scripts.workload import SchedulerOnly, Uniform, finish_step, make_workload
 

@@ -23,6 +23,7 @@ flags.disclaim_key_flags()
 _CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
     "reservation": ("paged", "max"),
+    "preemption": ("auto", "recompute", "swap"),
     "backend": ("tpu", "gpu", "xla"),
 }
 _DEFAULT_CACHE_DIR = "~/.cache/jpaged/xla"

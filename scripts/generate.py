@@ -44,12 +44,29 @@ _OUTPUT = flags.DEFINE_enum(
     "output", "text", ["text", "json"], "json prints one object a request, one a line."
 )
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate for a prompt.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Divides the logits; 0 is greedy.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "Divides the logits; 0 is greedy. None takes 0.7, or 1 with --beam_width."
+)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens up to this probability.")
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Keep tokens this fraction as likely as the likeliest.")
-_N = flags.DEFINE_integer("n", 1, "Samples to draw from each prompt.")
-_BEAM_WIDTH = flags.DEFINE_integer("beam_width", None, "Beam search; not in this version.")
+_N = flags.DEFINE_integer("n", 1, "Samples to draw from each prompt, or best beams to print.")
+_BEST_OF = flags.DEFINE_integer(
+    "best_of", None, "Draw so many samples and print the n likeliest a token."
+)
+_BEAM_WIDTH = flags.DEFINE_integer(
+    "beam_width", None, "Search with so many beams instead of drawing samples."
+)
+_LENGTH_PENALTY = flags.DEFINE_float(
+    "length_penalty", 1.0, "Rank beams by log-probability / length ** this; above 0 favours long."
+)
+_EARLY_STOPPING = flags.DEFINE_enum(
+    "early_stopping",
+    "false",
+    ["false", "true", "never"],
+    "End a beam search when beam_width beams have ended (true), when none that runs looks better "
+    "(false), or when none could be (never).",
+)
 _SEED = flags.DEFINE_integer("seed", None, "Makes the run reproducible; None draws a new seed.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a sample; may be repeated.")
 _STOP_TOKEN_IDS = flags.DEFINE_multi_integer(
@@ -68,14 +85,20 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
     _log_to_stderr()
     with _usage_errors():
+        temperature = _TEMPERATURE.value
+        if temperature is None:
+            temperature = 0.7 if _BEAM_WIDTH.value is None else 1.0
         params = SamplingParams(
             max_tokens=_MAX_TOKENS.value,
-            temperature=_TEMPERATURE.value,
+            temperature=temperature,
             top_k=_TOP_K.value,
             top_p=_TOP_P.value,
             min_p=_MIN_P.value,
             n=_N.value,
+            best_of=_BEST_OF.value,
             beam_width=_BEAM_WIDTH.value,
+            length_penalty=_LENGTH_PENALTY.value,
+            early_stopping={"false": False, "true": True}.get(_EARLY_STOPPING.value, "never"),
             seed=_SEED.value,
             stop=tuple(_STOP.value),
             stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
@@ -88,7 +111,8 @@ def main(argv: list[str]) -> None:
         if engine.tokenizer is None:
             prompts = [_token_ids(prompt) for prompt in prompts]
     interrupted = False
-    if len(prompts) == 1 and params.n == 1 and _OUTPUT.value == "text":
+    single = params.num_samples == 1 and params.beam_width is None
+    if len(prompts) == 1 and single and _OUTPUT.value == "text":
         outputs, interrupted = _stream(engine, prompts[0], params)
     else:
         try:

@@ -12,13 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jpaged.admission import SchedulerConfig
 from jpaged.config import EngineConfig
 from jpaged.page_pool import PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
-from jpaged.scheduler import ScheduledStep, Scheduler, SchedulerConfig
+from jpaged.scheduler import Scheduler
 from jpaged.sequence import Request, Status
 from jpaged.stats import Counters, EngineStats
+from jpaged.step import ScheduledStep
 
 # The trace is shown with this many marks, and reported with this many numbers.
 TRACE_POINTS = 60

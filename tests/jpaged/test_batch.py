@@ -12,8 +12,8 @@ from jpaged.batch import ShapeBuckets, StepShape, build_batch, empty_batch
 from jpaged.page_pool import NULL_PAGE, PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
-from jpaged.scheduler import ScheduledStep
 from jpaged.sequence import Request
+from jpaged.step import ScheduledStep
 
 PAGES_PER_SEQ = 5
 

@@ -9,8 +9,6 @@ import pytest
 
 from jpaged.params import SamplingParams
 
-BEAM_RULE = "None: this version has no beam search; n draws independent samples"
-
 REFUSED = [
     ("max_tokens", 0, "at least 1"),
     ("max_tokens", -3, "at least 1"),
@@ -30,8 +28,11 @@ REFUSED = [
     ("seed", 2**32, "in [0, 2**32), or None"),
     ("stop", ("end", ""), "free of empty strings"),
     ("logprobs", -1, "at least 0, or None"),
-    ("beam_width", 1, BEAM_RULE),
-    ("beam_width", 4, BEAM_RULE),
+    ("best_of", 0, "at least n=1, or None"),
+    ("beam_width", 0, "at least n=1, or None"),
+    ("length_penalty", math.inf, "finite"),
+    ("length_penalty", math.nan, "finite"),
+    ("early_stopping", "always", "False, True or 'never'"),
 ]
 
 ACCEPTED = [
@@ -50,7 +51,12 @@ ACCEPTED = [
     ("seed", 2**32 - 1),
     ("logprobs", None),
     ("logprobs", 0),
+    ("best_of", 1),
     ("beam_width", None),
+    ("beam_width", 1),
+    ("length_penalty", -2.0),
+    ("early_stopping", True),
+    ("early_stopping", "never"),
 ]
 
 
@@ -114,3 +120,35 @@ def test_the_defaults_sample_from_the_whole_distribution_once():
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
     assert (params.n, params.seed, params.logprobs, params.ignore_eos) == (1, None, None, False)
     assert (params.stop, params.stop_token_ids) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["best_of", "beam_width"])
+def test_n_of_fewer_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name}=3 must be at least n=4, or None$"):
+        SamplingParams(max_tokens=1, n=4, **{name: 3})
+    SamplingParams(max_tokens=1, n=3, **{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("temperature", 0.7, 1.0),
+        ("top_k", 5, 0),
+        ("top_p", 0.9, 1.0),
+        ("min_p", 0.1, 0.0),
+        ("best_of", 2, None),
+        ("stop", ("end",), ()),
+    ],
+)
+def test_what_beam_search_would_ignore_is_refused(name, value, neutral):
+    rule = f"{name}={value!r} has no meaning in beam search: leave it at {neutral!r}, or beam_width"
+    with pytest.raises(ValueError, match=f"^{re.escape(rule)} at None$"):
+        SamplingParams(max_tokens=1, beam_width=2, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("params", "num_samples"),
+    [({}, 1), ({"n": 3}, 3), ({"n": 2, "best_of": 5}, 5), ({"n": 2, "beam_width": 4}, 1)],
+)
+def test_sequences_that_grow_from_the_prompt(params, num_samples):
+    assert SamplingParams(max_tokens=1, **params).num_samples == num_samples

@@ -4,7 +4,8 @@
 `Simulation` drives a scheduler as the engine does, one step ahead of the samples, and executes each
 step on simulated memory. A sampled token is a hash of everything the row attends to, read back from
 that memory, so a wrong page, a lost copy or a cell of another sequence changes every later token.
-`expected_tokens` computes the same tokens from lists alone, without pages, steps or neighbours.
+`expected_tokens` and `expected_beams` compute the same tokens from lists alone, without pages,
+steps or neighbours.
 """
 
 import collections
@@ -17,11 +18,14 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from jpaged.admission import RequestTooLongError, SchedulerConfig
+from jpaged.beam import path, start_search
 from jpaged.page_pool import NULL_PAGE, PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
-from jpaged.scheduler import RequestTooLongError, Scheduler, SchedulerConfig
+from jpaged.scheduler import Scheduler
 from jpaged.sequence import Request, Status
+from jpaged.swap import PreemptionCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,9 @@ class Job:
     Attributes:
       stops: per sample, after how many tokens it draws its stop token, or None.
       aborted_at: the step before which the caller gives up, or None.
+      family: jobs of one family have the same prompts, as far as these go.
+      beam_width: searches with beams instead of drawing samples.
+      early_stopping, length_penalty: of the search.
     """
 
     prompt_len: int
@@ -39,11 +46,66 @@ class Job:
     arrival: int = 0
     stops: tuple[int | None, ...] = ()
     aborted_at: int | None = None
+    family: int = 0
+    beam_width: int | None = None
+    early_stopping: bool | str = False
+    length_penalty: float = 1.0
 
 
 def prompt_of(key):
-    index, length = key
-    return [1000 * (index + 1) + i for i in range(length)]
+    family, length = key
+    return [1000 * (family + 1) + i for i in range(length)]
+
+
+BEAM_VOCABULARY = range(1, 7)
+BEAM_STOP = 1
+
+
+def logprob(context, token):
+    """The fake model of beam search."""
+    return -5 * zlib.crc32(repr((context, token)).encode()) / 2**32
+
+
+def continuations(beams):
+    """All of (score, beam, token), best first, for the contexts and scores of beams."""
+    return sorted(
+        (
+            (score + logprob(context, token), beam, token)
+            for beam, (context, score) in enumerate(beams)
+            for token in BEAM_VOCABULARY
+        ),
+        key=lambda candidate: (-candidate[0], *candidate[1:]),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def expected_beams(key, length, width, early_stopping, penalty):
+    """Hypotheses of a beam search, best first: transformers' rules, over copied lists."""
+    prompt = prompt_of(key)
+    beams, ended = [(prompt, 0.0)], []
+    while True:
+        size = len(beams[0][0]) + 1 - len(prompt)
+        best = [
+            (beams[beam][0] + [token], score)
+            for score, beam, token in continuations(beams)[: 2 * width]
+        ]
+        done = [t[-1] == BEAM_STOP or len(t) == length for t, _ in best]
+        if not (len(ended) == width and early_stopping is True):
+            new = [
+                (score / size**penalty, tokens)
+                for (tokens, score), is_done in zip(best[:width], done, strict=False)
+                if is_done
+            ]
+            ended = sorted(ended + new, key=lambda h: -h[0])[:width]
+        beams = [beam for beam, is_done in zip(best, done, strict=True) if not is_done][:width]
+        if not beams:
+            break
+        if len(ended) == width:
+            longest = length - len(prompt)
+            reach = longest if early_stopping == "never" and penalty > 0 else size
+            if early_stopping is True or beams[0][1] / reach**penalty <= ended[-1][0]:
+                break
+    return [(score, tokens[len(prompt) :]) for score, tokens in ended]
 
 
 def draw(sample_index, context):
@@ -65,6 +127,7 @@ class Simulation:
 
     def __init__(self, jobs, *, num_usable_pages, page_size, **config):
         self.config = SchedulerConfig(**config)
+        self.page_size = page_size
         self.jobs = jobs
         pages_per_seq = -(-self.config.max_model_len // page_size)
         self.table = PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq)
@@ -72,13 +135,23 @@ class Simulation:
         self.requests = [
             Request(
                 str(index),
-                prompt_of((index, job.prompt_len)),
-                SamplingParams(max_tokens=job.max_tokens, n=job.n),
+                prompt_of((job.family, job.prompt_len)),
+                SamplingParams(
+                    max_tokens=job.max_tokens,
+                    n=job.n,
+                    beam_width=job.beam_width,
+                    early_stopping=job.early_stopping,
+                    length_penalty=job.length_penalty,
+                ),
                 seed=0,
                 max_model_len=self.config.max_model_len,
             )
             for index, job in enumerate(jobs)
         ]
+        for request in self.requests:
+            if request.params.beam_width is not None:
+                start_search(request, (BEAM_STOP,))
+        self.host_memory = {}
         self.memory = collections.defaultdict(lambda: [None] * page_size)
         self.inflight = None
         self.previous_samples = []
@@ -86,12 +159,20 @@ class Simulation:
         self.aborted = set()
         self.added = []
         self.started = []
-        self.num_copies = self.num_forked_rows = self.num_steps = 0
+        self.num_copies = self.num_forked_rows = self.num_steps = self.num_hits = 0
+        self.num_swapped = 0
+
+    def __repr__(self):
+        pages = f"{self.table.pool.num_usable_pages} pages of {self.page_size}"
+        return f"{self.jobs}, {pages}, {self.config}"
 
     def run(self):
         # The oldest sequence computes a token or more in every step, from when it is the oldest.
         limit = sum(
-            job.n * (job.prompt_len + job.max_tokens + 2) + job.arrival + 1 for job in self.jobs
+            max(job.n, 2 * (job.beam_width or 0)) * (job.prompt_len + job.max_tokens + 2)
+            + job.arrival
+            + 1
+            for job in self.jobs
         )
         time = 0
         while time <= max((job.arrival for job in self.jobs), default=0) or self.busy:
@@ -104,7 +185,7 @@ class Simulation:
                     for seq in request.sequences:
                         if seq.status is not Status.FINISHED:
                             self.scheduler.finish(seq, "abort")
-                    self.table.check_invariants()
+                    self.scheduler.check_invariants()
             self.step()
             time += 1
             assert time <= limit, "starved"
@@ -119,26 +200,45 @@ class Simulation:
         """`Engine.step`: dispatches a step, then reads the samples of the one before."""
         previous, self.inflight = self.inflight, None
         if self.scheduler.has_work:
-            oldest = min((seq for seq in self.live() if not self.is_last(seq)), key=self.age)
-            computed = {seq: seq.num_computed_tokens for seq in self.live()}
+            oldest = min(
+                (seq for seq in self.live() if not self.is_last(seq)), key=self.age, default=None
+            )
+            computed = {
+                seq: seq.num_computed_tokens
+                for seq in self.live()
+                if seq.table_id is not None or seq.swapped is not None
+            }
             step = self.scheduler.schedule()
             self.num_steps += 1
-            assert step.seqs and step.seqs[0] is oldest, "the oldest must always go on"
+            if not step.seqs:
+                # Beams whose last step has not been read are all that there is to do.
+                assert previous is not None and previous[0].beams
+                assert self.scheduler.num_running, "nobody waits for an idle device"
+            elif oldest is not None and not (oldest.request.beam_search and previous):
+                assert step.seqs[0].request is oldest.request, "the oldest must always go on"
             self.check_budgets(step)
             self.check_order(step)
             for seq, count in zip(step.seqs, step.num_scheduled_tokens, strict=True):
                 start = seq.num_computed_tokens - count
-                assert start in (0, computed[seq]), "tokens skipped"
-            self.inflight = step, self.execute(step)
+                assert seq not in computed or start == computed[seq], "tokens skipped"
+            results = self.execute(step)
+            if step.seqs:
+                self.inflight = step, *results
             self.check_memory()
             self.check_counts()
-            self.table.check_invariants()
+            self.scheduler.check_invariants()
         if previous is not None:
             self.process(*previous)
-            self.table.check_invariants()
+            self.scheduler.check_invariants()
 
     def execute(self, step):
         """The device: copies pages, writes cells, attends and samples."""
+        for page, host_page in step.swap_outs:
+            self.host_memory[host_page] = list(self.memory[page])
+        for host_page, page in step.swap_ins:
+            self.memory[page] = list(self.host_memory[host_page])
+        self.num_swapped += len(step.swap_ins)
+        self.num_hits += step.num_hit_tokens
         read = [list(self.memory[src]) for src, _ in step.copies]
         for (src, dst), cells in zip(step.copies, read, strict=True):
             assert NULL_PAGE not in (src, dst) and src != dst
@@ -157,13 +257,14 @@ class Simulation:
                 assert self.previous_samples[slot] is seq
                 tokens = [self.previous_tokens[slot]]
             else:
-                tokens = seq.token_ids[end - count : end]
+                tokens = seq.tokens(end - count, end)
                 assert len(tokens) == count, "tokens that the host does not know yet"
             for position, token in enumerate(tokens, end - count):
                 page, cell = pages[position // size], position % size
                 assert page != NULL_PAGE
                 assert (page, cell) not in written, "two rows write one cell"
                 written.add((page, cell))
+                assert not self.table.pool.is_kept(page) or page in step.addressed
                 self.memory[page][cell] = token
 
         tokens = []
@@ -174,12 +275,24 @@ class Simulation:
             self.num_forked_rows += parent is not seq
             tokens.append(draw(seq.sample_index, self.attended(parent)))
         self.previous_samples, self.previous_tokens = step.samples, tokens
-        return tokens
+        candidates = []
+        for request, slot in step.beams:
+            search = request.beam_search
+            beams = step.samples[slot : slot + len(search.nodes)]
+            assert [beam.request for beam in beams] == [request] * len(search.nodes)
+            contexts = [self.attended(beam) for beam in beams]
+            best = continuations(list(zip(contexts, search.scores, strict=True)))
+            candidates.append(best[: search.num_candidates])
+        return tokens, candidates
 
-    def process(self, step, tokens):
+    def process(self, step, tokens, candidates):
         """`Engine._process`, less what only reports."""
+        for (request, _), best in zip(step.beams, candidates, strict=True):
+            if request.sequences[0].status is not Status.FINISHED:
+                parents = request.beam_search.advance(best)
+                self.scheduler.advance_beams(request, parents)
         for seq, token in zip(step.samples, tokens, strict=True):
-            if seq.status is Status.FINISHED:
+            if seq.status is Status.FINISHED or seq.request.beam_search is not None:
                 continue
             seq.num_inflight_tokens -= 1
             seq.token_ids.append(token)
@@ -195,12 +308,12 @@ class Simulation:
         assert len(step.samples) <= self.config.max_num_seqs
         assert len(set(step.seqs)) == len(step.seqs)
         assert len(set(step.samples)) == len(step.samples)
-        assert min(step.num_scheduled_tokens) >= 1
+        assert min(step.num_scheduled_tokens, default=1) >= 1
         assert 0 <= step.num_prefill_tokens <= num_tokens
         running = [seq for seq in self.live() if seq.status is Status.RUNNING]
-        places = len(running) + sum(seq.num_pending_forks for seq in running)
-        assert places <= self.config.max_num_seqs
-        if num_tokens < self.config.max_num_batched_tokens:
+        assert len(running) <= self.config.max_num_seqs
+        has_beams = any(seq.request.beam_search is not None for seq in running)
+        if num_tokens < self.config.max_num_batched_tokens and not has_beams:
             # Nobody who runs is left waiting for a budget that is there.
             sampled = {step.seqs[row] for row in step.sample_rows}
             assert sampled == set(step.seqs)
@@ -224,7 +337,11 @@ class Simulation:
         holders = [seq for seq in self.live() if seq.table_id is not None]
         for seq in holders:
             assert self.table.num_tokens(seq.table_id) == seq.num_computed_tokens
-            assert self.attended(seq) == self.expected(seq)[: seq.num_computed_tokens]
+            if seq.request.beam_search is not None:
+                expected = seq.tokens(0, seq.num_known_tokens)
+            else:
+                expected = self.expected(seq)
+            assert self.attended(seq) == expected[: seq.num_computed_tokens]
 
     def check_counts(self):
         statuses = collections.Counter(seq.status for seq in self.live())
@@ -236,10 +353,14 @@ class Simulation:
         assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
         assert self.table.pool.num_used_pages == 0
         assert self.table.num_live_cells == 0
-        for request in self.requests:
+        assert self.scheduler.swap_space.num_free_pages == self.config.num_host_pages
+        for request, job in zip(self.requests, self.jobs, strict=True):
             assert request.finished or request in self.aborted
+            assert all(seq.status is Status.FINISHED for seq in request.sequences)
+            if job.beam_width is not None:
+                self.check_beams(request, job)
+                continue
             for seq in request.sequences:
-                assert seq.status is Status.FINISHED
                 expected = self.expected(seq)[seq.num_prompt_tokens :]
                 if request in self.aborted and seq.finish_reason == "abort":
                     assert seq.generated_token_ids == expected[: len(seq.generated_token_ids)]
@@ -248,6 +369,19 @@ class Simulation:
                 stopped = stop is not None and stop <= len(expected)
                 assert seq.generated_token_ids == expected[: stop if stopped else None]
                 assert seq.finish_reason == ("stop" if stopped else "length")
+
+    def check_beams(self, request, job):
+        if request in self.aborted:
+            return
+        length = min(job.prompt_len + job.max_tokens, self.config.max_model_len)
+        key = (job.family, job.prompt_len)
+        expected = expected_beams(
+            key, length, job.beam_width, job.early_stopping, job.length_penalty
+        )
+        found = request.beam_search.finished
+        assert [h.score for h in found] == pytest.approx([score for score, _ in expected])
+        tokens = [[node.token_id for node in path(h.node)] for h in found]
+        assert tokens == [tokens for _, tokens in expected]
 
     def attended(self, seq):
         pages, size = self.table.pages(seq.table_id), self.table.page_size
@@ -258,10 +392,12 @@ class Simulation:
         index = int(seq.request.request_id)
         job = self.jobs[index]
         length = min(job.prompt_len + job.max_tokens, self.config.max_model_len)
-        return expected_tokens((index, job.prompt_len), seq.sample_index, length)
+        return expected_tokens((job.family, job.prompt_len), seq.sample_index, length)
 
     def is_last(self, seq):
         """Whether its last token is on its way."""
+        if seq.request.beam_search is not None:
+            return False
         return seq.num_tokens >= len(self.expected(seq))
 
     def live(self):
@@ -286,32 +422,50 @@ def mixes(draw, reservation="paged"):
     page_size = draw(st.integers(1, 5))
     max_model_len = draw(st.integers(2, 24))
     max_num_seqs = draw(st.integers(1, 6))
-    most_samples = min(3, max_num_seqs) if reservation == "paged" else 1
+    max_num_batched_tokens = draw(st.integers(1, 20))
+    most_samples = 8 if reservation == "paged" else 1
+    most_beams = min(max_num_seqs, max_num_batched_tokens, 3) if reservation == "paged" else 0
     jobs = []
-    for _ in range(draw(st.integers(1, 7))):
-        n = draw(st.integers(1, most_samples))
+    for index in range(draw(st.integers(1, 7))):
+        n = draw(st.integers(1, 3) | st.integers(1, most_samples)) if most_samples > 1 else 1
+        beam_width = draw(st.none() | st.integers(1, most_beams)) if most_beams else None
         jobs.append(
             Job(
                 prompt_len=draw(st.integers(1, max_model_len - 1)),
                 max_tokens=draw(st.integers(1, 12)),
-                n=n,
+                n=n if beam_width is None else 1,
                 arrival=draw(st.just(0) | st.integers(0, 12)),
                 stops=tuple(draw(st.none() | st.integers(1, 8)) for _ in range(n)),
                 aborted_at=draw(st.none() | st.none() | st.none() | st.integers(0, 20)),
+                family=draw(st.just(0) | st.just(index)),
+                beam_width=beam_width,
+                early_stopping=draw(st.sampled_from([False, True, "never"])),
+                length_penalty=draw(st.sampled_from([1.0, 0.0, 2.0, -0.5])),
             )
         )
-    # The last token of a sample needs no cell.
-    longest = max(min(job.prompt_len + job.max_tokens, max_model_len) - 1 for job in jobs)
+    # The last token of a sample needs no cell; beams share the full pages of the prompt.
+    pages = [
+        -(-(min(job.prompt_len + job.max_tokens, max_model_len) - 1) // page_size) for job in jobs
+    ]
     if reservation == "max":
-        longest = max_model_len
+        pages = [-(-max_model_len // page_size)]
+    else:
+        pages = [
+            each + ((job.beam_width or 1) - 1) * (each - job.prompt_len // page_size)
+            for each, job in zip(pages, jobs, strict=True)
+        ]
     return Simulation(
         jobs,
-        num_usable_pages=-(-longest // page_size) + draw(st.just(0) | st.integers(0, 12)),
+        num_usable_pages=max(pages) + draw(st.just(0) | st.integers(0, 12)),
         page_size=page_size,
-        max_num_batched_tokens=draw(st.integers(1, 20)),
+        max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         reservation=reservation,
+        prefix_cache=draw(st.booleans()),
+        preemption=draw(st.sampled_from(["recompute", "swap", "auto"])),
+        num_host_pages=draw(st.integers(0, 20)),
+        costs=PreemptionCosts(1.0, draw(st.sampled_from([0.1, 0.5, 2.0]))),
     )
 
 
@@ -321,6 +475,8 @@ def test_every_sample_gets_its_tokens_whatever_the_schedule(simulation):
     simulation.run()
     event(f"preempted: {simulation.scheduler.num_preemptions > 0}")
     event(f"copied: {simulation.num_copies > 0}")
+    event(f"swapped: {simulation.num_swapped > 0}")
+    event(f"found in the cache: {simulation.num_hits > 0}")
 
 
 @settings(deadline=None, max_examples=50)
@@ -352,19 +508,22 @@ def test_a_crowded_pool_makes_the_simulation_preempt_fork_and_copy():
 
 def make_scheduler(num_usable_pages=32, page_size=4, **config):
     defaults = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "max_model_len": 32}
+    defaults |= {"prefix_cache": False}
     config = SchedulerConfig(**(defaults | config))
     pages_per_seq = -(-config.max_model_len // page_size)
     return Scheduler(config, PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq))
 
 
-def add(scheduler, request_id, prompt_len, max_tokens=8, n=1):
+def add(scheduler, request_id, prompt_len, max_tokens=8, **params):
     request = Request(
         request_id,
         list(range(prompt_len)),
-        SamplingParams(max_tokens=max_tokens, n=n),
+        SamplingParams(max_tokens=max_tokens, **params),
         seed=0,
         max_model_len=scheduler.config.max_model_len,
     )
+    if request.params.beam_width is not None:
+        start_search(request, ())
     scheduler.add(request)
     return request.sequences[0]
 
@@ -550,7 +709,8 @@ def test_preemption_takes_the_youngest_and_logs_it(caplog):
         step = scheduler.schedule()
     assert plan(step) == "a:1"
     assert [record.getMessage() for record in caplog.records] == [
-        "preempted request 'b' sample 0: out of pages; 2 pages freed, 4 tokens to recompute"
+        "preempted request 'b' (sequence 0), as request 'a' needs pages: 2 pages to compute again "
+        "(4 tokens; swapping costs 0.0 ms, computing 0.0 ms)"
     ]
     assert scheduler.num_preemptions == 1
     assert (first.status, second.status) == (Status.RUNNING, Status.WAITING)
@@ -729,20 +889,53 @@ def test_a_reservation_larger_than_the_pool_is_refused():
         add(scheduler, "a", 1, max_tokens=1)
 
 
-def test_more_samples_than_places_are_refused():
+def test_more_samples_than_places_start_as_places_become_free():
     scheduler = make_scheduler(max_num_seqs=3)
-    message = "request 'a': n=4 samples exceed max_num_seqs=3; lower n or raise max_num_seqs"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        add(scheduler, "a", 2, n=4)
-    assert not scheduler.has_work
-    add(scheduler, "b", 2, n=3)
+    request = add(scheduler, "a", 5, n=7, max_tokens=2).request
+    add(scheduler, "b", 2)
+    step = scheduler.schedule()
+    assert (plan(step), sampled(step)) == ("a:5", ["a", "a1", "a2"])
+    assert plan(scheduler.schedule()) == "a:1 a1:1 a2:1"
+    # The three are done. The next one finds the full page of the prompt, and forks the others.
+    step = scheduler.schedule()
+    assert (plan(step), sampled(step)) == ("a3:1", ["a3", "a4", "a5"])
+    assert (step.num_hit_tokens, step.num_lookup_tokens) == (4, 5)
+    assert plan(scheduler.schedule()) == "a3:1 a4:1 a5:1"
+    assert len(request.sequences) == 7
+    assert plan(scheduler.schedule()) == "a6:1 b:2"
+    scheduler.check_invariants()
+
+
+def test_more_beams_than_a_step_computes_are_refused():
+    for budgets in ({"max_num_seqs": 3}, {"max_num_batched_tokens": 3}):
+        scheduler = make_scheduler(**budgets)
+        message = (
+            "request 'a': beam_width=4 exceeds the 3 beams that a step computes: lower it, or "
+            "raise max_num_seqs and max_num_batched_tokens"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            add(scheduler, "a", 2, beam_width=4)
+        assert not scheduler.has_work
+        add(scheduler, "b", 2, beam_width=3)
+
+
+def test_beams_that_could_outgrow_the_pool_are_refused():
+    # The full page of the prompt is shared; each beam may need two more.
+    scheduler = make_scheduler(num_usable_pages=6)
+    message = (
+        "request 'a': 5 prompt tokens and up to 8 more for each of 3 beams need 7 pages of 4 "
+        "tokens, but the pool has 6; lower max_tokens or raise num_pages"
+    )
+    with pytest.raises(RequestTooLongError, match=re.escape(message)):
+        add(scheduler, "a", 5, max_tokens=8, beam_width=3)
+    add(scheduler, "b", 5, max_tokens=8, beam_width=2)
 
 
 def test_several_samples_cannot_share_what_max_reserves():
     scheduler = make_scheduler(reservation="max")
     message = (
-        "request 'a': n=2 needs shared pages, which reservation='max' does not have; use n=1 or "
-        "reservation='paged'"
+        "request 'a': samples and beams need shared pages, which reservation='max' does not have; "
+        "use n=1 or reservation='paged'"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         add(scheduler, "a", 2, n=2)

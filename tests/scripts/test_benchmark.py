@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from absl import app, flags
 
+from jpaged.admission import SchedulerConfig
 from jpaged.config import EngineConfig
-from jpaged.scheduler import SchedulerConfig
 from models.config import config_from_hf, config_to_hf
 from models.decoder import Decoder
 from models.shapes import SHAPES

@@ -127,7 +127,11 @@ def test_model_without_tokenizer_takes_token_ids(run):
         (["--prompt=x", "--temperature=-1"], "temperature=-1.0 must be finite and at least 0"),
         (["--prompt=x", "--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
         (["--prompt=x", "--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
-        (["--prompt=x", "--beam_width=4"], "this version has no beam search"),
+        (
+            ["--prompt=x", "--beam_width=65"],
+            "beam_width=65 exceeds the 64 beams that a step computes",
+        ),
+        (["--prompt=x", "--beam_width=4", "--top_k=3"], "top_k=3 has no meaning in beam search"),
         (["--prompt=x", "--model=nowhere"], "model directory 'nowhere' does not exist"),
         (["--prompt=x", "--dtype=int4"], "dtype"),
         (["--prompt=x", "--backend=tpu"], "its kernels run on TPUs only"),

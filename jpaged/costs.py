@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two ways of preemption cost on this machine."""
+
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged.config import EngineConfig
+from jpaged.memory import default_dtype
+from jpaged.swap import PreemptionCosts
+from models.config import ModelConfig
+
+_COPY_BYTES = 8 * 2**20
+_MATMUL = (256, 1024, 1024)
+
+
+def preemption_costs(
+    config: EngineConfig, model_config: ModelConfig, page_bytes: int
+) -> PreemptionCosts:
+    """What a page costs to swap and a token to recompute: as the config says, or as measured.
+
+    Measured are a copy between host and device, and a matrix product: two operations a weight and
+    token are what most of a prefill is.
+
+    Args:
+      config: gives swap_bytes_per_s and flops_per_s, or None to measure them.
+      model_config: gives the number of weights.
+      page_bytes: bytes of a page over all layers.
+    """
+    bytes_per_s = config.swap_bytes_per_s or _copied_bytes_per_s()
+    flops_per_s = config.flops_per_s or _matmul_flops_per_s(config)
+    return PreemptionCosts(2 * page_bytes / bytes_per_s, 2 * model_config.num_params / flops_per_s)
+
+
+def _copied_bytes_per_s() -> float:
+    source = np.ones(_COPY_BYTES, np.uint8)
+
+    def copy():
+        # A copy of the result too: on a CPU, it could be the source itself.
+        return np.array(jax.device_put(source), copy=True)
+
+    # There and back.
+    return 2 * _COPY_BYTES / _best_s(copy)
+
+
+def _matmul_flops_per_s(config: EngineConfig) -> float:
+    rows, inner, columns = _MATMUL
+    dtype = default_dtype(config)
+    x, w = jnp.ones((rows, inner), dtype), jnp.ones((columns, inner), dtype)
+    multiply = jax.jit(lambda x, w: jax.lax.dot_general(w, x, (((1,), (1,)), ((), ()))))
+    return 2 * rows * inner * columns / _best_s(lambda: multiply(x, w).block_until_ready())
+
+
+def _best_s(function: Callable[[], object]) -> float:
+    function()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
