@@ -419,6 +419,7 @@ class Engine:
             return None
         step = self._scheduler.schedule()
         if not step.seqs:
+            self._totals.record_swaps(step)
             self._runner.swap(step.swap_outs, step.swap_ins)
             return None
         self._totals.record_step(step, self._table)

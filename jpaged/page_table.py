@@ -61,6 +61,11 @@ class PageTable:
         return self._num_live_cells
 
     @property
+    def num_saved_cells(self) -> int:
+        """Cells that sharing saves: tokens of all sequences, less cells that hold one."""
+        return max(sum(self._num_tokens.values()) - self._num_live_cells, 0)
+
+    @property
     def num_allocated_cells(self) -> int:
         """Cells of used pages."""
         return self.pool.num_used_pages * self.page_size

@@ -21,12 +21,17 @@ class Counters:
       num_decode_tokens: those of them from steps that did nothing but decode.
       num_page_copies: pages copied on write.
       num_preemptions: sequences that gave their pages back to wait.
+      num_swapped_pages: pages copied to host memory for them.
+      num_lookup_tokens: tokens of sequences that started, or started again.
+      num_hit_tokens: of them, those that the prefix cache had.
       peak_used_pages: most pages in use after a step was scheduled.
       peak_running: most sequences in a step.
       prefill_s: seconds in steps with prefill.
       decode_s: seconds in steps that did nothing but decode.
       compile_s: seconds spent compiling, which the two before leave out.
       live_cell_steps, allocated_cell_steps, running_steps: sums over steps, for means.
+      used_page_steps, page_reference_steps: likewise; pages as they are, and as they would be if
+        none were shared.
     """
 
     num_steps: int = 0
@@ -35,6 +40,9 @@ class Counters:
     num_decode_tokens: int = 0
     num_page_copies: int = 0
     num_preemptions: int = 0
+    num_swapped_pages: int = 0
+    num_lookup_tokens: int = 0
+    num_hit_tokens: int = 0
     peak_used_pages: int = 0
     peak_running: int = 0
     prefill_s: float = 0.0
@@ -43,6 +51,8 @@ class Counters:
     live_cell_steps: int = 0
     allocated_cell_steps: int = 0
     running_steps: int = 0
+    used_page_steps: int = 0
+    page_reference_steps: int = 0
 
     def record_step(self, step: ScheduledStep, table: PageTable) -> None:
         """Adds a step that was just scheduled."""
@@ -50,12 +60,22 @@ class Counters:
         self.num_steps += 1
         self.num_prefill_tokens += step.num_prefill_tokens
         self.num_page_copies += len(step.copies)
-        self.num_preemptions += step.num_preemptions
-        self.peak_used_pages = max(self.peak_used_pages, table.pool.num_used_pages)
+        self.record_swaps(step)
+        self.num_lookup_tokens += step.num_lookup_tokens
+        self.num_hit_tokens += step.num_hit_tokens
+        used = table.pool.num_used_pages
+        self.peak_used_pages = max(self.peak_used_pages, used)
+        self.used_page_steps += used
+        self.page_reference_steps += table.pool.num_references
         self.peak_running = max(self.peak_running, running)
         self.live_cell_steps += table.num_live_cells
         self.allocated_cell_steps += table.num_allocated_cells
         self.running_steps += running
+
+    def record_swaps(self, step: ScheduledStep) -> None:
+        """Adds what a step does beside its rows; it may have none."""
+        self.num_preemptions += step.num_preemptions
+        self.num_swapped_pages += len(step.swap_outs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +87,11 @@ class EngineStats:
       page_bytes: bytes of one page over all layers.
       num_usable_pages: pages that can be handed out.
       num_free_pages, num_used_pages: of them, now.
+      num_cached_pages: of the free ones, those that are kept for their content, now.
       num_shared_pages: pages in use by more than one sequence, now.
+      num_saved_pages: pages that would be in use beside them if none were shared, now.
+      num_saved_cells: tokens of sequences less cells that hold one, now.
+      num_host_pages, num_free_host_pages: room for swapped pages, now.
       utilisation: share of the used pages' cells that hold a token, now; 1.0 when none is used.
       num_running, num_waiting: sequences, now.
       num_compilations: programs compiled since the engine was made.
@@ -81,7 +105,12 @@ class EngineStats:
     num_usable_pages: int
     num_free_pages: int
     num_used_pages: int
+    num_cached_pages: int
     num_shared_pages: int
+    num_saved_pages: int
+    num_saved_cells: int
+    num_host_pages: int
+    num_free_host_pages: int
     utilisation: float
     num_running: int
     num_waiting: int
@@ -106,7 +135,12 @@ class EngineStats:
             num_usable_pages=pool.num_usable_pages,
             num_free_pages=pool.num_free_pages,
             num_used_pages=pool.num_used_pages,
+            num_cached_pages=pool.num_cached_pages,
             num_shared_pages=pool.num_shared_pages,
+            num_saved_pages=pool.num_references - pool.num_used_pages,
+            num_saved_cells=table.num_saved_cells,
+            num_host_pages=scheduler.swap_space.num_pages,
+            num_free_host_pages=scheduler.swap_space.num_free_pages,
             utilisation=_ratio(table.num_live_cells, cells, 1.0),
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -119,6 +153,19 @@ class EngineStats:
     def mean_utilisation(self) -> float:
         """Share of used pages' cells that held a token, over all steps; 1.0 before the first."""
         return _ratio(self.totals.live_cell_steps, self.totals.allocated_cell_steps, 1.0)
+
+    @property
+    def mean_saving(self) -> float:
+        """Share of the pages that sharing saved, over all steps."""
+        totals = self.totals
+        return _ratio(
+            totals.page_reference_steps - totals.used_page_steps, totals.page_reference_steps
+        )
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens of sequences that started which the prefix cache had."""
+        return _ratio(self.totals.num_hit_tokens, self.totals.num_lookup_tokens)
 
     @property
     def mean_running(self) -> float:
