@@ -228,6 +228,8 @@ def _copy_kernel(
 ):
     del kv_pages_ref
 
+    num_layers = out_ref.shape[0]
+
     def for_each(make_copy):
         """Starts all copies, then waits for all."""
         for act in ("start", "wait"):
@@ -236,9 +238,19 @@ def _copy_kernel(
                 # Padding copies the null page, which nobody reads.
                 @pl.when(dst_ref[i] != NULL_PAGE)
                 def _():
-                    getattr(make_copy(i), act)()
+                    # Layer by layer: a copy of all has the bytes of a layer as its stride, which
+                    # the compiler keeps in 32 bits (docs/decisions.md).
+                    jax.lax.fori_loop(
+                        0, num_layers, lambda layer, _: getattr(make_copy(i, layer), act)(), None
+                    )
 
             jax.lax.fori_loop(0, src_ref.shape[0], one, None)
 
-    for_each(lambda i: pltpu.make_async_copy(out_ref.at[:, src_ref[i]], held_ref.at[i], sem))
-    for_each(lambda i: pltpu.make_async_copy(held_ref.at[i], out_ref.at[:, dst_ref[i]], sem))
+    def home(ids_ref, i, layer):
+        return out_ref.at[layer, ids_ref[i]]
+
+    def held(i, layer):
+        return held_ref.at[i, layer]
+
+    for_each(lambda i, n: pltpu.make_async_copy(home(src_ref, i, n), held(i, n), sem))
+    for_each(lambda i, n: pltpu.make_async_copy(held(i, n), home(dst_ref, i, n), sem))
