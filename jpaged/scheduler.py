@@ -183,13 +183,22 @@ class Scheduler:
           How many more tokens the step can compute.
         """
         budget, running = self.config.max_num_batched_tokens, self._running
+        pool, size = self.table.pool, self.table.page_size
         index = 0
         while index < len(running) and budget:
+            seq = running[index]
+            if len(seq.request.sequences) == 1 and seq.request.beam_search is None:
+                # Most are alone, and find pages: this is all that a step costs for them.
+                num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+                if num_tokens // size + 2 <= pool.num_free_pages:
+                    budget -= num_tokens
+                    index += 1 + self._plan_row(step, seq, num_tokens)
+                    continue
             group = self._group(index)
             tokens = self._tokens_of(group, budget)
             if tokens is None:
                 break
-            if self._pages_needed(group, tokens) > self.table.pool.num_free_pages:
+            if self._pages_needed(group, tokens) > pool.num_free_pages:
                 self._preempt_for(group, step)
                 continue
             budget -= sum(tokens)
@@ -365,28 +374,32 @@ class Scheduler:
         settled = len(group)
         first_slot = len(step.samples)
         for seq, num_tokens in zip(group, tokens, strict=True):
-            if not num_tokens:
-                continue
-            assert seq.table_id is not None
-            step.copies += self.table.append(seq.table_id, num_tokens)
-            row = len(step.seqs)
-            step.seqs.append(seq)
-            step.num_scheduled_tokens.append(num_tokens)
-            step.input_slots.append(seq.sample_slot if seq.num_inflight_tokens else -1)
-            if num_tokens > 1 or seq.num_computed_tokens < seq.num_prompt_tokens:
-                step.num_prefill_tokens += num_tokens
-            before = seq.num_computed_tokens
-            seq.num_computed_tokens = computed = before + num_tokens
-            if computed // self.table.page_size > seq.num_addressed_pages:
-                step.addressed += self.cache.address(self.table, seq, before)
-            if computed == seq.num_tokens:
-                self._plan_sample(step, seq, row)
-                if seq.num_pending_forks:
-                    settled += self._fork_samples(step, seq, row)
+            if num_tokens:
+                settled += self._plan_row(step, seq, num_tokens)
         search = group[0].request.beam_search
         if search is not None and len(step.samples) > first_slot:
             step.beams.append((group[0].request, first_slot))
         return settled
+
+    def _plan_row(self, step: ScheduledStep, seq: Sequence, num_tokens: int) -> int:
+        """Adds one row. Returns: how many samples it forked."""
+        assert seq.table_id is not None
+        if copies := self.table.append(seq.table_id, num_tokens):
+            step.copies += copies
+        row = len(step.seqs)
+        step.seqs.append(seq)
+        step.num_scheduled_tokens.append(num_tokens)
+        step.input_slots.append(seq.sample_slot if seq.num_inflight_tokens else -1)
+        before = seq.num_computed_tokens
+        if num_tokens > 1 or before < seq.num_prompt_tokens:
+            step.num_prefill_tokens += num_tokens
+        seq.num_computed_tokens = computed = before + num_tokens
+        if computed // self.table.page_size > seq.num_addressed_pages:
+            step.addressed += self.cache.address(self.table, seq, before)
+        if computed < seq.num_tokens:
+            return 0
+        self._plan_sample(step, seq, row)
+        return self._fork_samples(step, seq, row) if seq.num_pending_forks else 0
 
     def _fork_samples(self, step: ScheduledStep, parent: Sequence, row: int) -> int:
         """Starts as many samples as there are places; the next one waits, and starts the others."""

@@ -2,7 +2,6 @@
 """The engine end to end: right tokens, whatever the schedule; sharing; endings; refusals."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -18,50 +17,14 @@ from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.batch import StepShape
 from jpaged.outputs import GenerationInterrupted
 from models import checkpoint
-from models.config import ModelConfig
-from models.decoder import Decoder
 from tests import tolerances
+from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, token_ids
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "hf"
 CASES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
 
-TINY = ModelConfig(
-    family="Qwen3ForCausalLM",
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    qk_norm=True,
-    tie_word_embeddings=True,
-    max_position_embeddings=256,
-)
 # Pages for two of the longest sequences below, so that a crowd preempts.
 SMALL_POOL = dict(num_pages=14, page_size=8, max_num_batched_tokens=16, max_num_seqs=6)
-
-
-@functools.cache
-def tiny_params(seed=0):
-    # Larger weights than at initialisation: the next token must depend on what came before.
-    return jax.tree.map(lambda x: x * 12, Decoder(TINY).init(jax.random.key(seed)))
-
-
-def tiny_engine(tokenizer=None, model_config=TINY, **config):
-    config = dict(max_model_len=128, max_num_seqs=8) | config
-    return Engine(model_config, tiny_params(), EngineConfig(**config), tokenizer)
-
-
-def prompts_of(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, TINY.vocab_size, length).tolist() for length in lengths]
-
-
-def token_ids(outputs):
-    return [[sample.token_ids for sample in output.outputs] for output in outputs]
 
 
 class TestHuggingFace:
