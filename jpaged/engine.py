@@ -5,7 +5,7 @@ import itertools
 import logging
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from jpaged.stats import Counters, EngineStats
 from jpaged.step import ScheduledStep
 from jpaged.swap import NO_COSTS
 from jpaged.text import load_tokenizer
+from jpaged.viewer import PoolSnapshot
 from models import checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder, stack_layers
@@ -158,6 +159,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams],
         *,
         progress: bool = False,
+        on_step: Callable[[], object] = lambda: None,
     ) -> list[RequestOutput]:
         """Answers all prompts, as many at once as fit.
 
@@ -165,6 +167,7 @@ class Engine:
           prompts: texts, or lists of token ids.
           params: for all, or one for each prompt.
           progress: whether to show a progress bar on standard error.
+          on_step: called after each step, for instance to look at `stats` or `pool_snapshot`.
 
         Returns:
           The outputs, in the order of the prompts.
@@ -198,6 +201,7 @@ class Engine:
                 while len(done) < len(requests):
                     outputs = self.step()
                     done |= {output.request_id: output for output in outputs}
+                    on_step()
                     if progress:
                         bar.set_postfix_str(self.stats().progress_line(), refresh=False)
                     bar.update(len(outputs))
@@ -396,6 +400,10 @@ class Engine:
             num_compilations=self._runner.num_compilations,
             num_unplanned_compilations=self._runner.num_unplanned_compilations,
         )
+
+    def pool_snapshot(self) -> PoolSnapshot:
+        """Returns for each page its owners ("request_id#sample") and fill. Cost: every page."""
+        return PoolSnapshot.of_requests(self._table, self._requests.values())
 
     def reset_stats(self) -> None:
         """Starts the totals of `stats` again, for instance after a warm-up run."""

@@ -78,6 +78,10 @@ class PageTable:
         """Physical pages of `seq`, in order of position."""
         return tuple(self._pages[seq])
 
+    def fills(self) -> list[int]:
+        """Per page, how many cells hold a token of any of its owners; 0 if nobody owns it."""
+        return list(self._fill)
+
     def add(self) -> int:
         """Returns a new sequence without tokens."""
         if not self._free_lines:
@@ -163,10 +167,18 @@ class PageTable:
           OutOfPagesError: if the pool lacks the pages; then nothing has changed.
           ValueError: if the sequence would exceed `pages_per_seq`, or `num_tokens` is negative.
         """
+        held, pages = self._num_tokens[seq], self._pages[seq]
+        copy_due = num_tokens > 0 and self._copy_due(seq)
+        if num_tokens == 1 and not copy_due and held % self.page_size:
+            # Most appends, as short as can be: one more token in a page of its own.
+            page = pages[held // self.page_size]
+            self._num_live_cells += held % self.page_size + 1 - self._fill[page]
+            self._fill[page] = held % self.page_size + 1
+            self._num_tokens[seq] = held + 1
+            return []
         if num_tokens < 0:
             raise ValueError(f"num_tokens={num_tokens} must be at least 0")
-        total, pages = self._num_tokens[seq] + num_tokens, self._pages[seq]
-        copy_due = num_tokens > 0 and self._copy_due(seq)
+        total = held + num_tokens
         copies: list[tuple[int, int]] = []
         if total > len(pages) * self.page_size or copy_due:
             needed = max(-(-total // self.page_size) - len(pages), 0)

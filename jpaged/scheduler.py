@@ -386,19 +386,14 @@ class Scheduler:
         assert seq.table_id is not None
         if copies := self.table.append(seq.table_id, num_tokens):
             step.copies += copies
-        row = len(step.seqs)
-        step.seqs.append(seq)
-        step.num_scheduled_tokens.append(num_tokens)
-        step.input_slots.append(seq.sample_slot if seq.num_inflight_tokens else -1)
         before = seq.num_computed_tokens
-        if num_tokens > 1 or before < seq.num_prompt_tokens:
-            step.num_prefill_tokens += num_tokens
-        seq.num_computed_tokens = computed = before + num_tokens
+        row = step.add_row(seq, num_tokens)
+        computed = seq.num_computed_tokens
         if computed // self.table.page_size > seq.num_addressed_pages:
             step.addressed += self.cache.address(self.table, seq, before)
         if computed < seq.num_tokens:
             return 0
-        self._plan_sample(step, seq, row)
+        step.add_sample(seq, row)
         return self._fork_samples(step, seq, row) if seq.num_pending_forks else 0
 
     def _fork_samples(self, step: ScheduledStep, parent: Sequence, row: int) -> int:
@@ -411,7 +406,7 @@ class Scheduler:
             child.table_id = self.table.fork(parent.table_id)
             child.status = Status.RUNNING
             self._running.insert(at + index, child)
-            self._plan_sample(step, child, row)
+            step.add_sample(child, row)
         left, parent.num_pending_forks = parent.num_pending_forks - forks, 0
         if left:
             child = parent.request.fork_sequence(parent)
@@ -419,12 +414,6 @@ class Scheduler:
             child.num_pending_forks = left - 1
             self._waiting.appendleft(child)
         return forks
-
-    def _plan_sample(self, step: ScheduledStep, seq: Sequence, row: int) -> None:
-        seq.sample_slot = len(step.samples)
-        seq.num_inflight_tokens += 1
-        step.samples.append(seq)
-        step.sample_rows.append(row)
 
     def _set_root(self, request: Request, salt: object) -> None:
         if self.config.reservation == "max":

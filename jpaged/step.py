@@ -43,3 +43,20 @@ class ScheduledStep:
     num_preemptions: int = 0
     num_lookup_tokens: int = 0
     num_hit_tokens: int = 0
+
+    def add_row(self, seq: Sequence, num_tokens: int) -> int:
+        """Has a sequence compute its next tokens. Returns: its row."""
+        self.seqs.append(seq)
+        self.num_scheduled_tokens.append(num_tokens)
+        self.input_slots.append(seq.sample_slot if seq.num_inflight_tokens else -1)
+        if num_tokens > 1 or seq.num_computed_tokens < seq.num_prompt_tokens:
+            self.num_prefill_tokens += num_tokens
+        seq.num_computed_tokens += num_tokens
+        return len(self.seqs) - 1
+
+    def add_sample(self, seq: Sequence, row: int) -> None:
+        """Has a sequence get the token that follows the last one of a row."""
+        seq.sample_slot = len(self.samples)
+        seq.num_inflight_tokens += 1
+        self.samples.append(seq)
+        self.sample_rows.append(row)

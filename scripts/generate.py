@@ -4,6 +4,7 @@
     python -m scripts.generate --prompt="Once upon a time"
     python -m scripts.generate --model=DIR --prompts_file=prompts.txt --output=json > answers.jsonl
     echo "The old fisherman" | python -m scripts.generate
+    python -m scripts.generate --prompt="Once upon a time" --n=4 --show_pages
 
 Prompts come from --prompt, which may be repeated, from --prompts_file, one a line, or from standard
 input. A model directory without a tokenizer takes prompts as token ids: --prompt="1 15 27". Text or
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ from absl import app, flags
 from jpaged import Engine, RequestOutput, SamplingParams
 from jpaged.outputs import GenerationInterrupted
 from jpaged.stats import EngineStats
+from jpaged.viewer import PoolSnapshot, draw
 from scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
@@ -76,6 +79,12 @@ _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's en
 _LOGPROBS = flags.DEFINE_integer(
     "logprobs", None, "Report this many likeliest tokens with each token (--output=json)."
 )
+_SHOW_PAGES = flags.DEFINE_bool(
+    "show_pages",
+    False,
+    "Draw who owned which page after the step that left most pages in use, the last of them if "
+    "there are several, to standard error. At the end all pages are free. NO_COLOR is respected.",
+)
 define_engine_flags()
 
 
@@ -111,37 +120,69 @@ def main(argv: list[str]) -> None:
         if engine.tokenizer is None:
             prompts = [_token_ids(prompt) for prompt in prompts]
     interrupted = False
+    fullest = _Fullest(engine)
     single = params.num_samples == 1 and params.beam_width is None
     if len(prompts) == 1 and single and _OUTPUT.value == "text":
-        outputs, interrupted = _stream(engine, prompts[0], params)
+        outputs, interrupted = _stream(engine, prompts[0], params, fullest)
     else:
         try:
             with _usage_errors():
-                outputs = engine.generate(prompts, params, progress=len(prompts) > 1)
+                outputs = engine.generate(
+                    prompts, params, progress=len(prompts) > 1, on_step=fullest.look
+                )
         except GenerationInterrupted as e:
             outputs, interrupted = e.outputs, True
         for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
             _print_output(engine, number, prompt, output)
-    print(_summary(outputs, engine.stats()), file=sys.stderr)
+    if fullest.snapshot is not None:
+        color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+        print("The fullest step; an owner is request#sample, from 0:", file=sys.stderr)
+        print(draw(fullest.snapshot, color=color), end="\n\n", file=sys.stderr)
+    print(_summary(outputs, engine.stats(), fullest.stats), file=sys.stderr)
     if interrupted:
         sys.exit(130)
 
 
+class _Fullest:
+    """Remembers the pool as it was after the step that left most pages in use.
+
+    Attributes:
+      stats: the reading then; before the first step, of the idle engine.
+      snapshot: the pool then, with --show_pages.
+    """
+
+    def __init__(self, engine: Engine):
+        self.stats = engine.stats()
+        self.snapshot: PoolSnapshot | None = None
+        self._engine = engine
+
+    def look(self) -> None:
+        """Called after each step. Of equally full ones the last counts: its pages are fuller."""
+        stats = self._engine.stats()
+        if stats.num_used_pages >= max(self.stats.num_used_pages, 1):
+            self.stats = stats
+            if _SHOW_PAGES.value:
+                self.snapshot = self._engine.pool_snapshot()
+
+
 def _stream(
-    engine: Engine, prompt: str | list[int], params: SamplingParams
+    engine: Engine, prompt: str | list[int], params: SamplingParams, fullest: _Fullest
 ) -> tuple[list[RequestOutput], bool]:
     """Prints one sample as it grows. Returns: its last output, and whether Ctrl-C ended it."""
     outputs: list[RequestOutput] = []
     shown = 0
     try:
         with _usage_errors():
-            stream = engine.stream(prompt, params)
+            engine.add_request(prompt, params, stream=True)
         _write(_text(prompt))
-        for output in stream:
-            outputs = [output]
-            text = _completion_text(engine, output, 0)
-            _write(text[shown:])
-            shown = len(text)
+        while engine.has_unfinished_requests:
+            grown = engine.step()
+            fullest.look()
+            for output in grown:
+                outputs = [output]
+                text = _completion_text(engine, output, 0)
+                _write(text[shown:])
+                shown = len(text)
     except KeyboardInterrupt:
         return outputs, True
     finally:
@@ -171,14 +212,26 @@ def _text(prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
 
 
-def _summary(outputs: Sequence[RequestOutput], stats: EngineStats) -> str:
-    """The run in one line."""
+def _summary(outputs: Sequence[RequestOutput], stats: EngineStats, fullest: EngineStats) -> str:
+    """The run in a few lines.
+
+    Args:
+      outputs: of all prompts.
+      stats: at the end, for the totals.
+      fullest: when most pages were in use, for what is zero at the end.
+    """
     totals = stats.totals
     firsts = [t for o in outputs if (t := o.time_to_first_token_s) is not None]
     first = f"{sum(firsts) / len(firsts):.2f} s" if firsts else "none"
     page_mib = stats.page_bytes / 2**20
     used, contiguous = totals.peak_used_pages, stats.contiguous_pages
     return (
+        f"pages at the fullest step: {fullest.num_used_pages} live ({fullest.num_shared_pages} "
+        f"shared), {fullest.num_free_pages} free ({fullest.num_cached_pages} cached); sharing "
+        f"saves {fullest.num_saved_cells} cells\n"
+        f"pages over the whole run: sharing saved {stats.mean_saving:.1%} on average; copies on "
+        f"write {totals.num_page_copies}, prefix hit rate {stats.hit_rate:.1%}, preemptions "
+        f"{totals.num_preemptions}, swapped {totals.num_swapped_pages}\n"
         f"{totals.num_generated_tokens} tokens; prefill {stats.prefill_tokens_per_s:.0f} tokens/s, "
         f"decode {stats.decode_tokens_per_s:.0f} tokens/s, compiling {totals.compile_s:.1f} s; "
         f"first token after {first} on average; "

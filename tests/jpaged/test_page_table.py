@@ -171,6 +171,9 @@ class PageTableMachine(RuleBasedStateMachine):
         assert self.pool.num_free_pages + len(contents_of) == self.pool.num_usable_pages
         assert self.table.num_allocated_cells == len(contents_of) * self.page_size
         assert self.table.num_live_cells == num_live_cells
+        values = {page: c for page, c in contents_of.items() if c[0] != "reserved"}
+        fills = [len(values.get(page, ())) for page in range(self.pool.num_pages)]
+        assert self.table.fills() == fills
 
     @invariant()
     def the_snapshot_is_the_map(self):

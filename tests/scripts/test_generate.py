@@ -4,6 +4,7 @@
 import json
 import os
 import pathlib
+import pty
 import signal
 import subprocess
 import sys
@@ -63,6 +64,56 @@ def test_json_of_a_prompts_file(run, tmp_path):
             assert sample["finish_reason"] == "length" and len(sample["token_ids"]) == 8
             assert all(2 <= len(step) <= 3 for step in sample["logprobs"])
     assert "3/3" in done.stderr  # the progress bar
+
+
+def test_show_pages_draws_the_fullest_step(run):
+    # 5 tokens of prompt and 4 of the 5 sampled ones are written: 3 pages a sample, of which all
+    # share the first; the second is copied by the first two that write to it.
+    args = (
+        "--prompt=Once upon a time", "--n=3", "--max_tokens=5", "--seed=1", "--ignore_eos",
+        "--page_size=4", "--num_pages=12", "--output=json",
+    )  # fmt: skip
+    done = run(*args, "--show_pages")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["prompt_token_ids"]) == 5
+    lines = done.stderr.splitlines()
+    start = lines.index("The fullest step; an owner is request#sample, from 0:")
+    assert lines[start + 1 : start + 10] == [
+        "11 pages of 4 cells: 7 live (1 shared, 67.9% filled), 4 free (0 cached)",
+        "   1  3CABabc... .",
+        "A-Z one owner, full; a-z one owner, partial; 2-9 so many owners, full; . free",
+        "  A 0#0 3 pages (1 shared)   B 0#1 3 pages (1 shared)   C 0#2 3 pages (1 shared)",
+        "shared: 1 by A B C",
+        "",
+        "pages at the fullest step: 7 live (1 shared), 4 free (0 cached); sharing saves 8 cells",
+        "pages over the whole run: sharing saved 36.4% on average; copies on write 2, prefix hit "
+        "rate 0.0%, preemptions 0, swapped 0",
+        lines[-1],
+    ]
+    assert "\x1b" not in done.stderr  # a pipe is no terminal
+    without = run(*args)
+    assert json.loads(without.stdout)["outputs"] == json.loads(done.stdout)["outputs"]
+    assert "The fullest step" not in without.stderr
+    assert without.stderr.splitlines()[-3:-1] == lines[-3:-1]
+
+
+@pytest.mark.parametrize(("no_color", "page"), [("", "\x1b[32ma\x1b[0m"), ("1", "a")])
+def test_show_pages_on_a_terminal(tmp_path, no_color, page):
+    terminal, stderr = pty.openpty()
+    args = ("--prompt=Once", "--max_tokens=1", "--show_pages", "--num_pages=9")
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={tmp_path}", *args],
+        cwd=ROOT, env=os.environ | {"NO_COLOR": no_color}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=stderr, timeout=300,
+    )  # fmt: skip
+    os.close(stderr)
+    with open(terminal, "rb", buffering=0) as pipe:
+        seen = pipe.read(10_000).decode()
+    assert done.returncode == 0, seen
+    # The only step is seen, though its only token ends the request.
+    assert f"\n  1  {page}" in seen
+    assert ("\x1b" in seen) == (no_color == "")
+    assert done.stdout.startswith(b"Once")
 
 
 def test_standard_input_and_stop_string(run):
