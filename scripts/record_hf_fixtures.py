@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records tiny Hugging Face models and their greedy output as test fixtures.
 
-jpaged's tests compare its own greedy output with these recordings token for token, so that
-running them needs neither torch nor the network. Recording does need an environment of its own:
+jpaged's tests compare its own output with these recordings token for token, so that running them
+needs neither torch nor the network. Recording does need an environment of its own:
 `transformers` (5.x), `torch` (the CPU build is enough) and `absl-py`. The first two are not
 dependencies of jpaged. Nothing is downloaded: every model is built from a configuration and
 filled with random weights from a fixed seed.
@@ -25,6 +25,8 @@ generation_config.json, safetensors) and `expected.json`:
 
 Some cases also hold `config_v4.json`: the same configuration in the form that transformers 4
 wrote (`rope_theta`, `rope_scaling` and `torch_dtype` at the top level).
+
+`scripts.record_hf_beams` adds beam searches of the same models, in `beams.json`.
 """
 
 import copy
@@ -42,7 +44,6 @@ from absl import app, flags, logging
 _OUTPUT = flags.DEFINE_string(
     "output", "tests/fixtures/hf", "Directory that receives one directory per case."
 )
-
 _PROMPT_LENGTHS = (1, 2, 3, 7, 15, 16, 17, 31, 33, 50)
 _NUM_NEW_TOKENS = 24
 _NUM_TOP = 5
@@ -57,9 +58,10 @@ _MAX_CASE_BYTES = 400_000
 _README = """\
 # Recorded Hugging Face models
 
-Tiny Llama and Qwen3 models with random weights, and the greedy output that transformers {hf} with
-torch {torch} (CPU, float32, eager attention) gave for them. Recorded by
-`python -m scripts.record_hf_fixtures`, whose docstring describes the files; do not edit by hand.
+Tiny Llama and Qwen3 models with random weights, and the output of greedy decoding and beam search
+that transformers (CPU, float32, eager attention) gave for them; expected.json and beams.json name
+its version and torch's. Recorded by `python -m scripts.record_hf_fixtures`
+and `scripts.record_hf_beams`, whose docstrings describe the files; do not edit by hand.
 """
 
 
@@ -84,7 +86,7 @@ class Case:
     write_v4_config: bool = False
 
 
-_CASES = (
+CASES = (
     Case(
         name="llama_gqa5_hd48_untied",
         model_type="llama",
@@ -186,6 +188,7 @@ _CASES = (
     ),
 )
 
+
 _CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -278,7 +281,7 @@ def _is_degenerate(tokens: list[int]) -> bool:
     return len(set(tokens)) < _MIN_DISTINCT_TOKENS
 
 
-def _shortest_float32(value: float) -> float:
+def shortest_float32(value: float) -> float:
     """Returns the number with the fewest digits that is the same float32."""
     return float(str(np.float32(value)))
 
@@ -311,7 +314,7 @@ def find_recording(
         else:
             recording = {
                 "weight_seed": seed,
-                "min_top2_logit_gap": _shortest_float32(min(map(top2_gap, all_logits))),
+                "min_top2_logit_gap": shortest_float32(min(map(top2_gap, all_logits))),
                 "prompts": prompts,
                 "continuations": continuations,
             }
@@ -325,7 +328,7 @@ def top_logprobs(prompt_index: int, logits: torch.Tensor) -> dict[str, Any]:
     return {
         "prompt": prompt_index,
         "token_ids": top.indices.tolist(),
-        "logprobs": [[_shortest_float32(x) for x in row] for row in top.values.tolist()],
+        "logprobs": [[shortest_float32(x) for x in row] for row in top.values.tolist()],
     }
 
 
@@ -386,7 +389,7 @@ def write_v4_config(case_dir: pathlib.Path, model_type: str) -> None:
 
 
 def dump_expected(expected: dict[str, Any]) -> str:
-    """Formats expected.json with one innermost list per line."""
+    """Formats a JSON file with one innermost list per line."""
 
     def dump(value: Any, indent: str) -> str:
         inner = indent + "  "
@@ -400,6 +403,24 @@ def dump_expected(expected: dict[str, Any]) -> str:
     text = dump(expected, "") + "\n"
     assert json.loads(text) == expected
     return text
+
+
+def load_model(case: Case, case_dir: pathlib.Path) -> transformers.PreTrainedModel:
+    """Loads the saved model of a case.
+
+    Args:
+      case: The case.
+      case_dir: Its directory.
+
+    Returns:
+      The model, in evaluation mode.
+    """
+    model, info = _CLASSES[case.model_type][1].from_pretrained(
+        case_dir, attn_implementation="eager", local_files_only=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert model.dtype == torch.float32
+    return model.eval()
 
 
 def record(case: Case, output: pathlib.Path) -> None:
@@ -431,13 +452,9 @@ def record(case: Case, output: pathlib.Path) -> None:
         write_v4_config(case_dir, case.model_type)
 
     # What was saved must give what was recorded.
-    loaded, info = _CLASSES[case.model_type][1].from_pretrained(
-        case_dir, attn_implementation="eager", output_loading_info=True
-    )
-    assert not any(info.values()), info
-    assert loaded.dtype == torch.float32
+    loaded = load_model(case, case_dir)
     for prompt, tokens in zip(expected["prompts"], expected["continuations"], strict=True):
-        assert run_greedy(loaded.eval(), prompt)[0] == tokens
+        assert run_greedy(loaded, prompt)[0] == tokens
 
     # Large arrays last.
     order = ("weight_seed", "min_top2_logit_gap", "max_float64_logit_diff")
@@ -469,10 +486,9 @@ def main(argv: list[str]) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     output = pathlib.Path(_OUTPUT.value)
-    for case in _CASES:
+    for case in CASES:
         record(case, output)
-    versions = {"hf": transformers.__version__, "torch": torch.__version__}
-    (output / "README.md").write_text(_README.format(**versions))
+    (output / "README.md").write_text(_README)
 
 
 if __name__ == "__main__":
