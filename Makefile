@@ -28,6 +28,7 @@ MADE := $(VENV)/.made-py$(PYVER)
 RUN := $(VENV)/.run-py$(PYVER)
 TEST := $(VENV)/.test-py$(PYVER)
 DEV := $(VENV)/.dev-py$(PYVER)
+PLOTS := $(VENV)/.plots-py$(PYVER)
 # The TPU compiler, in a folder of its own: installed as a package, it would complain at every start
 # on a machine without a TPU. `pallas_kernels.aot` knows the place.
 LIBTPU := $(VENV)/libtpu/.made-py$(PYVER)
@@ -46,7 +47,7 @@ endef
 # Two pips must not write into one environment at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help generate test lint types format bench demo constraints clean libtpu
+.PHONY: help generate test lint types format bench demo figures constraints clean libtpu
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,13 +75,16 @@ bench: $(RUN) ## Measure throughput and cache use (BENCH_ARGS=)
 demo: $(DEV) ## Train the shipped checkpoint anew (DEMO_ARGS=)
 	$(BIN)/python -m scripts.train_demo $(DEMO_ARGS)
 
+figures: $(PLOTS) ## Make docs/paper_figures.md and its plots anew
+	$(BIN)/python -m scripts.simulate --report=docs
+
 libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
 
 # In an environment of its own, so that nothing installed by hand gets into the file.
 constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at a version)
 	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	$(PYTHON) -m venv "$$tmp"; \
-	"$$tmp/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev,train]' \
+	"$$tmp/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev,train,plots]' \
 	  $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)); \
 	{ echo "# SPDX-License-Identifier: Apache-2.0"; \
 	  echo "# Made by: make constraints PYTHON=python$(PYVER:3%=3.%)$(if $(JAX), JAX=$(JAX))"; \
@@ -114,6 +118,10 @@ $(LIBTPU): $(RUN)
 
 $(TEST): $(MADE) $(INPUTS)
 	$(call install,[test])
+	@touch $(RUN) $@
+
+$(PLOTS): $(MADE) $(INPUTS)
+	$(call install,[plots])
 	@touch $(RUN) $@
 
 $(DEV): $(MADE) $(INPUTS)

@@ -63,6 +63,7 @@ from jpaged.config import EngineConfig
 from jpaged.engine import Engine
 from jpaged.memory import default_dtype
 from jpaged.params import SamplingParams
+from jpaged.simulator import Item
 from jpaged.text import load_tokenizer
 from models import checkpoint
 from models.decoder import Decoder
@@ -75,7 +76,6 @@ from scripts.flags import (
 )
 from scripts.workload import (
     SPEC_HELP,
-    Item,
     Report,
     Trace,
     Workload,

@@ -23,8 +23,9 @@ from absl import app, flags
 
 from jpaged.admission import SchedulerConfig
 from jpaged.batch import ShapeBuckets, build_batch
+from jpaged.simulator import PagedSimulator, finish_step
 from scripts.flags import run
-from scripts.workload import SchedulerOnly, Uniform, finish_step, make_workload
+from scripts.workload import Uniform, make_workload
 
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Running sequences.", lower_bound=1)
 _NUM_TOKENS = flags.DEFINE_integer(
@@ -87,7 +88,7 @@ def _time_steps() -> np.ndarray:
     longest = shortest + _PAGE_SIZE.value - 1
     num_new = steps + 2 * _WARMUP_STEPS
     max_model_len = longest + num_new
-    host = SchedulerOnly(
+    host = PagedSimulator(
         SchedulerConfig(
             max_num_batched_tokens=num_seqs * longest,  # every prompt in the first step
             max_num_seqs=num_seqs,
@@ -138,7 +139,7 @@ def _time_forks() -> list[float]:
     """Microseconds of each of many forks; freeing the fork is not counted."""
     num_tokens = _FORK_PAGES.value * _PAGE_SIZE.value
     config = SchedulerConfig(max_num_batched_tokens=1, max_num_seqs=1, max_model_len=num_tokens)
-    table = SchedulerOnly(config, _FORK_PAGES.value + 1, _PAGE_SIZE.value).table
+    table = PagedSimulator(config, _FORK_PAGES.value + 1, _PAGE_SIZE.value).table
     parent = table.add()
     table.append(parent, num_tokens)
     times = []

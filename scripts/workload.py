@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to measure with, and what a run of them was like; runs them without a model, too.
 
-Nothing here needs jax.
+Nothing here needs jax. What runs without a model is `jpaged.simulator`.
 """
 
+import collections
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import tqdm
 
 from jpaged.admission import SchedulerConfig
 from jpaged.config import EngineConfig
-from jpaged.page_pool import PagePool
-from jpaged.page_table import PageTable
-from jpaged.params import SamplingParams
-from jpaged.scheduler import Scheduler
-from jpaged.sequence import Request, Status
+from jpaged.simulator import ContiguousSimulator, CostModel, Item, Memory, PagedSimulator
 from jpaged.stats import Counters, EngineStats
-from jpaged.step import ScheduledStep
 
 # The trace is shown with this many marks, and reported with this many numbers.
 TRACE_POINTS = 60
@@ -30,7 +26,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 Report = dict[str, Any]
 
-SPEC_HELP = "a number, uniform:LOW,HIGH, lognormal:mean=M,sigma=S or sharegpt"
+SPEC_HELP = "a number, uniform:LOW,HIGH, lognormal:mean=M,sigma=S, sharegpt or alpaca"
 
 
 class Lengths(Protocol):
@@ -92,17 +88,19 @@ class LogNormal:
         return np.maximum(np.rint(rng.lognormal(mu, self.sigma, count)), 1).astype(np.int64)
 
 
-# The means are those of ShareGPT in Kwon et al. 2023 (figure 11); the paper gives no variance, so
-# the two sigmas are a choice made here: prompts vary more than answers.
+# The means are those of ShareGPT and Alpaca in Kwon et al. 2023 (figure 11); the paper gives no
+# variance, so the sigmas are a choice made here: people paste all sorts of things into a chat.
 SHAREGPT = {"prompt": LogNormal(161.31, 1.2), "output": LogNormal(337.99, 0.9)}
+ALPACA = {"prompt": LogNormal(19.31, 0.5), "output": LogNormal(58.45, 0.9)}
+_NAMED = {"sharegpt": SHAREGPT, "alpaca": ALPACA}
 
 
 def parse_lengths(spec: str, role: str) -> Lengths:
     """Reads a distribution of lengths.
 
     Args:
-      spec: "64", "uniform:32,96", "lognormal:mean=161,sigma=1.2" or "sharegpt".
-      role: "prompt" or "output", which of the two lengths of ShareGPT.
+      spec: "64", "uniform:32,96", "lognormal:mean=161,sigma=1.2", "sharegpt" or "alpaca".
+      role: "prompt" or "output", which of the two lengths of ShareGPT or Alpaca.
 
     Returns:
       The distribution.
@@ -112,8 +110,8 @@ def parse_lengths(spec: str, role: str) -> Lengths:
     """
     name, _, rest = spec.strip().partition(":")
     try:
-        if name == "sharegpt" and not rest:
-            return SHAREGPT[role]
+        if name in _NAMED and not rest:
+            return _NAMED[name][role]
         if name == "uniform":
             low, high = map(int, rest.split(","))
             return Uniform(low, high)
@@ -127,21 +125,8 @@ def parse_lengths(spec: str, role: str) -> Lengths:
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-    """One request of a workload.
-
-    Attributes:
-      prompt_token_ids: random tokens.
-      num_output_tokens: how many to generate, whatever they are.
-    """
-
-    prompt_token_ids: list[int]
-    num_output_tokens: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Workload:
-    """Requests that all arrive at once.
+    """Requests to run.
 
     Attributes:
       items: the requests, in order of arrival.
@@ -170,6 +155,8 @@ def make_workload(
     max_model_len: int,
     vocab_size: int,
     seed: int,
+    num_samples: int = 1,
+    rate: float = math.inf,
 ) -> Workload:
     """Draws requests; equal arguments give equal requests.
 
@@ -179,7 +166,9 @@ def make_workload(
       output_lengths: distribution of the outputs' lengths.
       max_model_len: a prompt is cut to leave room for one token, then its output to what is left.
       vocab_size: token ids are below it.
-      seed: of the lengths and of the token ids.
+      seed: of the lengths, the token ids and the arrivals.
+      num_samples: of each request.
+      rate: requests a second, which arrive independently (Poisson); infinite for all at once.
 
     Returns:
       The workload.
@@ -194,107 +183,20 @@ def make_workload(
             f"{max_model_len}; shorten them or raise max_model_len"
         )
     # Streams of their own, so that one distribution does not change what another draws.
-    prompt_rng, output_rng, token_rng = np.random.default_rng(seed).spawn(3)
+    prompt_rng, output_rng, token_rng, time_rng = np.random.default_rng(seed).spawn(4)
     drawn_prompts = prompt_lengths.draw(prompt_rng, num_requests)
     drawn_outputs = output_lengths.draw(output_rng, num_requests)
     prompts = np.minimum(drawn_prompts, max_model_len - 1)
     outputs = np.minimum(drawn_outputs, max_model_len - prompts)
+    arrivals = time_rng.exponential(1 / rate, num_requests).cumsum()
     items = [
-        Item(token_rng.integers(vocab_size, size=prompt).tolist(), output)
-        for prompt, output in zip(prompts.tolist(), outputs.tolist(), strict=True)
+        Item(token_rng.integers(vocab_size, size=prompt).tolist(), output, num_samples, arrival_s)
+        for prompt, output, arrival_s in zip(
+            prompts.tolist(), outputs.tolist(), arrivals.tolist(), strict=True
+        )
     ]
     num_cut = int(((prompts < drawn_prompts) | (outputs < drawn_outputs)).sum())
     return Workload(items, num_cut)
-
-
-class SchedulerOnly:
-    """The host's half of an engine: real scheduler, pool and page table, no model.
-
-    Like `jpaged.engine.Engine`, it schedules a step before it ends the sequences of the one before.
-    """
-
-    def __init__(self, config: SchedulerConfig, num_pages: int, page_size: int):
-        """Makes an empty pool of `num_pages` pages, the reserved one included."""
-        self.table = PageTable(
-            PagePool(num_pages), page_size, -(-config.max_model_len // page_size)
-        )
-        self.scheduler = Scheduler(config, self.table)
-        self.totals = Counters()
-        self._inflight: ScheduledStep | None = None
-        self._num_added = 0
-
-    @property
-    def has_unfinished_requests(self) -> bool:
-        """Whether `step` has something to do."""
-        return self.scheduler.has_work or self._inflight is not None
-
-    def add(self, item: Item) -> None:
-        """Queues a request.
-
-        Raises:
-          ValueError: if it could never run.
-        """
-        request = Request(
-            str(self._num_added),
-            item.prompt_token_ids,
-            SamplingParams(max_tokens=item.num_output_tokens, temperature=0.0, ignore_eos=True),
-            seed=0,
-            max_model_len=self.scheduler.config.max_model_len,
-        )
-        self.scheduler.add(request)
-        self._num_added += 1
-
-    def step(self) -> None:
-        """Schedules a step, and gives every sample of the one before the token 0."""
-        previous, self._inflight = self._inflight, None
-        if self.scheduler.has_work:
-            step = self.scheduler.schedule()
-            assert step.seqs or previous, "the scheduler has work but schedules none of it"
-            if step.seqs:
-                self.totals.record_step(step, self.table)
-                self._inflight = step
-        if previous is not None:
-            count = len(previous.samples)
-            finish_step(self.scheduler, previous, [0] * count, [0.0] * count, self.totals)
-
-    def stats(self) -> EngineStats:
-        """A reading like the engine's; a page has no bytes."""
-        return EngineStats.read(
-            self.scheduler,
-            self.totals,
-            page_bytes=0,
-            num_compilations=0,
-            num_unplanned_compilations=0,
-        )
-
-
-def finish_step(
-    scheduler: Scheduler,
-    step: ScheduledStep,
-    tokens: Sequence[int],
-    logprobs: Sequence[float],
-    totals: Counters,
-) -> None:
-    """Appends a step's tokens and ends sequences, as `jpaged.engine.Engine` does.
-
-    Args:
-      scheduler: whose sequences they are.
-      step: the step.
-      tokens: one a sample.
-      logprobs: one a sample.
-      totals: is brought up to date.
-    """
-    now = time.perf_counter()
-    for sample, token, logprob in zip(step.samples, tokens, logprobs, strict=True):
-        if sample.status is Status.FINISHED:
-            continue
-        if sample.request.first_token_s is None:
-            sample.request.first_token_s = now
-        sample.receive(token, logprob)
-        totals.num_generated_tokens += 1
-        totals.num_decode_tokens += not step.num_prefill_tokens
-        if reason := sample.stop_reason(()):
-            scheduler.finish(sample, reason)
 
 
 class Trace:
@@ -361,7 +263,7 @@ def run_scheduler(config: EngineConfig, workload: Workload) -> tuple[EngineStats
         max_model_len=config.max_model_len,
         reservation=config.reservation,
     )
-    host, trace = SchedulerOnly(budgets, config.num_pages, config.page_size), Trace()
+    host, trace = PagedSimulator(budgets, config.num_pages, config.page_size), Trace()
     for item in workload.items:
         host.add(item)
     while host.has_unfinished_requests:
@@ -369,6 +271,116 @@ def run_scheduler(config: EngineConfig, workload: Workload) -> tuple[EngineStats
         trace.record(host.stats())
     host.table.check_invariants()
     return host.stats(), trace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What serving requests as they arrive was like, means over time.
+
+    The window that is measured opens when `simulate` says so, and closes as soon as all requests
+    have arrived and none waits; if that is so when it opens, it closes when all have ended.
+
+    Attributes:
+      memory: share of the slots that are `live`, `reserved`, `internal`, `external` and `idle`; see
+        `jpaged.simulator.Memory`.
+      mean_running: sequences in a step.
+      mean_step_s: seconds of a step.
+      saturated: share of the time in which requests waited.
+      saving: share of the pages that sharing saved, over all steps.
+      requests_per_s: requests that ended.
+      latency_s_per_token: from arrival to end by output tokens, mean over all that ended.
+      preemptions, swapped_pages: in all.
+      simulated_s: what the whole took.
+    """
+
+    memory: dict[str, float]
+    mean_running: float
+    mean_step_s: float
+    saturated: float
+    saving: float
+    requests_per_s: float
+    latency_s_per_token: float
+    preemptions: int
+    swapped_pages: int
+    simulated_s: float
+
+    @property
+    def live_share(self) -> float:
+        """Of the memory that is not idle, the share that holds a token."""
+        return self.memory["live"] / max(1 - self.memory["idle"], 1e-9)
+
+
+def simulate(
+    simulator: PagedSimulator | ContiguousSimulator,
+    items: Sequence[Item],
+    costs: CostModel,
+    *,
+    warm_up: float = 0.2,
+    drain: bool = False,
+    progress: str | None = None,
+) -> Serving:
+    """Has a simulator serve requests in the time that a cost model gives its steps.
+
+    Args:
+      simulator: without requests.
+      items: in order of arrival.
+      costs: how long steps take.
+      warm_up: the window opens when this share of the requests has ended.
+      drain: whether to go on when the window has closed, until all have ended.
+      progress: names a progress bar on standard error; None shows none.
+
+    Returns:
+      What it was like.
+
+    Raises:
+      ValueError: if a request could never run.
+    """
+    clock, next_item, num_ended, num_swapped, latencies = 0.0, 0, 0, 0, []
+    opened, closed, to_the_end = False, False, False
+    window: dict[str, float] = collections.defaultdict(float)
+    with tqdm.tqdm(
+        total=len(items), desc=progress, unit="request", disable=progress is None
+    ) as bar:
+        while num_ended < len(items) and (drain or not closed):
+            if not simulator.has_unfinished_requests:
+                clock = max(clock, items[next_item].arrival_s)
+            while next_item < len(items) and items[next_item].arrival_s <= clock:
+                simulator.add(items[next_item])
+                next_item += 1
+            work = simulator.step()
+            for number in work.finished:
+                item = items[number]
+                latencies.append((clock - item.arrival_s) / item.num_output_tokens)
+            num_ended += len(work.finished)
+            bar.update(len(work.finished))
+            num_swapped += work.num_swapped_pages
+            took = costs.step_s(work, simulator.page_size)
+            clock += took
+            nobody_comes = next_item == len(items) and not simulator.num_waiting
+            if not opened and num_ended >= warm_up * len(items):
+                opened, to_the_end = True, nobody_comes
+            closed = closed or (opened and nobody_comes and not to_the_end)
+            if opened and not closed and work.num_seqs:
+                window["steps"] += 1
+                window["time"] += took
+                window["waiting"] += took * (simulator.num_waiting > 0)
+                window["running"] += took * work.num_seqs
+                window["ended"] += len(work.finished)
+                for name, slots in dataclasses.asdict(work.memory).items():
+                    window[name] += took * slots / work.memory.total
+    span = window["time"] or 1.0
+    return Serving(
+        memory={f.name: window[f.name] / span for f in dataclasses.fields(Memory)},
+        mean_running=window["running"] / span,
+        mean_step_s=span / max(window["steps"], 1),
+        saturated=window["waiting"] / span,
+        saving=simulator.stats().mean_saving if isinstance(simulator, PagedSimulator) else 0.0,
+        requests_per_s=window["ended"] / span,
+        latency_s_per_token=float(np.mean(latencies)) if latencies else math.nan,
+        preemptions=simulator.num_preemptions,
+        swapped_pages=num_swapped,
+        simulated_s=clock,
+    )
 
 
 def cache_report(stats: EngineStats, trace: Trace, workload: Workload) -> Report:

@@ -12,6 +12,7 @@ from absl import app, flags
 
 from jpaged.admission import SchedulerConfig
 from jpaged.config import EngineConfig
+from jpaged.simulator import Item, PagedSimulator
 from models.config import config_from_hf, config_to_hf
 from models.decoder import Decoder
 from models.shapes import SHAPES
@@ -19,9 +20,7 @@ from scripts.flags import define_engine_flags, engine_config_from_flags
 from scripts.workload import (
     SHAREGPT,
     TRACE_POINTS,
-    Item,
     LogNormal,
-    SchedulerOnly,
     Trace,
     Uniform,
     make_workload,
@@ -142,7 +141,7 @@ class TestWorkload:
             )
 
 
-class TestSchedulerOnly:
+class TestRunScheduler:
     def _run_sharegpt(self, reservation):
         config = EngineConfig(max_model_len=2048, num_pages=1 + 8 * 128, reservation=reservation)
         prompt, output = SHAREGPT["prompt"], SHAREGPT["output"]
@@ -165,7 +164,7 @@ class TestSchedulerOnly:
 
     def test_a_page_for_every_token_is_always_full(self):
         config = SchedulerConfig(max_num_batched_tokens=8, max_num_seqs=2, max_model_len=16)
-        host = SchedulerOnly(config, 33, 1)
+        host = PagedSimulator(config, 33, 1)
         host.add(Item([1, 2, 3], 4))
         steps = 0
         while host.has_unfinished_requests:
@@ -180,14 +179,14 @@ class TestSchedulerOnly:
     def test_what_never_fits_is_refused(self):
         config = SchedulerConfig(max_num_batched_tokens=8, max_num_seqs=2, max_model_len=64)
         with pytest.raises(ValueError, match="pages"):
-            SchedulerOnly(config, 3, 16).add(Item([1] * 30, 20))
+            PagedSimulator(config, 3, 16).add(Item([1] * 30, 20))
 
 
 class TestTrace:
     def test_is_resampled_to_few_points(self):
         assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
         config = SchedulerConfig(max_num_batched_tokens=8, max_num_seqs=1, max_model_len=512)
-        host, trace = SchedulerOnly(config, 33, 16), Trace()
+        host, trace = PagedSimulator(config, 33, 16), Trace()
         host.add(Item([1], 400))
         while host.has_unfinished_requests:
             host.step()
