@@ -136,6 +136,9 @@ class _DecoderModule(nn.Module):
                 # flax annotates in_axes as an int, and takes one entry an argument.
                 in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
+                # It takes kernels with effects, which Pallas for TPUs has under jax 0.11, for
+                # results that are constant over the layers, and refuses them.
+                check_constancy_invariants=False,
             )(c, self.attend, name="layers")
             carry, _ = stack(carry, jnp.arange(c.num_layers, dtype=jnp.int32), rope, inputs)
         else:

@@ -280,6 +280,54 @@ def compile_ragged(
     return _facts(schedule, blocks[0] * page_size, compiled, table_bytes)
 
 
+def coverage_cases() -> dict[str, dict[str, Any]]:
+    """Everything that the kernels are made for: one at a time beside the usual, and the corners."""
+    cases: dict[str, dict[str, Any]] = {"usual": {}}
+    for head_dim in (64, 80, 96, 128, 256):
+        cases[f"head_dim {head_dim}"] = {"shape": AttentionShape(32, 8, head_dim)}
+        for page_size in (8, 32, 64, 128, 256):
+            name = f"head_dim {head_dim}, page_size {page_size}"
+            cases[name] = {"shape": AttentionShape(8, 2, head_dim), "page_size": page_size}
+        for kv_dtype in (jnp.int8, jnp.float8_e4m3fn, jnp.float32):
+            name = f"head_dim {head_dim}, {kv_dtype.__name__} pages"
+            dtype = jnp.float32 if kv_dtype == jnp.float32 else jnp.bfloat16
+            shape = AttentionShape(8, 2, head_dim)
+            cases[name] = {"shape": shape, "dtype": dtype, "kv_dtype": kv_dtype}
+    cases["float32 queries, bfloat16 pages"] = {"dtype": jnp.float32, "kv_dtype": jnp.bfloat16}
+    for q_heads, kv_heads in ((8, 8), (32, 32), (8, 1), (16, 1), (5, 1), (9, 3), (14, 2), (40, 8)):
+        name = f"{q_heads} query heads, {kv_heads} KV heads"
+        cases[name] = {"shape": AttentionShape(q_heads, kv_heads, 128)}
+    cases["sliding_window"] = {"shape": AttentionShape(32, 8, 128, sliding_window=1000)}
+    cases["soft_cap"] = {"shape": AttentionShape(32, 8, 128, soft_cap=30.0)}
+    cases["both"] = {"shape": AttentionShape(16, 8, 256, 4096, 50.0)}
+    for rows in (1, 8, 256, 512):
+        cases[f"{rows} rows"] = {"num_rows": rows, "kv_len": 1024}
+    cases["131,072 tokens"] = {"num_rows": 8, "kv_len": 131072}
+    cases["512 rows of 131,072 tokens"] = {
+        "shape": AttentionShape(8, 1, 64),
+        "num_rows": 512,
+        "kv_len": 131072,
+        "num_pages": 4096,
+    }
+    cases["131,072 tokens in pages of 8"] = {"num_rows": 8, "kv_len": 131072, "page_size": 8}
+    return cases
+
+
+def compile_case(
+    compiler: TpuCompiler, target: str, case: dict[str, Any]
+) -> dict[str, KernelFacts]:
+    """Compiles all kernels for one of `coverage_cases`."""
+    case = {"shape": AttentionShape(32, 8, 128)} | case
+    # A prefill of a few rows; the token axis is no multiple of any tile.
+    tokens = case.get("num_rows", 64) + 203
+    return {
+        "decode": compile_attention(compiler, target, **case),
+        "prefill": compile_attention(compiler, target, num_tokens=tokens, **case),
+        "write": compile_write(compiler, target, **case),
+        "copy": compile_copy(compiler, target, **case),
+    }
+
+
 def _facts(
     schedule: Schedule, tokens: int, compiled: jax.stages.Compiled, smem_bytes: int
 ) -> KernelFacts:

@@ -53,3 +53,16 @@ def test_scripts_and_flags_exist():
         ).stdout  # fmt: skip
         for flag in re.findall(r"--(\w+)", arguments):
             assert f"--{flag}" in source or f"--[no]{flag}" in source, f"{script} --{flag}"
+
+
+def test_the_tree_search_runs():
+    text = (ROOT / "docs" / "tree_search.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    saved = int(done.stdout.splitlines()[-1].partition("%")[0])
+    assert 10 <= saved < 100
+    body = [line for line in code.splitlines() if line.strip()]
+    assert len(body) <= 36

@@ -13,11 +13,12 @@ from scripts.tpu_kernels import (
     ATTENTION_SHAPES,
     AttentionShape,
     compile_attention,
+    compile_case,
     compile_ragged,
     compile_write,
+    coverage_cases,
     kv_bytes_per_token,
 )
-from scripts.tpu_report import compile_case, coverage_cases
 
 pytestmark = pytest.mark.slow
 
