@@ -121,9 +121,10 @@ def main(argv: list[str]) -> None:
             prompts = [_token_ids(prompt) for prompt in prompts]
     interrupted = False
     fullest = _Fullest(engine)
-    single = params.num_samples == 1 and params.beam_width is None
-    if len(prompts) == 1 and single and _OUTPUT.value == "text":
-        outputs, interrupted = _stream(engine, prompts[0], params, fullest)
+    streams = params.num_samples == params.n and params.beam_width is None
+    if len(prompts) == 1 and streams and _OUTPUT.value == "text":
+        stream = _stream if params.n == 1 else _stream_samples
+        outputs, interrupted = stream(engine, prompts[0], params, fullest)
     else:
         try:
             with _usage_errors():
@@ -190,6 +191,31 @@ def _stream(
     return outputs, False
 
 
+def _stream_samples(
+    engine: Engine, prompt: str | list[int], params: SamplingParams, fullest: _Fullest
+) -> tuple[list[RequestOutput], bool]:
+    """Prints samples as they end; at Ctrl-C, the others too. Returns: as `_stream` does."""
+    outputs: list[RequestOutput] = []
+    shown: set[int] = set()
+    interrupted = False
+    with _usage_errors():
+        engine.add_request(prompt, params, stream=True)
+    try:
+        while engine.has_unfinished_requests:
+            outputs = engine.step() or outputs
+            fullest.look()
+            for index, completion in enumerate(outputs[0].outputs if outputs else ()):
+                if completion.finish_reason is not None and index not in shown:
+                    shown.add(index)
+                    _print_sample(engine, 1, prompt, outputs[0], index)
+    except KeyboardInterrupt:
+        interrupted = True
+    for index in range(len(outputs[0].outputs) if outputs else 0):
+        if index not in shown:
+            _print_sample(engine, 1, prompt, outputs[0], index)
+    return outputs, interrupted
+
+
 def _print_output(
     engine: Engine, number: int, prompt: str | list[int], output: RequestOutput
 ) -> None:
@@ -197,8 +223,14 @@ def _print_output(
         _write(json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n")
         return
     for index in range(len(output.outputs)):
-        _write(f"=== prompt {number}, sample {index + 1}\n")
-        _write(_text(prompt) + _completion_text(engine, output, index) + "\n\n")
+        _print_sample(engine, number, prompt, output, index)
+
+
+def _print_sample(
+    engine: Engine, number: int, prompt: str | list[int], output: RequestOutput, index: int
+) -> None:
+    _write(f"=== prompt {number}, sample {index + 1}\n")
+    _write(_text(prompt) + _completion_text(engine, output, index) + "\n\n")
 
 
 def _completion_text(engine: Engine, output: RequestOutput, index: int) -> str:

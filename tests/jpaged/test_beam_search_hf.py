@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search beside transformers' recorded hypotheses; see scripts/record_hf_fixtures.py."""
+"""Beam search beside transformers' recorded hypotheses; see scripts/record_hf_beams.py."""
 
 import json
 import pathlib
@@ -53,6 +53,7 @@ def check_all(engine, records):
     engine.check_invariants()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 class TestHuggingFace:
     def test_hypotheses_are_equal(self, case):
