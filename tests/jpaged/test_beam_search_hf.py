@@ -54,8 +54,8 @@ def check_all(engine, records):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
 class TestHuggingFace:
+    @pytest.mark.parametrize("case", CASES)
     def test_hypotheses_are_equal(self, case):
         records = records_of(case)
         num_pages = 1 + sum(map(pages_needed, records))
@@ -64,7 +64,15 @@ class TestHuggingFace:
         check_all(engine, records)
         assert engine.stats().totals.num_preemptions == 0
 
-    @pytest.mark.parametrize("preemption", ["recompute", "swap"])
+    @pytest.mark.parametrize(
+        ("case", "preemption"),
+        [
+            pytest.param(CASES[0], "recompute", marks=pytest.mark.nightly),
+            (CASES[0], "swap"),
+            (CASES[1], "recompute"),
+            pytest.param(CASES[1], "swap", marks=pytest.mark.nightly),
+        ],
+    )
     def test_hypotheses_are_equal_under_preemption(self, case, preemption):
         records = records_of(case)
         config = EngineConfig(

@@ -21,9 +21,9 @@ STEPS = [
     ("v5e", small("llama-3.2-1b")),
     ("v5e", small("qwen3-0.6b")),
     ("v5e", small("qwen3-0.6b", head_dim=80)),
-    ("v5e", small("qwen3-0.6b", head_dim=96)),
+    pytest.param("v5e", small("qwen3-0.6b", head_dim=96), marks=pytest.mark.nightly),
     ("v5e", small("qwen3-0.6b", head_dim=256)),
-    ("v5p", small("qwen3-1.7b")),
+    pytest.param("v5p", small("qwen3-1.7b"), marks=pytest.mark.nightly),
     ("v6e", small("smollm2-135m")),
     ("7x", small("qwen3-4b")),
 ]
@@ -43,6 +43,7 @@ def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
     assert facts.collectives == {}
 
 
+@pytest.mark.nightly
 def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
     """So `tpu_report` compiles a few layers only."""
     few, more = (
