@@ -274,6 +274,9 @@ def main(argv: list[str]) -> None:
     """Records the beam searches of some cases."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    # Otherwise the last bits of scores depend on the machine's cores.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for case in CASES:
