@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jpaged.config import EngineConfig
@@ -13,8 +12,8 @@ from jpaged.memory import default_dtype
 from jpaged.swap import PreemptionCosts
 from models.config import ModelConfig
 
-_COPY_BYTES = 8 * 2**20
-_MATMUL = (256, 1024, 1024)
+_COPY_BYTES = 4 * 2**20
+_MATMUL = (128, 1024, 1024)
 
 
 def preemption_costs(
@@ -49,7 +48,7 @@ def _copied_bytes_per_s() -> float:
 def _matmul_flops_per_s(config: EngineConfig) -> float:
     rows, inner, columns = _MATMUL
     dtype = default_dtype(config)
-    x, w = jnp.ones((rows, inner), dtype), jnp.ones((columns, inner), dtype)
+    x, w = (jax.device_put(np.ones((n, inner), dtype)) for n in (rows, columns))
     multiply = jax.jit(lambda x, w: jax.lax.dot_general(w, x, (((1,), (1,)), ((), ()))))
     return 2 * rows * inner * columns / _best_s(lambda: multiply(x, w).block_until_ready())
 
