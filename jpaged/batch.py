@@ -2,11 +2,14 @@
 """From a scheduled step to padded arrays; every shape the device ever sees is chosen here."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import cast
 
 import numpy as np
 
+from jpaged.beam import BeamSearch
 from jpaged.page_table import PageTable
+from jpaged.params import SamplingParams
 from jpaged.sequence import Request, Sequence
 from jpaged.step import ScheduledStep
 
@@ -195,6 +198,13 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
     )
 
 
+def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBatch:
+    """Beams of a search that has not begun, to compile with: running them changes nothing."""
+    search = BeamSearch(params, params.max_tokens, eos_token_ids)
+    slots = np.zeros(search.width, np.int32)
+    return BeamBatch(slots, slots.astype(np.float32) - np.inf, search.num_candidates)
+
+
 def _beam_batch(request: Request, first_slot: int) -> BeamBatch:
     search = request.beam_search
     assert search is not None
@@ -235,7 +245,8 @@ def _sampling_arrays(samples: list[Sequence], num_rows: int) -> dict[str, np.nda
         return padded
 
     return {
-        "temperature": column([p.temperature for p in params], np.float32),
+        # What is drawn for beams is not used: greedy costs least.
+        "temperature": column([0.0 if p.beam_width else p.temperature for p in params], np.float32),
         "top_k": column([p.top_k for p in params], np.int32),
         "top_p": column([p.top_p for p in params], np.float32),
         "min_p": column([p.min_p for p in params], np.float32),

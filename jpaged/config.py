@@ -22,7 +22,8 @@ class EngineConfig:
         bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
       reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
       prefix_cache: whether a request uses the pages of earlier ones that began with the same
-        tokens; they are kept until they are needed for something else.
+        tokens; they are kept until they are needed for something else. Without it, samples and
+        beams of one request still find each other's pages.
       preemption: what becomes of a sequence whose pages are needed: "recompute" computes its tokens
         again when there are pages, "swap" copies its pages to host memory and back, "auto" does
         what costs less.

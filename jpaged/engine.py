@@ -14,7 +14,7 @@ import tokenizers
 import tqdm
 
 from jpaged.admission import SchedulerConfig
-from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch
+from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, idle_beams
 from jpaged.config import EngineConfig
 from jpaged.costs import preemption_costs
 from jpaged.memory import default_dtype, plan_pool
@@ -78,22 +78,18 @@ class Engine:
         self.config = config
         self.tokenizer = tokenizer
         self._plan = plan
-        self._table = PageTable(PagePool(plan.num_pages), config.page_size, plan.pages_per_seq)
         num_host_pages, costs = plan.num_host_pages(config), NO_COSTS
-        if config.preemption == "auto" and num_host_pages:
+        if num_host_pages:
             costs = preemption_costs(config, model_config, plan.page_bytes)
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=plan.max_model_len,
-                reservation=config.reservation,
-                prefix_cache=config.prefix_cache,
-                preemption=config.preemption,
-                num_host_pages=num_host_pages,
-                costs=costs,
-            ),
-            self._table,
+        self._scheduler_config = SchedulerConfig(
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            reservation=config.reservation,
+            prefix_cache=config.prefix_cache,
+            preemption=config.preemption,
+            num_host_pages=num_host_pages,
+            costs=costs,
         )
         self._buckets = ShapeBuckets(
             config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
@@ -114,9 +110,18 @@ class Engine:
         self._planned: tuple[ScheduledStep, Batch] | None = None
         self._inflight: tuple[ScheduledStep, StepResult] | None = None
         self._totals = Counters()
-        self._maker = RequestMaker(model_config, tokenizer, self._scheduler.config, self._table)
+        self._make_host_state()
+
+    def _make_host_state(self) -> None:
+        """Makes an empty pool, page table and queues."""
+        plan, tokenizer = self._plan, self.tokenizer
+        self._table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
+        self._scheduler = Scheduler(self._scheduler_config, self._table)
+        self._maker = RequestMaker(
+            self.model_config, tokenizer, self._scheduler_config, self._table
+        )
         self._results = ResultReader(
-            self._scheduler, tokenizer, model_config.eos_token_ids, self._totals
+            self._scheduler, tokenizer, self.model_config.eos_token_ids, self._totals
         )
 
     @classmethod
@@ -198,21 +203,29 @@ class Engine:
         bar = tqdm.tqdm(total=len(requests), unit="request", miniters=0, disable=not progress)
         try:
             with bar:
-                while len(done) < len(requests):
+                while self.has_unfinished_requests:
                     outputs = self.step()
                     done |= {output.request_id: output for output in outputs}
                     on_step()
                     if progress:
                         bar.set_postfix_str(self.stats().progress_line(), refresh=False)
                     bar.update(len(outputs))
-        except KeyboardInterrupt:
-            for request in requests:
-                if request.request_id in self._requests:
-                    self.abort(request.request_id)
-                # An output may have been lost on its way here.
-                done.setdefault(request.request_id, self._results.output(request, finished=True))
-            raise GenerationInterrupted([done[r.request_id] for r in requests]) from None
-        return [done[request.request_id] for request in requests]
+        except BaseException as e:
+            for request_id in list(self._requests):
+                self.abort(request_id)
+            if isinstance(e, KeyboardInterrupt):
+                raise GenerationInterrupted(self._outputs(requests, done)) from None
+            raise
+        return self._outputs(requests, done)
+
+    def _outputs(
+        self, requests: Sequence[Request], done: dict[str, RequestOutput]
+    ) -> list[RequestOutput]:
+        """One for each request; what was aborted, or lost on its way, is as far as it came."""
+        return [
+            done.get(request.request_id) or self._results.output(request, finished=True)
+            for request in requests
+        ]
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
         """Answers one prompt, yielding its output each time it has grown.
@@ -322,11 +335,15 @@ class Engine:
         try:
             return self._step()
         except BaseException:
-            # A step that was planned, dispatched or read by half cannot be taken up again.
-            for request_id in list(self._requests):
-                self.abort(request_id)
-            # Pages may have been given an address whose step never ran.
-            self._scheduler.cache.clear()
+            # A step that was planned, dispatched or read by half cannot be taken up again, and what
+            # keeps the books may have been interrupted itself.
+            for request in self._requests.values():
+                for sample in request.sequences:
+                    if sample.status is not Status.FINISHED:
+                        sample.status, sample.finish_reason = Status.FINISHED, "abort"
+            self._requests.clear()
+            self._planned = self._inflight = None
+            self._make_host_state()
             raise
 
     def _step(self) -> list[RequestOutput]:
@@ -380,16 +397,23 @@ class Engine:
         """
         self._scheduler.cache.clear()
 
-    def warm_up(self, shapes: Sequence[StepShape] | None = None, num_logprobs: int = 0) -> None:
+    def warm_up(
+        self,
+        shapes: Sequence[StepShape] | None = None,
+        num_logprobs: int = 0,
+        searches: Sequence[SamplingParams] = (),
+    ) -> None:
         """Compiles steps ahead of need; compilations after it are logged with their shape.
 
         Args:
           shapes: the steps to compile; None takes all that this engine can run.
           num_logprobs: also compile the report of this many likeliest tokens, for requests that set
             `SamplingParams.logprobs`.
+          searches: also compile the choice of beams for parameters like these.
         """
         planned = self._buckets.all_shapes() if shapes is None else shapes
-        self._runner.warm_up(planned, num_logprobs)
+        beams = [idle_beams(params, self.model_config.eos_token_ids) for params in searches]
+        self._runner.warm_up(planned, num_logprobs, beams)
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""
@@ -438,5 +462,6 @@ class Engine:
         if not self._requests:
             # What runs ahead computes tokens of ended sequences only: nobody waits for them.
             if self._planned is not None:
-                self._scheduler.cache.discard(self._planned[0].addressed)
+                # Pages have addresses whose content is never computed.
+                self._scheduler.cache.clear()
             self._planned = self._inflight = None

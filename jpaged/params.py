@@ -18,12 +18,13 @@ class SamplingParams:
       top_k: keep the k likeliest tokens; 0 keeps all.
       top_p: keep the smallest set of likeliest tokens whose probability reaches this, in (0, 1].
       min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
-      n: samples to draw from the prompt, >= 1, or best beams to return; they share its pages.
+      n: samples to draw from the prompt, >= 1, or best beams to return; they share its pages. Fewer
+        beams come back where there are not so many continuations, or after an abort.
       best_of: draws so many samples and returns the `n` of them whose tokens have the highest
         log-probability on average; None draws `n`.
       beam_width: searches with so many beams instead of sampling, as transformers' `num_beams`;
         tokens are scored as the model has them, so temperature, filters and stop strings must be
-        left alone. None samples.
+        left alone. All beams are computed in one step, and wait for one with room. None samples.
       length_penalty: beams are compared by the sum of their log-probabilities divided by their
         length to this power; above 0 favours long ones.
       early_stopping: when beam search ends: True as soon as `beam_width` beams have ended; False
@@ -56,6 +57,8 @@ class SamplingParams:
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.early_stopping != "never" and self.early_stopping in (0, 1):
+            object.__setattr__(self, "early_stopping", bool(self.early_stopping))
         for holds, name, rule in (
             (self.max_tokens >= 1, "max_tokens", "at least 1"),
             (

@@ -116,20 +116,13 @@ class PrefixCache:
                 new.append(page)
             elif start + size > settled:
                 break  # the step that is planned still writes its own
-            elif table.pool.refcount(page) == 0 and table.pool.refcount(own) > 1:
-                break  # there would be a free page less
+            elif table.pool.refcount(own) > 1:
+                break  # its other owners, who share what follows, would keep it
             else:
                 table.replace(seq.table_id, index, page)
                 pages = table.pages(seq.table_id)
             seq.num_addressed_pages += 1
         return new
-
-    def discard(self, pages: Sequence[int]) -> None:
-        """Takes addresses back, of pages that were given them in this order and are cached."""
-        for page in reversed(pages):
-            if page in self._addresses:
-                self._pool.forget(page)
-                self._drop(page)
 
     def clear(self) -> None:
         """Takes all addresses back.
@@ -140,7 +133,10 @@ class PrefixCache:
         in_use = sum(self._pool.refcount(page) > 0 for page in self._addresses)
         if in_use:
             raise RuntimeError(f"{in_use} addressed pages are in use: finish or abort the requests")
-        self.discard(list(self._addresses))
+        for page in list(self._addresses):
+            self._pool.forget(page)
+            self._drop(page)
+        self._roots.clear()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: every page; for tests."""

@@ -51,7 +51,7 @@ class ResultReader:
     def fork(self, parent: Sample, child: Sample) -> None:
         """Has the text of a sequence go on from that of another."""
         if parent in self._texts:
-            self._texts[child] = self._texts[parent].copy()
+            self._texts[child] = self._texts[parent].copy(child.request.params.stop)
 
     def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""

@@ -15,7 +15,7 @@ import numpy as np
 
 import pallas_kernels
 from jpaged import sampling
-from jpaged.batch import Batch, StepShape, empty_batch
+from jpaged.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.host_pages import HostPages
 from jpaged.memory import PoolPlan
 from models.inputs import PagedInputs
@@ -225,15 +225,23 @@ class ModelRunner:
             pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
             self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
 
-    def warm_up(self, shapes: Iterable[StepShape], num_logprobs: int = 0) -> None:
+    def warm_up(
+        self,
+        shapes: Iterable[StepShape],
+        num_logprobs: int = 0,
+        beams: Iterable[BeamBatch] = (),
+    ) -> None:
         """Compiles steps of the given shapes, and every size of page copy, ahead of need.
 
         Args:
           shapes: what to compile; later steps of other shapes count as unplanned.
           num_logprobs: also compile the report of this many likeliest tokens.
+          beams: also compile beam searches of these widths and numbers of candidates.
         """
+        beams = tuple(beams)
         for shape in shapes:
-            self.run(empty_batch(shape, self._pages_per_seq, num_logprobs))
+            batch = empty_batch(shape, self._pages_per_seq, num_logprobs)
+            self.run(dataclasses.replace(batch, beams=beams))
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count = 1
         while count < 2 * self._max_num_samples:

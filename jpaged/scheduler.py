@@ -90,9 +90,13 @@ class Scheduler:
         """
         (source,), (seq,) = parent.sequences, child.sequences
         child.cache_root = parent.cache_root
+        if source.status is Status.WAITING:
+            self._waiting.insert(self._waiting.index(source) + 1, seq)
+            return
         if source.status is not Status.RUNNING or not self._num_free_places():
-            behind = source in self._waiting
-            self._waiting.insert(self._waiting.index(source) + 1 if behind else 0, seq)
+            # Behind those that wait for others of their request, which run already.
+            last = self._running[-1].request if self._running else None
+            self._waiting.insert(sum(other.request is last for other in self._waiting), seq)
             return
         assert source.table_id is not None
         held = min(source.num_computed_tokens, seq.num_known_tokens - 1)
@@ -246,7 +250,6 @@ class Scheduler:
 
     def _admit(self, step: ScheduledStep, budget: int) -> None:
         """Starts waiting sequences, oldest first, while tokens, places and pages last."""
-        pool = self.table.pool
         while self._waiting and budget:
             group = self._swap_in(step) if self._waiting[0].swapped else self._start(step)
             if group and group[0].request.beam_search is not None:
@@ -254,7 +257,7 @@ class Scheduler:
                 beams = self._running[self._running.index(group[0]) - group[0].sample_index :]
                 group = group if any(beam in step.seqs for beam in beams) else beams
             tokens = self._tokens_of(group, budget) if group else None
-            if tokens is None or self._pages_needed(group, tokens) > pool.num_free_pages:
+            if tokens is None or self._pages_needed(group, tokens) > self.table.pool.num_free_pages:
                 return
             budget -= sum(tokens)
             self._plan(step, group, tokens)
@@ -286,7 +289,8 @@ class Scheduler:
             needed = -(-total // size) - sum(pool.refcount(page) > 0 for page in pages[:whole])
             if whole < len(pages):
                 cached = pool.refcount(pages[whole]) == 0
-                if pages[whole] in step.addressed or needed + cached > free:
+                alone = seq.request.beam_search is None  # beams wait, and the copy with them
+                if pages[whole] in step.addressed or needed + cached > free or not alone:
                     held = whole * size
                 else:
                     needed += cached
@@ -457,9 +461,8 @@ class Scheduler:
         self._waiting.extendleft(reversed(victims))
         step.num_preemptions += len(victims)
         self.num_preemptions += len(victims)
-        who = f"{len(victims)} sequences"
-        if len(victims) == 1:
-            who = f"sequence {victims[0].sample_index}"
+        count = len(victims)
+        who = f"sequence {victims[0].sample_index}" if count == 1 else f"{count} sequences"
         logger.info(
             "preempted request %r (%s), as request %r needs pages: %s",
             victims[0].request.request_id,

@@ -150,7 +150,7 @@ class Preemption:
       num_tokens: tokens to compute again, shared ones counted once.
       swap_s: what the first way costs, both copies counted, in seconds.
       recompute_s: what the second costs.
-      num_free_host_pages: room in host memory.
+      num_free_host_pages: room in host memory, where that is why they are not swapped.
     """
 
     swap: bool
@@ -158,17 +158,19 @@ class Preemption:
     num_tokens: int
     swap_s: float
     recompute_s: float
-    num_free_host_pages: int
+    num_free_host_pages: int | None
 
     def __str__(self) -> str:
         way = "pages swapped to host memory" if self.swap else "pages to compute again"
-        room = ""
-        if not self.swap and self.num_pages > self.num_free_host_pages > 0:
-            room = f", but host memory has room for {self.num_free_host_pages} pages only"
-        return (
-            f"{self.num_pages} {way} ({self.num_tokens} tokens; swapping costs "
-            f"{1e3 * self.swap_s:.1f} ms, computing {1e3 * self.recompute_s:.1f} ms{room})"
-        )
+        costs = room = ""
+        if self.swap_s or self.recompute_s:
+            costs = (
+                f"; swapping costs {1e3 * self.swap_s:.1f} ms, computing "
+                f"{1e3 * self.recompute_s:.1f} ms"
+            )
+        if self.num_free_host_pages is not None:
+            room = f"; host memory has room for {self.num_free_host_pages} pages"
+        return f"{self.num_pages} {way} ({self.num_tokens} tokens{costs}{room})"
 
 
 def choose_preemption(
@@ -196,7 +198,6 @@ def choose_preemption(
     swap_s = len(pages) * costs.swap_s_per_page
     recompute_s = num_tokens * costs.recompute_s_per_token
     wanted = preemption == "swap" or (preemption == "auto" and swap_s < recompute_s)
-    free = space.num_free_pages
-    return Preemption(
-        wanted and len(pages) <= free, len(pages), num_tokens, swap_s, recompute_s, free
-    )
+    fits = len(pages) <= space.num_free_pages
+    room = space.num_free_pages if wanted and not fits else None
+    return Preemption(wanted and fits, len(pages), num_tokens, swap_s, recompute_s, room)

@@ -58,10 +58,11 @@ class TextStream:
         self._decoded = ""
         self._longest_stop = max(map(len, stop), default=0)
 
-    def copy(self) -> "TextStream":
-        """A stream that goes on from here by itself."""
+    def copy(self, stop: Sequence[str]) -> "TextStream":
+        """A stream that goes on from here by itself, with stop strings of its own."""
         twin = copy.copy(self)
         twin._token_ids = list(self._token_ids)
+        twin._stop, twin._longest_stop = stop, max(map(len, stop), default=0)
         return twin
 
     def add(self, token_id: int) -> None:

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from jpaged import SamplingParams
 from tests.jpaged.tiny import prompts_of, tiny_engine
 
-EXACT = dict(deterministic=True, page_size=4, max_num_batched_tokens=24, max_num_seqs=6)
+EXACT = dict(deterministic=True, page_size=4, max_num_batched_tokens=7, max_num_seqs=6)
 MAX_LIVE = 9
 
 # Some begin alike, for half a page, a page, or more.
@@ -40,6 +40,7 @@ sampled = st.builds(
     temperature=st.sampled_from([0.0, 1.3]),
     n=st.sampled_from([1, 1, 2, 9]),
     seed=st.integers(0, 3),
+    stop_token_ids=st.sampled_from([(), tuple(range(0, 97, 4))]),
     logprobs=st.just(1),
 )
 searched = st.builds(
@@ -116,6 +117,7 @@ class EngineProgram(RuleBasedStateMachine):
                 max_tokens=request.params.max_tokens - len(known),
                 temperature=request.params.temperature,
                 seed=request.seed,
+                stop_token_ids=request.params.stop_token_ids,
                 logprobs=1,
             )
             self.live[fork] = prompt, own, known

@@ -503,6 +503,20 @@ def test_a_crowded_pool_makes_the_simulation_preempt_fork_and_copy():
     assert simulation.num_forked_rows == 3
 
 
+def test_a_thousand_samples_of_a_prompt():
+    simulation = Simulation(
+        [Job(prompt_len=9, max_tokens=3, n=1000), Job(5, 4)],
+        num_usable_pages=60,
+        page_size=4,
+        max_num_batched_tokens=64,
+        max_num_seqs=32,
+        max_model_len=16,
+    ).run()
+    # A start for 32 at once; all but the first find the full pages of the prompt.
+    assert simulation.num_steps < 3 * 1000 / 32 * 2
+    assert simulation.num_hits >= (1000 // 32 - 1) * 8
+
+
 # What follows works small schedules out by hand.
 
 
@@ -710,7 +724,7 @@ def test_preemption_takes_the_youngest_and_logs_it(caplog):
     assert plan(step) == "a:1"
     assert [record.getMessage() for record in caplog.records] == [
         "preempted request 'b' (sequence 0), as request 'a' needs pages: 2 pages to compute again "
-        "(4 tokens; swapping costs 0.0 ms, computing 0.0 ms)"
+        "(4 tokens)"
     ]
     assert scheduler.num_preemptions == 1
     assert (first.status, second.status) == (Status.RUNNING, Status.WAITING)
@@ -917,6 +931,22 @@ def test_more_beams_than_a_step_computes_are_refused():
             add(scheduler, "a", 2, beam_width=4)
         assert not scheduler.has_work
         add(scheduler, "b", 2, beam_width=3)
+
+
+def test_a_fork_waits_behind_those_whose_request_runs():
+    """Else it would stand between the samples of one request."""
+    scheduler = make_scheduler(max_num_seqs=3, prefix_cache=True)
+    parent = add(scheduler, "p", 3, max_tokens=3).request
+    add(scheduler, "a", 2, n=4, max_tokens=9)
+    read(scheduler.schedule())
+    assert (scheduler.num_running, scheduler.num_waiting) == (3, 1)
+    child = add(make_scheduler(), "f", 3).request
+    child.sequences[0].token_ids.append(0)
+    scheduler.fork(parent, child)
+    for _ in range(12):
+        read(scheduler.schedule())
+        scheduler.check_invariants()
+    assert child.sequences[0].num_computed_tokens > 0
 
 
 def test_beams_that_could_outgrow_the_pool_are_refused():

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharing pages changes what is computed and copied, and nothing that comes out."""
 
+import functools
 import logging
+import pkgutil
 
 import numpy as np
 import pytest
 
+import pallas_kernels
 from jpaged import SamplingParams
+from jpaged.outputs import GenerationInterrupted
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_ids
 
 # One shape of step, so that log-probabilities are equal to the last bit.
@@ -391,8 +395,120 @@ class TestFork:
         assert engine.stats().num_running + engine.stats().num_waiting == 5
         run_steps(engine)
 
+    def test_what_a_fork_reports(self):
+        engine = tiny_engine()
+        parent = engine.add_request([1, 2, 3], drawn(max_tokens=9))
+        for _ in range(5):
+            engine.step()
+        (fork,) = engine.fork(parent)
+        done = run_steps(engine)
+        first = done[fork].time_to_first_token_s
+        assert 0 < first == pytest.approx(done[parent].time_to_first_token_s)
+        assert first <= done[fork].latency_s
+        assert len(done[fork].outputs[0].logprobs) == len(done[fork].outputs[0].token_ids)
+
+    def test_parameters_of_forks_are_checked_like_others(self):
+        engine = tiny_engine()
+        parent = engine.add_request([1, 2, 3], drawn(max_tokens=9, logprobs=None))
+        for _ in range(5):
+            engine.step()
+        for params, message in (
+            (drawn(stop="x", logprobs=None), "needs a tokenizer"),
+            (drawn(logprobs=98), "exceeds the vocabulary of 97"),
+            (drawn(logprobs=1), "cannot be given for the tokens before the fork"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                engine.fork(parent, 1, params)
+        run_steps(engine)
+
+
+class TestInterrupts:
+    """Whatever a step was doing, the engine is as new after it."""
+
+    @pytest.mark.parametrize(
+        "where",
+        [
+            "jpaged.page_table.PageTable.append",
+            "jpaged.page_table.PageTable.free",
+            "jpaged.prefix_cache.PrefixCache.address",
+            "jpaged.scheduler.Scheduler.finish",
+            "jpaged.scheduler.Scheduler.advance_beams",
+            "jpaged.swap.SwapSpace.swap_out",
+        ],
+    )
+    def test_in_the_middle_of_the_books(self, where, monkeypatch, roomy):
+        engine = tiny_engine(**EXACT, num_pages=16, preemption="swap")
+        module, _, name = where.rpartition(".")
+        owner = pkgutil.resolve_name(module)
+        function = getattr(owner, name)
+        calls = 0
+
+        def interrupted(*args, **options):
+            nonlocal calls
+            calls += 1
+            result = function(*args, **options)
+            if calls == 3:
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            with pytest.raises(GenerationInterrupted) as interrupt:
+                engine.generate(CROWD_PROMPTS, CROWD)
+        assert len(interrupt.value.outputs) == len(CROWD)
+        assert not engine.has_unfinished_requests
+        engine.check_invariants()
+        assert everything(engine.generate(CROWD_PROMPTS, CROWD)) == roomy
+
+    def test_a_callback_may_abort_or_fail(self):
+        engine = tiny_engine()
+        (output,) = engine.generate(
+            [[1, 2]],
+            drawn(max_tokens=50),
+            on_step=lambda: [*map(engine.abort, [*engine._requests])],
+        )
+        assert output.outputs[0].finish_reason == "abort"
+        with pytest.raises(ZeroDivisionError):
+            engine.generate([[1, 2]], drawn(), on_step=lambda: 1 / 0)
+        assert not engine.has_unfinished_requests
+        engine.generate([[1, 2]], drawn())
+
 
 class TestBeams:
+    def test_identical_searches_in_the_smallest_pool(self):
+        engine = tiny_engine(page_size=5, num_pages=3, max_model_len=11, preemption="recompute")
+        params = SamplingParams(max_tokens=2, beam_width=2, n=2)
+        first, second = engine.generate([[1, 2, 3, 4]] * 2, params)
+        assert first.outputs == second.outputs
+
+    @pytest.mark.parametrize("penalty", [500.0, -500.0])
+    def test_a_penalty_that_no_score_survives_is_refused(self, penalty):
+        engine = tiny_engine()
+        params = SamplingParams(max_tokens=50, beam_width=2, length_penalty=penalty)
+        with pytest.raises(ValueError, match=f"length_penalty={penalty} makes scores of 50 tokens"):
+            engine.add_request([1, 2], params)
+
+    def test_warmed_up_searches_compile_nothing(self):
+        engine = tiny_engine(max_num_seqs=4, max_num_batched_tokens=8, num_pages=40)
+        params = SamplingParams(max_tokens=6, beam_width=3)
+        engine.warm_up(searches=[params])
+        engine.generate([[1, 2, 3]], params)
+        assert engine.stats().num_unplanned_compilations == 0
+
+    def test_sliding_windows(self, monkeypatch):
+        """No model here has one, so attention gets it behind the decoder's back."""
+        attend = pallas_kernels.paged_attention
+        windowed = functools.partial(attend, sliding_window=6)
+        monkeypatch.setattr(pallas_kernels, "paged_attention", windowed)
+        params = SamplingParams(max_tokens=12, beam_width=4, n=4, logprobs=1)
+        prompts = prompts_of([20, 9])
+        want = everything(tiny_engine(**EXACT).generate(prompts, params))
+        small = tiny_engine(**EXACT, num_pages=12, preemption="recompute")
+        assert everything(small.generate(prompts, params)) == want
+        assert small.stats().totals.num_preemptions > 0
+        monkeypatch.setattr(pallas_kernels, "paged_attention", attend)
+        assert everything(tiny_engine(**EXACT).generate(prompts, params)) != want
+
     def test_against_a_search_over_lists(self):
         """Whose log-probabilities are those of single tokens after whole prompts."""
         model = tiny_engine(page_size=16)
