@@ -479,6 +479,13 @@ def test_every_sample_gets_its_tokens_whatever_the_schedule(simulation):
     event(f"found in the cache: {simulation.num_hits > 0}")
 
 
+@pytest.mark.nightly
+@settings(deadline=None, max_examples=5000)
+@given(mixes())
+def test_every_sample_gets_its_tokens_over_thousands_of_schedules(simulation):
+    simulation.run()
+
+
 @settings(deadline=None, max_examples=50)
 @given(mixes(reservation="max"))
 def test_reserving_all_pages_ahead_gives_the_same_tokens(simulation):
@@ -501,6 +508,29 @@ def test_a_crowded_pool_makes_the_simulation_preempt_fork_and_copy():
     assert simulation.scheduler.num_preemptions >= 2
     assert simulation.num_copies >= 2
     assert simulation.num_forked_rows == 3
+
+
+def test_eight_samples_hold_a_prompt_once_and_copy_what_diverges():
+    simulation = Simulation(
+        [Job(prompt_len=500, max_tokens=40, n=8)],
+        num_usable_pages=80,
+        page_size=16,
+        max_num_batched_tokens=512,
+        max_num_seqs=8,
+        max_model_len=540,
+    )
+    record, most = simulation.check_memory, []
+
+    def watch():
+        record()
+        most.append(simulation.table.pool.num_used_pages)
+
+    simulation.check_memory = watch
+    simulation.run()
+    # 31 full pages of the prompt, and three for the rest and the answer of each.
+    assert max(most) == 31 + 8 * 3
+    # The last owner of the partial page writes in place.
+    assert simulation.num_copies == 7
 
 
 def test_a_thousand_samples_of_a_prompt():
