@@ -32,6 +32,8 @@ PLOTS := $(VENV)/.plots-py$(PYVER)
 # The TPU compiler, in a folder of its own: installed as a package, it would complain at every start
 # on a machine without a TPU. `pallas_kernels.aot` knows the place.
 LIBTPU := $(VENV)/libtpu/.made-py$(PYVER)
+# Likewise jax's CUDA plugin, which would look for a GPU at every start, and NVIDIA's compiler.
+CUDA_COMPILER := $(VENV)/cuda-compiler/.made-py$(PYVER)
 
 , := ,
 WITH := $(if $(CONSTRAINTS),with $(CONSTRAINTS),WITHOUT constraints (no constraints/py$(PYVER).txt))
@@ -47,10 +49,10 @@ endef
 # Two pips must not write into one environment at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help generate test lint types format bench demo figures constraints clean libtpu
+.PHONY: help generate test lint types format bench demo figures constraints clean libtpu cuda-compiler
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 generate: $(RUN) ## Generate text with the shipped checkpoint (PROMPT=, MAX_TOKENS=, GENERATE_ARGS=)
 	$(BIN)/python -m scripts.generate --prompt="$$PROMPT" --max_tokens=$(MAX_TOKENS) $(GENERATE_ARGS)
@@ -79,6 +81,8 @@ figures: $(PLOTS) ## Make docs/paper_figures.md and its plots anew
 	$(BIN)/python -m scripts.simulate --report=docs
 
 libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
+
+cuda-compiler: $(CUDA_COMPILER) ## Install the GPU compiler (700 MB), with which `make test` compiles the GPU kernels
 
 # In an environment of its own, so that nothing installed by hand gets into the file.
 constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at a version)
@@ -114,6 +118,15 @@ $(LIBTPU): $(RUN)
 	  print(*(r.partition(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))' \
 	  | xargs $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 	  --target $(VENV)/libtpu
+	@touch $@
+
+$(CUDA_COMPILER): $(RUN)
+	@echo "make: installing the GPU compiler of this jax into $(VENV)/cuda-compiler"
+	@rm -rf $(VENV)/cuda-compiler
+	@$(BIN)/python -c 'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" \
+	  for part in ("plugin", "pjrt")), "nvidia-cuda-nvcc>=13", "nvidia-nvvm>=13")' \
+	  | xargs $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
+	  --target $(VENV)/cuda-compiler
 	@touch $@
 
 $(TEST): $(MADE) $(INPUTS)

@@ -23,12 +23,7 @@ def resolve_backend(backend: str | None) -> str:
         raise ValueError(
             f"backend={backend!r} on platform {jax.default_backend()!r}: choose one of {BACKENDS}"
         )
-    if asked == "gpu":
-        raise ValueError(
-            f"backend {asked!r} has no kernels in this version; pass backend='xla' to run the XLA "
-            "kernels on this device instead (correct, but slower than a kernel made for it)"
-        )
-    if asked == "tpu":
+    if asked != "xla":
         _module(asked).check_platform()
     return asked
 

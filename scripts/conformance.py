@@ -3,6 +3,7 @@
 
     python -m scripts.conformance --backend=xla
     python -m scripts.conformance --backend=tpu --interpret
+    python -m scripts.conformance --backend=gpu --interpret --gpu=a100 --dtype=bfloat16
     python -m scripts.conformance --paged_attention=my_package.my_module:my_attention --only=decode
 
 Without --paged_attention, --write_kv or --copy_pages, jpaged's own functions are held to it, on
@@ -13,6 +14,7 @@ NotImplementedError is no failure.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -20,10 +22,12 @@ import json
 import sys
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from absl import app, flags
 
 import pallas_kernels
 from pallas_kernels import conformance
+from pallas_kernels.aot import GPU_TARGETS
 from scripts.flags import run
 
 _FUNCTIONS = ("paged_attention", "write_kv", "copy_pages")
@@ -33,7 +37,16 @@ _BACKEND = flags.DEFINE_enum("backend", None, ["tpu", "gpu", "xla"], "Of jpaged'
 _INTERPRET = flags.DEFINE_bool(
     "interpret",
     False,
-    "Run TPU kernels on this machine in jax's TPU interpret mode, slowly; a race fails a case.",
+    "Run TPU or GPU kernels on this machine in jax's interpret modes, slowly; a race fails a case.",
+)
+_GPU = flags.DEFINE_enum(
+    "gpu", "h100", list(GPU_TARGETS), "The GPU whose kernels --backend=gpu --interpret runs."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16"],
+    "Of queries and pages in the cases that are not there for theirs.",
 )
 _ONLY = flags.DEFINE_string("only", "", "Run the cases whose name contains this.")
 
@@ -47,7 +60,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--only={_ONLY.value!r} is in no case's name; cases: {names}")
     results = []
     for result in conformance.run(
-        **_implementations(), only=_ONLY.value, interpret=_INTERPRET.value
+        **_implementations(),
+        only=_ONLY.value,
+        dtype=jnp.dtype(_DTYPE.value),
+        interpret=_interpreter() if _INTERPRET.value else contextlib.nullcontext,
     ):
         results.append(result)
         share = f"{result.error_share:.1%} of the bound" if result.error_share else ""
@@ -71,6 +87,13 @@ def _implementations() -> dict[str, Callable]:
     if _BACKEND.value is not None:
         raise app.UsageError("--backend chooses among jpaged's own functions; leave it out here")
     return {name: _import(name, path) for name, path in given.items() if path}
+
+
+def _interpreter() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    if _BACKEND.value != "gpu":
+        return conformance.interpret_tpu
+    capability = GPU_TARGETS[_GPU.value].capability
+    return functools.partial(conformance.interpret_gpu, capability)
 
 
 def _import(flag: str, path: str) -> Callable:

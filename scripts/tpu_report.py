@@ -34,15 +34,12 @@ from absl import app, flags
 
 from pallas_kernels.aot import TARGETS, TpuCompiler
 from scripts.flags import check_names, run
+from scripts.kernel_cases import ATTENTION_SHAPES, MAX_TEMP_SHARE, AttentionShape, coverage_cases
 from scripts.tpu_kernels import (
-    ATTENTION_SHAPES,
-    MAX_TEMP_SHARE,
-    AttentionShape,
     KernelFacts,
     compile_attention,
     compile_case,
     compile_ragged,
-    coverage_cases,
     floor_s,
     kv_bytes_per_token,
 )

@@ -17,7 +17,7 @@ from models.decoder import Decoder
 from models.inputs import PagedInputs
 from models.shapes import SHAPES
 from pallas_kernels.aot import TpuCompiler
-from scripts.tpu_kernels import (
+from scripts.kernel_cases import (
     ATTENTION_SHAPES,
     AttentionShape,
     index_structs,

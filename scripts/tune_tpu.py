@@ -19,7 +19,8 @@ from absl import app, flags
 from pallas_kernels.aot import TARGETS, TpuCompiler
 from pallas_kernels.tuning import TpuRow, TpuTiles
 from scripts.flags import check_names, run
-from scripts.tpu_kernels import ATTENTION_SHAPES, AttentionShape, KernelFacts, compile_attention
+from scripts.kernel_cases import ATTENTION_SHAPES, AttentionShape
+from scripts.tpu_kernels import KernelFacts, compile_attention
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to choose for.")
 _SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to choose for.")

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
+from pallas_kernels.aot.lowering import compile_for
 from pallas_kernels.aot.schedule import Schedule, read_schedule
 
 
@@ -121,41 +121,11 @@ class TpuCompiler:
         *args: Any,
         donate_argnums: tuple[int, ...] = (),
     ) -> jax.stages.Compiled:
-        """Compiles for a mesh of `mesh`.
-
-        Args:
-          mesh: what for.
-          function: what to compile.
-          *args: pytrees of `jax.ShapeDtypeStruct`; those without a sharding are replicated.
-          donate_argnums: as in `jax.jit`.
-
-        Raises:
-          Exception: what the compiler raises, for example for too much vector memory.
-        """
+        """Compiles for a mesh of `mesh`; see `compile_for`."""
         if self._dump is not None:
             for path in self._dump.iterdir():
                 path.unlink()
-        replicated = NamedSharding(mesh, PartitionSpec())
-
-        def place(leaf):
-            if leaf.sharding is not None:
-                return leaf
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-
-        jitted = jax.jit(function, donate_argnums=donate_argnums)
-        # Kernels ask the abstract mesh which chip they are traced for.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            lowered = jitted.lower(*jax.tree.map(place, args))
-        # A program out of jax's cache could not be loaded here, and would leave no schedule.
-        # jax defines the attributes of its config at run time.
-        cached = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
-        try:
-            return lowered.compile()
-        finally:
-            jax.config.update("jax_enable_compilation_cache", cached)
-            compilation_cache.reset_cache()
+        return compile_for(mesh, function, *args, donate_argnums=donate_argnums)
 
     def schedule(self, target: str, kernel: str) -> Schedule:
         """The schedule of a kernel of the last compilation, by its name.

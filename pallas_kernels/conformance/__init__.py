@@ -13,7 +13,7 @@ follows from the sums that lead to it and the dtypes, see `dense_attention`; it 
 
 from pallas_kernels.conformance.cases import Case, make_case, poisoned_pool
 from pallas_kernels.conformance.checks import check_attention, check_copy, check_write
-from pallas_kernels.conformance.interpret import interpret_tpu
+from pallas_kernels.conformance.interpret import interpret_gpu, interpret_tpu
 from pallas_kernels.conformance.oracle import dense_attention, written_pool
 from pallas_kernels.conformance.report import Result, run, suite
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_copy",
     "check_write",
     "dense_attention",
+    "interpret_gpu",
     "interpret_tpu",
     "make_case",
     "poisoned_pool",

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs TPU kernels on any machine, and finds the races of their copies."""
+"""Runs the kernels of TPUs and GPUs on any machine, and finds the races of their copies."""
 
 import contextlib
+import dataclasses
 import unittest.mock
+import warnings
 from collections.abc import Iterator
+from typing import Any
+
+import jax
 
 
 @contextlib.contextmanager
@@ -39,5 +44,64 @@ def interpret_tpu() -> Iterator[None]:
             yield
     finally:
         pltpu.reset_tpu_interpret_mode_state()
+    _check_races(states)
+
+
+@contextlib.contextmanager
+def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Interprets the GPU kernels that are traced within, as those of a compute capability.
+
+    Mosaic GPU's are interpreted with their copies, barriers and warpgroups, one thread block after
+    the other; memory that was never written is NaN. jax has no such interpreter for Triton's.
+
+    Args:
+      capability: (9, 0) for Mosaic GPU's kernels on Hopper, (8, 0) for Triton's.
+
+    Raises:
+      AssertionError: at the end, if two accesses of which one writes were not ordered by a barrier.
+      RuntimeError: for Mosaic GPU's kernels with jax 0.10.
+    """
+    # As above: nothing private for who interprets nothing.
+    from jax._src import config
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    from pallas_kernels.gpu import chip
+
+    mode: Any = True
+    if capability[0] >= 9:
+        params = getattr(plgpu, "InterpretGPUParams", None)
+        if params is None:
+            raise RuntimeError(
+                f"jax {jax.__version__} cannot interpret Mosaic GPU's products; jax 0.11 can"
+            )
+        mode = params(detect_races=True)
+    states = []
+    name = "GPURaceDetectionState"
+    state_type: Any = getattr(gpu_callbacks, name, None)
+
+    def recorded(*args, **kwargs):
+        states.append(state_type(*args, **kwargs))
+        return states[-1]
+
+    interpreted = dataclasses.replace(chip.INTERPRETED, capability=capability)
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    before = config.pallas_tpu_interpret_mode_context_manager.swap_local(mode)
+    try:
+        with (
+            unittest.mock.patch.object(gpu_callbacks, name, recorded, create=True),
+            unittest.mock.patch.object(chip, "INTERPRETED", interpreted),
+            warnings.catch_warnings(),
+        ):
+            # Query rows past a tile's own may hold NaN; NumPy multiplies in threads of jax's.
+            warnings.filterwarnings("ignore", "invalid value encountered in matmul")
+            yield
+    finally:
+        config.pallas_tpu_interpret_mode_context_manager.set_local(before)
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+    _check_races(states)
+
+
+def _check_races(states) -> None:
     races = sum(state.races_found for state in states)
     assert not races, f"{races} of {len(states)} kernels have a race; standard output says where"

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.conformance.cases import Case, make_case
 from pallas_kernels.conformance.checks import check_attention, check_copy, check_write
-from pallas_kernels.conformance.interpret import interpret_tpu
 
 _DECODE = [(1, 1), (1, 4), (1, 5), (1, 130), (1, 257), (1, 3)]
 _PREFILL = [(1, 1), (4, 4), (7, 7), (40, 40), (33, 65), (2, 130)]
@@ -21,9 +20,13 @@ _MIXED = [(1, 9), (5, 5), (1, 140), (70, 133), (0, 6), (3, 8), (1, 1)]
 _SMALL = [(1, 20), (9, 9), (1, 33), (3, 40)]
 
 
-def suite() -> dict[str, Callable[[], Case]]:
-    """The cases by name; each is built when it is called."""
-    usual = {"head_dim": 128, "page_size": 16, "lane_padding": None}
+def suite(dtype: Any = jnp.float32) -> dict[str, Callable[[], Case]]:
+    """The cases by name; each is built when it is called.
+
+    Args:
+      dtype: of the cases that are not there for theirs.
+    """
+    usual = {"head_dim": 128, "page_size": 16, "lane_padding": None, "dtype": dtype}
     cases: dict[str, dict[str, Any]] = {}
     for kind, lens in (("decode", _DECODE), ("prefill", _PREFILL), ("mixed", _MIXED)):
         for page_size in (8, 16, 64, 256):
@@ -99,7 +102,8 @@ def run(
     write_kv: Callable[..., jax.Array] | None = None,
     copy_pages: Callable[..., jax.Array] | None = None,
     only: str = "",
-    interpret: bool = False,
+    dtype: Any = jnp.float32,
+    interpret: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[Result]:
     """Runs the suite on implementations with the signatures of those in `pallas_kernels`.
 
@@ -108,12 +112,13 @@ def run(
       write_kv: likewise; the pool is donated.
       copy_pages: likewise.
       only: runs the cases whose name contains this.
-      interpret: whether to run TPU kernels in interpret mode, where a race fails a case.
+      dtype: as in `suite`.
+      interpret: `interpret_tpu` or `interpret_gpu`, to run kernels of devices that are not there.
 
     Yields:
       A result a function and case, as soon as it is there.
     """
-    for name, make in suite().items():
+    for name, make in suite(dtype).items():
         if only not in name:
             continue
         case = make()
@@ -126,7 +131,7 @@ def run(
                 continue
             start, share, status, detail = time.perf_counter(), 0.0, "passed", ""
             try:
-                with interpret_tpu() if interpret else contextlib.nullcontext():
+                with interpret():
                     share = check(implementation, case)
             except (ValueError, NotImplementedError) as e:
                 status, detail = "refused", str(e)

@@ -20,7 +20,7 @@ from pallas_kernels.tpu.plan import (
     round_up,
     vmem_limit,
 )
-from pallas_kernels.tpu.spans import expand
+from pallas_kernels.worklist import expand
 
 # Vector memory for strips on their way; half of them are read ahead, half are being written.
 _STRIPS_BYTES = 4 * 2**20

@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.worklist import expand
+
 FIELDS = (
     "block",  # of the token axis
     "tile",
@@ -130,22 +132,3 @@ def make_spans(
     }
     # One more column, so that the span after the last can be read.
     return jnp.pad(jnp.stack([fields[name] for name in FIELDS]), ((0, 0), (0, 1))), count
-
-
-def expand(counts: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lays `counts[i]` items of each owner i in a row.
-
-    Args:
-      counts: i32[owners].
-      size: as many items as there can be.
-
-    Returns:
-      Owner of each item, and its place among those of the owner, i32[size]; both are in range past
-      the last item too. How many items there are, i32[].
-    """
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-    items = jnp.arange(size, dtype=jnp.int32)
-    owner = (ends[None, :] <= items[:, None]).sum(axis=1, dtype=jnp.int32)
-    owner = jnp.minimum(owner, counts.shape[0] - 1)
-    live = items < ends[-1]
-    return owner, jnp.where(live, items - (ends - counts)[owner], 0), ends[-1]

@@ -58,8 +58,8 @@ def _quick_compilation():
 def run_only(case, monkeypatch):
     """Runs one case, and not those whose names contain its name."""
     suite = {case: CASES[case]}
-    monkeypatch.setattr(conformance.report, "suite", lambda: suite)
-    results = list(conformance.run(**TPU, only=case, interpret=True))
+    monkeypatch.setattr(conformance.report, "suite", lambda dtype: suite)
+    results = list(conformance.run(**TPU, only=case, interpret=conformance.interpret_tpu))
     assert [(result.function, result.case) for result in results] == [(name, case) for name in TPU]
     return results
 
@@ -208,5 +208,7 @@ def test_a_race_fails_a_case(monkeypatch):
         copy_through(jnp.ones((8, 128)), wait_first=False)
         return pallas_kernels.reference.copy_pages(pool, sources, targets)
 
-    (result,) = conformance.run(copy_pages=races, only="decode, page_size 64", interpret=True)
+    (result,) = conformance.run(
+        copy_pages=races, only="decode, page_size 64", interpret=conformance.interpret_tpu
+    )
     assert result.status == "failed" and "have a race" in result.detail

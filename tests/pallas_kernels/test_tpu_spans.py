@@ -245,25 +245,6 @@ def test_the_first_span_can_be_fetched_though_none_is_live(garbage, no_queries):
         assert 0 <= first["block"] < num_blocks
 
 
-expand = jax.jit(spans.expand, static_argnames="size")
-
-
-@pytest.mark.parametrize("size", [1, 9, 20])
-@settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_expand_lays_items_in_the_order_of_their_owners(size, data):
-    counts, left = [], size
-    for _ in range(5):
-        counts.append(data.draw(st.integers(0, left)))
-        left -= counts[-1]
-    owner, place, count = map(np.asarray, expand(np.array(counts, np.int32), size=size))
-    assert count == sum(counts)
-    want = [(i, j) for i, own in enumerate(counts) for j in range(own)]
-    assert columns(np.stack([owner, place]), count) == want
-    assert (0 <= owner).all() and (owner < 5).all()
-    assert (place[count:] == 0).all()
-
-
 make_strips = jax.jit(
     pages._make_strips, static_argnames=("num_tokens", "page_size", "strip_slots")
 )

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
-from pallas_kernels import dispatch, validation
+from pallas_kernels import conformance, dispatch, validation
 from pallas_kernels.conformance import make_case
 
 
@@ -263,16 +264,18 @@ class TestBackend:
         assert dispatch.resolve_backend(None) == "xla"
         assert dispatch.resolve_backend("xla") == "xla"
 
-    @pytest.mark.parametrize("asked", ["by name", "by platform"])
-    def test_no_silent_fall_back(self, asked, monkeypatch):
-        if asked == "by platform":
-            monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        message = (
-            "^backend 'gpu' has no kernels in this version; pass backend='xla' to run the XLA "
-            "kernels"
-        )
+    @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+    def test_gpu_kernels_run_on_gpus_or_interpreted(self, capability, monkeypatch):
+        message = r"^backend 'gpu' on platform 'cpu': .*interpret_gpu\(\)$"
         with pytest.raises(ValueError, match=message):
-            dispatch.resolve_backend("gpu" if asked == "by name" else None)
+            dispatch.resolve_backend("gpu")
+        if capability < (9, 0) or hasattr(plgpu, "InterpretGPUParams"):
+            with conformance.interpret_gpu(capability):
+                assert dispatch.resolve_backend("gpu") == "gpu"
+        with pytest.raises(ValueError, match=message):
+            dispatch.resolve_backend("gpu")
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert dispatch.resolve_backend(None) == "gpu"
 
     def test_tpu_kernels_run_on_tpus_or_interpreted(self, monkeypatch):
         message = r"^backend 'tpu' on platform 'cpu': .*force_tpu_interpret_mode\(\)$"

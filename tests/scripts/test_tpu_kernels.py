@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.tpu.plan import plan_attention
+from scripts.kernel_cases import ATTENTION_SHAPES, AttentionShape, coverage_cases
 from scripts.tpu_kernels import (
-    ATTENTION_SHAPES,
-    AttentionShape,
     compile_attention,
     compile_case,
     compile_ragged,
     compile_write,
-    coverage_cases,
     kv_bytes_per_token,
 )
 

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Mosaic GPU lowering of attention, for Hopper and Blackwell.
+
+A thread block has one KV head, one tile of queries and one split of its keys. Blocks of keys and
+values come by TMA, some of them ahead, page by page through the page table; each warpgroup meets
+them with its rows of the tile on the tensor cores, in an online softmax of base 2.
+
+Source: Shah et al. 2024, "FlashAttention-3"; its warpgroups that only fetch are left out, so that
+several thread blocks fit on a multiprocessor and hide each other's waits.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import work
+from pallas_kernels.gpu.chip import Chip
+from pallas_kernels.gpu.mosaic_kernel import (
+    BLOCK_TOKENS,
+    attend_tile,
+    block_pages,
+    pieces,
+)
+from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
+
+# Lanes of results that may go through shared memory at once.
+_OUT_LANES = (64, 32, 16)
+_MAX_STAGES = 4
+# What the compiler takes of a thread block's shared memory beside what is planned: barriers.
+_SMEM_RESERVE_BYTES = 2048
+
+
+def tensor_core_of(chip: Chip) -> Hopper | Blackwell:
+    """The chip's tensor cores."""
+    return Hopper() if chip.capability[0] == 9 else Blackwell()
+
+
+def plan_attention(
+    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, chip: Chip
+) -> work.AttentionPlan:
+    """Checks that this lowering takes a call, and chooses its sizes.
+
+    Args:
+      q: as in `paged_attention`; only its shape and dtype matter, as those of the others.
+      kv_pages: likewise.
+      page_table: likewise.
+      chip: what to fit.
+
+    Raises:
+      ValueError: with the rule that the call breaks.
+    """
+    head_dim, page_size = q.shape[2], kv_pages.shape[3]
+    eight_bit = kv_pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
+    if kv_pages.dtype != q.dtype and not eight_bit:
+        raise ValueError(
+            f"backend 'gpu' takes pages of the queries' dtype {q.dtype}, int8 or float8_e4m3fn, "
+            f"not of {kv_pages.dtype}"
+        )
+    step = 32 if eight_bit else 16
+    if head_dim % step or head_dim > 256:
+        raise ValueError(
+            f"backend 'gpu' needs a head_dim that is a multiple of {step} and at most 256 over "
+            f"pages of {kv_pages.dtype}, not {head_dim}"
+        )
+    if page_size < 8 or (BLOCK_TOKENS % page_size and page_size % BLOCK_TOKENS):
+        raise ValueError(
+            f"backend 'gpu' needs a page_size of 8, 16, 32 or a multiple of {BLOCK_TOKENS}, not "
+            f"{page_size}"
+        )
+    if math.prod(kv_pages.shape[:4]) >= 2**31:
+        raise ValueError(
+            f"kv_pages of shape {list(kv_pages.shape)} has {math.prod(kv_pages.shape[:4])} cells, "
+            f"more than the {2**31 - 1} that backend 'gpu' counts; lower num_pages"
+        )
+    # A second warpgroup saves reading keys once more, but 8-bit pages are converted by one alone.
+    cores = tensor_core_of(chip)
+    num_wgs = 1 if work.is_decode(q, page_table) or eight_bit else cores.max_wgs
+    for count in range(num_wgs, 0, -1):
+        plan = work.plan_attention(
+            q,
+            kv_pages,
+            page_table,
+            tile_rows=cores.rows * count,
+            block_tokens=BLOCK_TOKENS,
+            chip=chip,
+        )
+        least = SmemPlan(plan=plan, num_stages=2, out_lanes=_OUT_LANES[-1])
+        if least.num_bytes <= chip.smem_bytes:
+            return plan
+    raise ValueError(
+        f"backend 'gpu' with head_dim {head_dim} over pages of {kv_pages.dtype} needs "
+        f"{least.num_bytes} bytes of shared memory, more than the {chip.smem_bytes} that a thread "
+        f"block of {chip.name!r} can have"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmemPlan:
+    """What a thread block has of shared memory.
+
+    Attributes:
+      plan: sizes of the call.
+      num_stages: blocks of keys and values that are there or on their way.
+      out_lanes: lanes of results that go out at once.
+    """
+
+    plan: work.AttentionPlan
+    num_stages: int
+    out_lanes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of it."""
+        plan, cells = self.plan, BLOCK_TOKENS * 2 * self.plan.head_dim
+        row = (plan.head_dim + BLOCK_TOKENS) * plan.dtype.itemsize
+        row += self.out_lanes * plan.out_type.dtype.itemsize + 4 * work.LSE_LANES
+        converted = 0 if plan.kv_dtype == plan.dtype else cells * plan.dtype.itemsize
+        stages = self.num_stages * cells * plan.kv_dtype.itemsize
+        return plan.tile_rows * row + converted + stages + _SMEM_RESERVE_BYTES
+
+
+def plan_smem(plan: work.AttentionPlan, chip: Chip) -> SmemPlan:
+    """As much as fits, and leaves a small tile's multiprocessor room for another thread block."""
+    cores = tensor_core_of(chip)
+    several = plan.tile_rows == cores.rows
+    _, width = pieces(plan.head_dim, cores.max_value_lanes)[0]
+    lanes = [count for count in _OUT_LANES if width % count == 0]
+    choices = [
+        SmemPlan(plan=plan, num_stages=num_stages, out_lanes=out_lanes)
+        for num_stages in range(_MAX_STAGES, 1, -1)
+        for out_lanes in lanes
+    ]
+    for limit in (chip.smem_bytes // 2, chip.smem_bytes) if several else (chip.smem_bytes,):
+        for choice in choices:
+            if choice.num_bytes <= limit:
+                return choice
+    raise AssertionError(f"plan_attention lets through what does not fit: {choices[-1]}")
+
+
+def attend_tiles(
+    q_rows: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    tiles: jax.Array,
+    layer: jax.Array,
+    scale: jax.Array,
+    *,
+    plan: work.AttentionPlan,
+    chip: Chip,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Attends to each tile's keys, split by split.
+
+    Args:
+      q_rows: [num_kv_heads, query_rows, head_dim], as `work.to_query_rows` gives them.
+      kv_pages: as in `paged_attention`.
+      page_table: likewise.
+      tiles: i32[max_tiles, len(FIELDS)], as `work.make_tiles` gives them.
+      layer: i32[].
+      scale: f32[2], what scores and results are multiplied by.
+      plan: sizes.
+      chip: what for.
+      sliding_window: as in `paged_attention`.
+      soft_cap: likewise.
+
+    Returns:
+      `plan.out_type`, of whose query rows only those that a tile owns are written.
+    """
+    cores = tensor_core_of(chip)
+    num_wgs, head_dim = plan.tile_rows // cores.rows, plan.head_dim
+    smem = plan_smem(plan, chip)
+    cells, dtype = (BLOCK_TOKENS, 2 * head_dim), plan.dtype
+    scratch = {
+        "q": plgpu.SMEM((num_wgs, cores.rows, head_dim), dtype, transforms=_tiled(head_dim, dtype)),
+        "kv": plgpu.SMEM(
+            (smem.num_stages, *cells), plan.kv_dtype, transforms=_tiled(head_dim, plan.kv_dtype)
+        ),
+        "weights": plgpu.SMEM(
+            (num_wgs, cores.rows, BLOCK_TOKENS), dtype, transforms=_tiled(head_dim, dtype)
+        ),
+        "out": plgpu.SMEM((num_wgs, cores.rows, smem.out_lanes), plan.out_type.dtype),
+        "lse": plgpu.SMEM((num_wgs, cores.rows, work.LSE_LANES), jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=num_wgs),
+        "kv_ready": plgpu.Barrier(num_arrivals=block_pages(plan), num_barriers=smem.num_stages),
+        "kv_done": plgpu.Barrier(num_arrivals=num_wgs, num_barriers=smem.num_stages),
+        "cleared": plgpu.Barrier(num_arrivals=num_wgs),
+    }
+    if plan.kv_dtype != dtype:
+        scratch["converted"] = plgpu.SMEM(cells, dtype, transforms=_tiled(head_dim, dtype))
+    lanes = {"scores": BLOCK_TOKENS} | {
+        f"values{lane}": width for lane, width in pieces(head_dim, cores.max_value_lanes)
+    }
+    kernel = plgpu.kernel(
+        functools.partial(
+            attend_tile,
+            plan=plan,
+            cores=cores,
+            num_pages=kv_pages.shape[1],
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        ),
+        out_type=plan.out_type,
+        grid=(plan.num_kv_heads, plan.max_tiles, plan.num_splits),
+        grid_names=("head", "tile", "split"),
+        num_threads=num_wgs,
+        thread_name="wg",
+        scratch_types={"scratch": scratch | cores.scratch(lanes)},
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        kernel_name="paged_attention",
+    )
+    all_cells = kv_pages.reshape(-1, plan.kv_dim)
+    return kernel(tiles, page_table, layer[None], scale, q_rows, all_cells)
+
+
+def _tiled(head_dim: int, dtype: np.dtype):
+    """How wgmma and tcgen05 want operands: in tiles as wide as both keys and values split into."""
+    itemsize = np.dtype(dtype).itemsize
+    swizzle = next(size for size in (128, 64, 32) if head_dim * itemsize % size == 0)
+    return (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a thread block of the Mosaic GPU lowering does: one tile, one KV head, one split of keys."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import work
+from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
+
+# Tokens of a block of keys: the rows of a register tile, which dead values are cleared in.
+BLOCK_TOKENS = 64
+# Lanes of cells that are converted or cleared at once, in registers.
+_CELL_LANES = 128
+# Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.
+_MASKED = -1e30
+_LOG2_E = math.log2(math.e)
+
+
+def attend_tile(
+    # Input
+    tiles_ref,  # i32[max_tiles, len(FIELDS)]
+    page_table_ref,  # i32[max_num_seqs, pages_per_seq]
+    layer_ref,  # i32[1]
+    scale_ref,  # f32[2]
+    q_ref,  # [num_kv_heads, query_rows, head_dim]
+    cells_ref,  # [num_layers * num_pages * num_kv_heads * page_size, kv_dim]
+    # Output
+    out_ref,  # [num_splits, num_kv_heads, query_rows, out_lanes]
+    # Scratch
+    scratch,  # by name:
+    # q [num_wgs, rows, head_dim], kv [num_stages, block, 2 * head_dim] as in the pool,
+    # converted [block, 2 * head_dim] of the queries' dtype where the pool has another,
+    # weights [num_wgs, rows, block], out [num_wgs, rows, out_lanes], lse [num_wgs, rows, LSE_LANES]
+    *,
+    plan: work.AttentionPlan,
+    cores: Hopper | Blackwell,
+    num_pages: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
+):
+    """A warpgroup's part in one split of a tile's keys, for one KV head."""
+    head, tile, split = (jax.lax.axis_index(name) for name in ("head", "tile", "split"))
+
+    def field(name):
+        return tiles_ref[tile, work.FIELDS.index(name)]
+
+    first_block = field("first_block") + split * field("split_blocks")
+    end_block = jnp.minimum(first_block + field("split_blocks"), field("end_block"))
+
+    @pl.when(first_block < end_block)
+    def _():
+        lowest = jnp.int32(0)
+        if sliding_window is not None:
+            position = (field("first") + field("own_start")) // plan.group + field("to_position")
+            lowest = jnp.maximum(position - sliding_window + 1, 0)
+        fetch = functools.partial(
+            _fetch_block,
+            page_table_ref,
+            cells_ref,
+            scratch,
+            plan=plan,
+            seq=field("seq"),
+            head=head,
+            # Cells of the layer's page 0.
+            first_cell=layer_ref[0] * num_pages,
+            pages=(lowest // plan.page_size, (field("end_position") - 1) // plan.page_size),
+            first_block=first_block,
+        )
+        _attend_blocks(
+            field,
+            fetch,
+            q_ref,
+            scale_ref,
+            out_ref,
+            scratch,
+            plan=plan,
+            cores=cores,
+            head=head,
+            split=split,
+            first_block=first_block,
+            end_block=end_block,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        )
+
+
+def _fetch_block(
+    page_table_ref,
+    cells_ref,
+    scratch,
+    block,
+    *,
+    plan,
+    seq,
+    head,
+    first_cell,
+    pages,
+    first_block,
+):
+    """Starts the copies of a block's pages to the stage that it takes its turn in."""
+    stage = jax.lax.rem(block - first_block, scratch["kv"].shape[0])
+    run = min(BLOCK_TOKENS, plan.page_size)
+    for i in range(block_pages(plan)):
+        token = block * BLOCK_TOKENS + i * run
+        # Outside the pages that the tile sees any page will do: nobody sees its cells.
+        page_id = page_table_ref[seq, jnp.clip(token // plan.page_size, *pages)]
+        cell = ((first_cell + page_id) * plan.num_kv_heads + head) * plan.page_size
+        cell += jax.lax.rem(token, plan.page_size)
+        plgpu.copy_gmem_to_smem(
+            cells_ref.at[pl.ds(cell, run), pl.ds(0, 2 * plan.head_dim)],
+            scratch["kv"].at[stage, pl.ds(i * run, run)],
+            scratch["kv_ready"].at[stage],
+        )
+
+
+def _attend_blocks(
+    field,
+    fetch,
+    q_ref,
+    scale_ref,
+    out_ref,
+    scratch,
+    *,
+    plan: work.AttentionPlan,
+    cores: Hopper | Blackwell,
+    head,
+    split,
+    first_block,
+    end_block,
+    sliding_window,
+    soft_cap,
+):
+    """A warpgroup's rows of the tile meet blocks `[first_block, end_block)`."""
+    wg = jax.lax.axis_index("wg")
+    num_wgs, rows, head_dim = scratch["q"].shape
+    num_stages = scratch["kv"].shape[0]
+    first_row, end_position = field("first") + wg * rows, field("end_position")
+    cell_pieces = pieces(head_dim, _CELL_LANES)
+    value_pieces = pieces(head_dim, cores.max_value_lanes)
+
+    def when_first_wg(act):
+        act() if num_wgs == 1 else pl.when(wg == 0)(act)
+
+    def iota(shape, axis):
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=cores.layout)
+
+    def multiply(a_ref, b_ref, name):
+        return cores.multiply(a_ref, b_ref, name, scratch)
+
+    def start_fetches():
+        for i in range(num_stages - 1):
+            pl.when(first_block + i < end_block)(functools.partial(fetch, first_block + i))
+
+    when_first_wg(start_fetches)
+    plgpu.copy_gmem_to_smem(
+        q_ref.at[head, pl.ds(first_row, rows)], scratch["q"].at[wg], scratch["q_ready"].at[wg]
+    )
+    plgpu.barrier_wait(scratch["q_ready"].at[wg])
+
+    def fetch_ahead(block):
+        """Refills the stage that the block before had."""
+        done = scratch["kv_done"].at[jax.lax.rem(block - first_block - 1 + num_stages, num_stages)]
+
+        @pl.when(block > first_block)
+        def _():
+            plgpu.barrier_wait(done)
+
+        ahead = block + num_stages - 1
+        pl.when(ahead < end_block)(functools.partial(fetch, ahead))
+
+    def cleared(cells, block):
+        """`cells` without the dead ones, which may be NaN: a weight of 0 would not help."""
+        token = plgpu.broadcasted_iota(jnp.int32, cells.shape, 0, layout=plgpu.Layout.WGMMA)
+        live = token + block * BLOCK_TOKENS < end_position
+        return jnp.where(live, cells, jnp.zeros_like(cells))
+
+    def clear_values(kv_ref, block):
+        for lane, width in cell_pieces:
+            at = (slice(None), pl.ds(head_dim + lane, width))
+            kv_ref[at] = cleared(kv_ref[at], block)
+        plgpu.commit_smem()
+
+    def operands(block, stage):
+        """Keys and values [block, head_dim] as the tensor cores take them, dead ones cleared."""
+        kv_ref = scratch["kv"].at[stage]
+        if plan.kv_dtype != plan.dtype:
+            converted_ref = scratch["converted"]
+            for lane, width in cell_pieces + [
+                (head_dim + lane, width) for lane, width in cell_pieces
+            ]:
+                at = (slice(None), pl.ds(lane, width))
+                cells = _convert(kv_ref[at], plan.dtype)
+                converted_ref[at] = cleared(cells, block)
+            plgpu.commit_smem()
+            kv_ref = converted_ref
+        else:
+
+            @pl.when((block + 1) * BLOCK_TOKENS > end_position)
+            def _():
+                when_first_wg(functools.partial(clear_values, kv_ref, block))
+                if num_wgs > 1:
+                    plgpu.barrier_arrive(scratch["cleared"])
+                    plgpu.barrier_wait(scratch["cleared"])
+
+        return kv_ref.at[:, pl.ds(0, head_dim)], kv_ref.at[:, pl.ds(head_dim, head_dim)]
+
+    def masked(scores, block):
+        row, key = iota(scores.shape, 0), iota(scores.shape, 1)
+        position = (row + first_row) // plan.group + field("to_position")
+        key = key + block * BLOCK_TOKENS
+        visible = key <= position
+        if sliding_window is not None:
+            visible &= key > position - sliding_window
+        return jnp.where(visible, scores, _MASKED)
+
+    def attend(block, carry, *, edge):
+        """`edge` is where some rows do not see some of the block's keys."""
+        peak, total, *accs = carry
+        stage = jax.lax.rem(block - first_block, num_stages)
+        when_first_wg(functools.partial(fetch_ahead, block))
+        plgpu.barrier_wait(scratch["kv_ready"].at[stage])
+        keys, values = operands(block, stage)
+        scores = multiply(scratch["q"].at[wg], keys.transpose((1, 0)), "scores")
+        if soft_cap is None:
+            scores = scores * (scale_ref[0] * _LOG2_E)
+        else:
+            # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's own tanh is off by 2**-11.
+            power = jnp.exp2(scores * (scale_ref[0] * (2 * _LOG2_E / soft_cap)))
+            scores = (soft_cap * _LOG2_E) * (1 - 2 / (1 + power))
+        if edge:
+            scores = masked(scores, block)
+        new_peak = jnp.maximum(peak, scores.max(axis=1))
+        shrink = jnp.exp2(peak - new_peak)
+        weights = jnp.exp2(scores - _over_lanes(new_peak, scores.shape))
+        total = total * shrink + weights.sum(axis=1)
+        scratch["weights"][wg] = weights.astype(plan.dtype)
+        plgpu.commit_smem()
+        for i, (lane, width) in enumerate(value_pieces):
+            added = multiply(
+                scratch["weights"].at[wg], values.at[:, pl.ds(lane, width)], f"values{lane}"
+            )
+            accs[i] = accs[i] * _over_lanes(shrink, accs[i].shape) + added
+        plgpu.barrier_arrive(scratch["kv_done"].at[stage])
+        return new_peak, total, *accs
+
+    def full(shape, value, layout):
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    carry = (
+        full((rows,), _MASKED, cores.layout.reduce(1)),
+        full((rows,), 0, cores.layout.reduce(1)),
+        *(full((rows, width), 0, cores.layout) for _, width in value_pieces),
+    )
+    attend_edge = functools.partial(attend, edge=True)
+    # Blocks of which every row sees every key need no mask: [plain_start, plain_end).
+    plain_start = first_block
+    if sliding_window is not None:
+        lowest = jnp.maximum(end_position - sliding_window, 0)
+        plain_start = jnp.clip(pl.cdiv(lowest, BLOCK_TOKENS), first_block, end_block)
+        carry = jax.lax.fori_loop(first_block, plain_start, attend_edge, carry)
+    lowest_position = (field("first") + field("own_start")) // plan.group + field("to_position")
+    plain_end = jnp.clip((lowest_position + 1) // BLOCK_TOKENS, plain_start, end_block)
+    carry = jax.lax.fori_loop(plain_start, plain_end, functools.partial(attend, edge=False), carry)
+    peak, total, *accs = jax.lax.fori_loop(plain_end, end_block, attend_edge, carry)
+    # The stages' last turns, of which only the last one nobody has waited for.
+    when_first_wg(
+        lambda: plgpu.barrier_wait(
+            scratch["kv_done"].at[jax.lax.rem(end_block - 1 - first_block, num_stages)]
+        )
+    )
+
+    own_start = jnp.maximum(field("own_start") - wg * rows, 0)
+    own_end = jnp.minimum(field("own_end") - wg * rows, rows)
+
+    def store(numbers, smem_ref, lane):
+        """Own rows go out through shared memory, row by row: others belong to other tiles."""
+        smem_ref[...] = numbers
+        plgpu.commit_smem()
+        home = out_ref.at[split, head, :, pl.ds(lane, numbers.shape[1])]
+
+        def store_row(row, _):
+            plgpu.copy_smem_to_gmem(smem_ref.at[row], home.at[first_row + row])
+
+        jax.lax.fori_loop(own_start, own_end, store_row, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    out_step = scratch["out"].shape[2]
+    for (lane, width), acc in zip(value_pieces, accs, strict=True):
+        results = acc * _over_lanes(scale_ref[1] / total, acc.shape)
+        for start, count in pieces(width, out_step):
+            piece = results[:, start : start + count].astype(plan.out_type.dtype)
+            store(piece, scratch["out"].at[wg], lane + start)
+    if plan.num_splits > 1:
+        lse = peak / _LOG2_E + jnp.log(total)
+        store(_over_lanes(lse, (rows, work.LSE_LANES)), scratch["lse"].at[wg], head_dim)
+
+
+def _convert(cells, dtype):
+    if cells.dtype == jnp.float8_e4m3fn and dtype == jnp.bfloat16:
+        # The hardware converts to float16 alone; every step is exact.
+        cells = cells.astype(jnp.float16).astype(jnp.float32)
+    return cells.astype(dtype)
+
+
+def _over_lanes(x, shape):
+    return jax.lax.broadcast_in_dim(x, shape, (0,))
+
+
+def pieces(lanes: int, limit: int) -> list[tuple[int, int]]:
+    """Start and width of pieces of at most `limit` lanes, all as wide, which tiles split into."""
+    width = lanes
+    if lanes > limit:
+        width = next(width for width in (128, 64, 32, 16) if width <= limit and lanes % width == 0)
+    return [(lane, width) for lane in range(0, lanes, width)]
+
+
+def block_pages(plan: work.AttentionPlan) -> int:
+    """Pages that a block of keys lies in."""
+    return max(1, BLOCK_TOKENS // plan.page_size)

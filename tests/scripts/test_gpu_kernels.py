@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that the GPU compilers make of our code, for chips that are not there.
+
+Nothing runs: these say that it compiles, what it takes, and what the compiled program does not do.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
+
+ROOT = pathlib.Path(__file__).parents[2]
+compiles = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_cuda_compiler() is None,
+        reason="no compiler for NVIDIA GPUs: make cuda-compiler",
+    ),
+]
+# Every kind of case somewhere, and each target with some; `scripts.gpu_kernels` compiles all.
+REPRESENTATIVE = {
+    "a100": [
+        "usual",
+        "head_dim 96, page_size 8",
+        "head_dim 64, int8 pages",
+        "head_dim 128, float32 pages",
+        "head_dim 64, float8_e4m3fn pages",
+        "131,072 tokens",
+    ],
+    "h100": [
+        "usual",
+        "head_dim 64, page_size 8",
+        "head_dim 96, page_size 256",
+        "head_dim 256, int8 pages",
+        "head_dim 128, float8_e4m3fn pages",
+        "head_dim 64, float32 pages",
+        "9 query heads, 3 KV heads",
+        "both",
+        "512 rows of 131,072 tokens",
+    ],
+    "b200": [
+        "usual",
+        "head_dim 64, page_size 64",
+        "head_dim 256, int8 pages",
+        "head_dim 80, page_size 128",
+        "16 query heads, 1 KV heads",
+        "both",
+        "131,072 tokens in pages of 8",
+    ],
+}
+
+
+def run(*flags):
+    """Compiles in a process of its own: one compiles for one target."""
+    return subprocess.run(
+        [sys.executable, "-m", "scripts.gpu_kernels", *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+class TestCompiled:
+    pytestmark = compiles
+
+    @pytest.mark.parametrize("target", REPRESENTATIVE)
+    def test_what_the_kernels_are_made_for_compiles(self, target):
+        done = run(f"--target={target}", f"--cases={_quoted(REPRESENTATIVE[target])}")
+        assert done.returncode == 0, done.stdout[-3000:]
+        report = json.loads(done.stdout.splitlines()[-1])
+        assert report["target"] == target
+        assert set(report["facts"]) == set(REPRESENTATIVE[target])
+        for name, facts in report["facts"].items():
+            assert set(facts) == {"decode", "mixed", "write", "copy"}
+            for kernel, fact in facts.items():
+                assert fact["error"] is None
+                # The one thing of these that a chip cannot do.
+                no_float8 = target == "a100" and "float8" in name and kernel in ("decode", "mixed")
+                assert (fact["refused"] is not None) == no_float8
+        usual = report["facts"]["usual"]
+        assert usual["write"]["temp_bytes"] == 0
+        if target == "h100":
+            assert {usual[kernel]["spill_bytes"] for kernel in ("decode", "mixed")} == {0}
+
+    def test_the_compiler_refuses_too_much_shared_memory(self):
+        """Ours plans for more than the chip has, and is stopped."""
+        program = (
+            "import jax, jax.numpy as jnp, dataclasses\n"
+            "from pallas_kernels import paged_attention\n"
+            "from pallas_kernels.aot import GpuCompiler\n"
+            "from pallas_kernels.gpu import chip, mosaic\n"
+            "chip._SMEM_BYTES[9, 0] = 2**20\n"
+            "mosaic._MAX_STAGES = 16\n"
+            "compiler = GpuCompiler('h100')\n"
+            "S, i = jax.ShapeDtypeStruct, jnp.int32\n"
+            "compiler.compile(compiler.mesh(), lambda *a: paged_attention(*a, backend='gpu'),\n"
+            "  S((8, 8, 128), jnp.bfloat16), S((1, 99, 1, 16, 256), jnp.bfloat16),\n"
+            "  S((8, 9), i), S((8,), i), S((9,), i), S((1,), i))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode != 0
+        assert "exceeds available shared memory" in done.stderr
+
+
+def _quoted(names):
+    """As --cases takes names that have commas in them."""
+    return ",".join(f'"{name}"' if "," in name else name for name in names)
+
+
+def test_unknown_cases_are_refused():
+    done = run("--cases=usual,unusual")
+    assert done.returncode == 2
+    assert "--cases=unusual: choose among usual, " in done.stderr
+
+
+def test_targets_are_those_of_the_lowerings():
+    assert {gpu.capability for gpu in GPU_TARGETS.values()} == {(8, 0), (9, 0), (10, 0)}
+
+
+def test_without_a_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("pallas_kernels.aot.gpu.find_cuda_compiler", lambda: None)
+    with pytest.raises(RuntimeError, match="make cuda-compiler"):
+        GpuCompiler("h100")
