@@ -2,11 +2,13 @@
 """Compiles the kernels for an NVIDIA GPU that need not be there, and says what they take of it.
 
     python -m scripts.gpu_kernels --target=h100
-    python -m scripts.gpu_kernels --target=a100 --cases='head_dim 64,8 rows'
+    python -m scripts.gpu_kernels --target=a100 --cases='head_dim 64,8 rows' --steps=llama-3.2-1b
 
-Needs `make cuda-compiler`. Attention of a decode step and of a mixed step, the token write and the
-page copy are compiled for each of the cases. Nothing runs, so nothing here is a time. The last line
-of standard output is one JSON object: `target`, and `facts`, by case and kernel (`KernelFacts`).
+Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode step and of a mixed
+step, the token write and the page copy; and whole decode steps of the models that --steps names, with
+three layers, on one GPU and on two. Nothing runs, so nothing here is a time. The last line of standard
+output is one JSON object: `target`; `facts`, by case and kernel (`KernelFacts`); `steps`, by model and
+number of GPUs (`compiled_steps.StepFacts`).
 Exits with 1 if anything fails that is not refused by a rule of ours.
 """
 
@@ -26,7 +28,9 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import pallas_kernels
+from models.shapes import SHAPES
 from pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
+from scripts.compiled_steps import compile_step
 from scripts.flags import check_names, run
 from scripts.kernel_cases import (
     MAX_TEMP_SHARE,
@@ -40,7 +44,11 @@ from scripts.kernel_cases import (
 
 _TARGET = flags.DEFINE_enum("target", "h100", list(GPU_TARGETS), "What to compile for.")
 _CASES = flags.DEFINE_list("cases", [], "Names of the cases to compile; all by default.")
+_STEPS = flags.DEFINE_list("steps", [], f"Models to compile steps of: {', '.join(SHAPES)}.")
+_STEP_LAYERS = 3
 _NUM_COPIES = 8
+# What may be done to a pool: the scatter of the token write, in place.
+_POOL_OPS = {"scatter", "fusion"}
 _KERNELS = ("decode", "mixed", "write", "copy")
 
 
@@ -69,6 +77,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     cases = coverage_cases()
     check_names("cases", _CASES.value, cases)
+    check_names("steps", _STEPS.value, SHAPES)
     if find_cuda_compiler() is None:
         raise app.UsageError("there is no compiler for NVIDIA GPUs here: make cuda-compiler")
     report: dict[str, dict[str, Any]] = {}
@@ -81,10 +90,14 @@ def main(argv: list[str]) -> None:
             report[name] = {kernel: dataclasses.asdict(fact) for kernel, fact in facts.items()}
             for kernel, fact in facts.items():
                 print(f"{name:<34} {kernel:<7} {_describe(fact)}", flush=True)
+        steps = {name: _report_steps(compiler, name) for name in _STEPS.value}
     kernels = [fact for facts in report.values() for fact in facts.values()]
     refused, failed = (sum(f[key] is not None for f in kernels) for key in ("refused", "error"))
     print(f"{len(kernels)} programs for {_TARGET.value}: {refused} refused, {failed} failed")
-    print(json.dumps({"target": _TARGET.value, "facts": report}))
+    failed += sum(
+        step["error"] is not None for by_size in steps.values() for step in by_size.values()
+    )
+    print(json.dumps({"target": _TARGET.value, "facts": report, "steps": steps}))
     sys.exit(1 if failed else 0)
 
 
@@ -95,6 +108,23 @@ def _describe(fact: KernelFacts) -> str:
     if fact.registers is not None:
         text += f", {fact.registers} registers, {fact.spill_bytes} bytes spilled"
     return text
+
+
+def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]:
+    config = dataclasses.replace(SHAPES[name], num_layers=_STEP_LAYERS, vocab_size=2048)
+    report = {}
+    for num_devices in (1, 2):
+        if config.num_kv_heads % num_devices:
+            continue
+        facts = compile_step(compiler, compiler.mesh(num_devices), config)
+        if facts.error is None and (
+            facts.alias_bytes != facts.pool_bytes or not set(facts.pool_ops or ()) <= _POOL_OPS
+        ):
+            facts = dataclasses.replace(facts, error=f"copies the pool: {facts.pool_ops}")
+        report[num_devices] = dataclasses.asdict(facts)
+        what = facts.error or f"{facts.temp_bytes:,} temporary bytes, {facts.collectives}"
+        print(f"{name:<34} step on {num_devices}: {what}", flush=True)
+    return report
 
 
 @contextlib.contextmanager
@@ -189,8 +219,11 @@ def compile_kernel(
     memory = compiled.memory_analysis()
     assert memory is not None
     pool_bytes = math.prod(pool.shape) * kv_dtype.itemsize
-    # Attention holds what its splits give, but not so much as the pages of one layer.
-    limit = MAX_TEMP_SHARE * pool_bytes + held_bytes if writes else pool_bytes // pool.shape[0] - 1
+    limit = MAX_TEMP_SHARE * pool_bytes + held_bytes
+    if not writes:
+        # Attention holds what its splits give, in float32, but not the pages of one layer.
+        results = 4 * num_tokens * shape.num_q_heads * shape.head_dim
+        limit = max(pool_bytes // pool.shape[0] - 1, 8 * results)
     error = None
     if memory.temp_size_in_bytes > limit:
         error = f"takes {memory.temp_size_in_bytes} bytes beside a pool of {pool_bytes}"

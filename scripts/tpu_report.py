@@ -43,7 +43,7 @@ from scripts.tpu_kernels import (
     floor_s,
     kv_bytes_per_token,
 )
-from scripts.tpu_steps import STEP_CONFIGS, StepFacts, compile_step
+from scripts.compiled_steps import STEP_CONFIGS, StepFacts, compile_step
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to compile for.")
 _SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to compile.")
@@ -104,7 +104,7 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
         step, pool_bytes = None, 0
         if _STEP_LAYERS.value:
             config = dataclasses.replace(STEP_CONFIGS[name], num_layers=_STEP_LAYERS.value)
-            step = compile_step(compiler, target, config, **options)
+            step = compile_step(compiler, compiler.mesh(target), config, **options)
             layers = STEP_CONFIGS[name].num_layers
             pool_bytes = (step.pool_bytes or 0) // _STEP_LAYERS.value * layers
         least = kv_bytes_per_token(shape, jnp.bfloat16)

@@ -23,34 +23,32 @@ compiles = [
     ),
 ]
 # Every kind of case somewhere, and each target with some; `scripts.gpu_kernels` compiles all.
-REPRESENTATIVE = {
+ALWAYS = {
+    "a100": ["head_dim 96, page_size 8", "head_dim 64, int8 pages"],
+    "h100": ["usual", "head_dim 256, int8 pages", "9 query heads, 3 KV heads"],
+    "b200": ["head_dim 64, page_size 64", "131,072 tokens in pages of 8"],
+}
+NIGHTLY = {
     "a100": [
         "usual",
-        "head_dim 96, page_size 8",
-        "head_dim 64, int8 pages",
         "head_dim 128, float32 pages",
         "head_dim 64, float8_e4m3fn pages",
         "131,072 tokens",
     ],
     "h100": [
-        "usual",
         "head_dim 64, page_size 8",
         "head_dim 96, page_size 256",
-        "head_dim 256, int8 pages",
         "head_dim 128, float8_e4m3fn pages",
         "head_dim 64, float32 pages",
-        "9 query heads, 3 KV heads",
         "both",
         "512 rows of 131,072 tokens",
     ],
     "b200": [
         "usual",
-        "head_dim 64, page_size 64",
         "head_dim 256, int8 pages",
         "head_dim 80, page_size 128",
         "16 query heads, 1 KV heads",
         "both",
-        "131,072 tokens in pages of 8",
     ],
 }
 
@@ -70,13 +68,20 @@ def run(*flags):
 class TestCompiled:
     pytestmark = compiles
 
-    @pytest.mark.parametrize("target", REPRESENTATIVE)
-    def test_what_the_kernels_are_made_for_compiles(self, target):
-        done = run(f"--target={target}", f"--cases={_quoted(REPRESENTATIVE[target])}")
+    @pytest.mark.parametrize(
+        ("target", "cases"),
+        [
+            *ALWAYS.items(),
+            *(pytest.param(*item, marks=pytest.mark.nightly) for item in NIGHTLY.items()),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_the_kernels_are_made_for_compiles(self, target, cases):
+        done = run(f"--target={target}", f"--cases={_quoted(cases)}")
         assert done.returncode == 0, done.stdout[-3000:]
         report = json.loads(done.stdout.splitlines()[-1])
         assert report["target"] == target
-        assert set(report["facts"]) == set(REPRESENTATIVE[target])
+        assert list(report["facts"]) == cases
         for name, facts in report["facts"].items():
             assert set(facts) == {"decode", "mixed", "write", "copy"}
             for kernel, fact in facts.items():
@@ -84,10 +89,23 @@ class TestCompiled:
                 # The one thing of these that a chip cannot do.
                 no_float8 = target == "a100" and "float8" in name and kernel in ("decode", "mixed")
                 assert (fact["refused"] is not None) == no_float8
-        usual = report["facts"]["usual"]
-        assert usual["write"]["temp_bytes"] == 0
-        if target == "h100":
+            assert facts["write"]["temp_bytes"] == 0
+        if target == "h100" and "usual" in cases:
+            usual = report["facts"]["usual"]
             assert {usual[kernel]["spill_bytes"] for kernel in ("decode", "mixed")} == {0}
+
+    @pytest.mark.parametrize(
+        "target", ["h100", *(pytest.param(t, marks=pytest.mark.nightly) for t in ("a100", "b200"))]
+    )
+    def test_a_step_keeps_its_pool_in_place_on_one_gpu_and_on_two(self, target):
+        done = run(f"--target={target}", "--cases=usual", "--steps=llama-3.2-1b")
+        assert done.returncode == 0, done.stdout[-3000:]
+        steps = json.loads(done.stdout.splitlines()[-1])["steps"]["llama-3.2-1b"]
+        assert {size: step["collectives"] for size, step in steps.items()} == {
+            "1": {},
+            # After attention and MLP, in the one loop body of all layers, and after the embedding.
+            "2": {"all-reduce": 3},
+        }
 
     def test_the_compiler_refuses_too_much_shared_memory(self):
         """Ours plans for more than the chip has, and is stopped."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole decode steps compiled for TPUs, and the facts that `tpu_report` reads off them."""
+"""Whole steps compiled for devices that are not there, and the facts read off them."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.inputs import PagedInputs
 from models.shapes import SHAPES
-from pallas_kernels.aot import TpuCompiler
+from pallas_kernels.aot import GpuCompiler, TpuCompiler
 from scripts.kernel_cases import (
     ATTENTION_SHAPES,
     AttentionShape,
@@ -67,11 +67,10 @@ class StepFacts:
 
 
 def compile_step(
-    compiler: TpuCompiler,
-    target: str,
+    compiler: TpuCompiler | GpuCompiler,
+    mesh: jax.sharding.Mesh,
     config: ModelConfig,
     *,
-    num_devices: int = 1,
     num_rows: int = 64,
     num_tokens: int | None = None,
     kv_len: int = 2048,
@@ -81,21 +80,23 @@ def compile_step(
 
     Args:
       compiler: with or without schedules.
-      target: a generation of `pallas_kernels.aot.TARGETS`.
+      mesh: devices to compile for, of the compiler; heads are split over them.
       config: the model.
-      num_devices: over which its heads are split.
       num_rows: sequences.
       num_tokens: of the step; as many as rows by default.
       kv_len: tokens of each that the pool has room for.
       page_size: tokens a page holds.
     """
     num_tokens = num_tokens or num_rows
-    mesh = compiler.mesh(target, num_devices)
-    decoder = Decoder(config, True, "tpu", mesh if num_devices > 1 else None)
+    backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
+    num_devices = mesh.devices.size
+    decoder = Decoder(config, True, backend, mesh if num_devices > 1 else None)
     params = Decoder(config, True, "xla").abstract_params(jnp.bfloat16)
     shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
     num_pages = num_rows * kv_len // page_size + 1
-    pool = pool_struct(shape, num_pages, page_size, jnp.bfloat16, config.num_layers)
+    pool = pool_struct(
+        shape, num_pages, page_size, jnp.bfloat16, config.num_layers, backend=backend
+    )
     where = sharding.placements(params, sharding.param_shardings(params, mesh))
     params = jax.tree.map(_placed, params, where)
     pool = _placed(pool, sharding.pool_sharding(mesh))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine on TPU and GPU kernels, interpreted: the same tokens as on the XLA kernels."""
+
+import functools
+import pathlib
+
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import models
+from jpaged import Engine, EngineConfig, SamplingParams
+from pallas_kernels.conformance import interpret_gpu, interpret_tpu
+
+DEMO = pathlib.Path(models.__file__).parent / "demo"
+# Small enough that prompts are cut into chunks, samples copy pages, and one is preempted.
+SETTINGS = {
+    "page_size": 8,
+    "num_pages": 6,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 12,
+    "max_model_len": 40,
+}
+PROMPTS = ["Once upon a time there was a little girl", "The old fisherman"]
+
+
+KERNELS = {
+    "tpu": ("tpu", interpret_tpu, "float32", 1e-3),
+    "triton": ("gpu", functools.partial(interpret_gpu, (8, 0)), "float32", 1e-3),
+    # Mosaic GPU multiplies 16 bits; sums of 8 tokens' log-probabilities.
+    "mosaic": ("gpu", interpret_gpu, "float16", 5e-2),
+}
+
+
+def generate(backend, dtype):
+    config = EngineConfig(backend=backend, dtype=dtype, scan_layers=True, **SETTINGS)
+    engine = Engine.load(DEMO, config)
+    params = [
+        SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True),
+        SamplingParams(max_tokens=8, temperature=0.8, n=3, seed=5, logprobs=1, ignore_eos=True),
+    ]
+    outputs = engine.generate(PROMPTS, params)
+    engine.check_invariants()
+    return outputs, engine.stats()
+
+
+# Where jax can interpret Mosaic GPU, the suite is run without what is slow.
+@pytest.mark.parametrize(
+    "kernels",
+    ["mosaic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tpu", "triton"))],
+)
+def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
+    backend, interpret, dtype, tolerance = KERNELS[kernels]
+    if kernels == "mosaic" and not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("jax 0.10 cannot interpret Mosaic GPU's products; jax 0.11 can")
+    want, _ = generate("xla", dtype)
+    with interpret():
+        got, stats = generate(backend, dtype)
+    for ours, theirs in zip(got, want, strict=True):
+        for a, b in zip(ours.outputs, theirs.outputs, strict=True):
+            assert a.token_ids == b.token_ids and a.text == b.text
+            assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=tolerance)
+    assert stats.totals.num_preemptions > 0 and stats.totals.num_page_copies > 0, stats
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("tpu", "TPUs"), ("gpu", "NVIDIA GPUs")])
+def test_kernels_are_refused_where_there_is_no_such_device(backend, devices):
+    message = f"backend '{backend}' on platform 'cpu': its kernels run on {devices} only"
+    with pytest.raises(ValueError, match=message):
+        Engine.load(DEMO, EngineConfig(backend=backend, **SETTINGS))
