@@ -4,11 +4,11 @@
     python -m scripts.gpu_kernels --target=h100
     python -m scripts.gpu_kernels --target=a100 --cases='head_dim 64,8 rows' --steps=llama-3.2-1b
 
-Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode step and of a mixed
-step, the token write and the page copy; and whole decode steps of the models that --steps names, with
-three layers, on one GPU and on two. Nothing runs, so nothing here is a time. The last line of standard
-output is one JSON object: `target`; `facts`, by case and kernel (`KernelFacts`); `steps`, by model and
-number of GPUs (`compiled_steps.StepFacts`).
+Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode and of a mixed
+step, the token write and the page copy; and whole decode steps of the models that --steps names,
+with three layers, on one GPU and on two. Nothing runs, so nothing here is a time. The last line of
+standard output is one JSON object: `target`; `facts`, by case and kernel (`KernelFacts`); `steps`,
+by model and number of GPUs (`compiled_steps.StepFacts`).
 Exits with 1 if anything fails that is not refused by a rule of ours.
 """
 

@@ -33,6 +33,7 @@ import tqdm
 from absl import app, flags
 
 from pallas_kernels.aot import TARGETS, TpuCompiler
+from scripts.compiled_steps import STEP_CONFIGS, StepFacts, compile_step
 from scripts.flags import check_names, run
 from scripts.kernel_cases import ATTENTION_SHAPES, MAX_TEMP_SHARE, AttentionShape, coverage_cases
 from scripts.tpu_kernels import (
@@ -43,7 +44,6 @@ from scripts.tpu_kernels import (
     floor_s,
     kv_bytes_per_token,
 )
-from scripts.compiled_steps import STEP_CONFIGS, StepFacts, compile_step
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to compile for.")
 _SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to compile.")

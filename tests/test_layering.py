@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS = ["scripts", "jpaged", "models", "pallas_kernels"]  # from the top
 FOLDERS = {*LAYERS, "tests", "docs", "constraints"}
 # What installing and packaging leave behind; .gitignore has them too.
-LEFTOVERS = ["build", "dist", "*.egg-info", "__pycache__"]
+LEFTOVERS = ["build", "dist", "*.egg-info", "__pycache__", "device_check_results"]
 
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 

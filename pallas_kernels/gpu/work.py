@@ -35,9 +35,11 @@ FIELDS = (
 # What a split gives beside its results: the logarithm of its sum of weights, in each such lane.
 # They are so many that each query row of results starts at a multiple of 16 bytes.
 LSE_LANES = 8
-# Thread blocks for each multiprocessor that splitting aims at: several at once, several times over,
-# so that the last ones to end leave little idle.
-_BLOCKS_PER_SM = 4
+# Thread blocks for each multiprocessor that splitting aims at. In decode several at once, several
+# times over, so that the last ones to end leave little idle. In other steps as many as there is
+# room for, but no more: what splits of many queries give is large.
+_DECODE_BLOCKS_PER_SM = 4
+_BLOCKS_PER_SM = 2
 # Blocks of keys that make a split worth a thread block of its own.
 _MIN_SPLIT_BLOCKS = 4
 _TINY = np.finfo(np.float32).tiny
@@ -135,10 +137,11 @@ def plan_attention(
     tile_tokens = tile_rows // group
     if is_decode(q, page_table):
         max_tiles = num_tokens
+        wanted = -(-_DECODE_BLOCKS_PER_SM * chip.num_sms // (max_tiles * num_kv_heads))
     else:
         max_tiles = min(num_tokens, -(-num_tokens // tile_tokens) + num_rows)
+        wanted = _BLOCKS_PER_SM * chip.num_sms // (max_tiles * num_kv_heads)
     max_blocks = -(-page_table.shape[1] * page_size // block_tokens)
-    wanted = -(-_BLOCKS_PER_SM * chip.num_sms // (max_tiles * num_kv_heads))
     return AttentionPlan(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,

@@ -164,6 +164,13 @@ class TestPlan:
         )
         assert plan.num_splits == 1
 
+    def test_a_long_prompt_is_not_split_and_a_short_chunk_is(self):
+        sizes = {"num_rows": 16, "heads": (32, 8), "num_sms": 132, "tile_rows": 128}
+        sizes |= {"capacity": 8192, "block_tokens": 64}
+        assert plan_of(2048, **sizes).num_splits == 1
+        assert plan_of(64, **sizes).num_splits == 1
+        assert plan_of(17, **sizes | {"num_rows": 1}).num_splits == 16
+
     def test_short_contexts_are_not_split(self):
         plan = plan_of(1, num_rows=1, num_sms=132, capacity=256, block_tokens=64)
         assert plan.num_splits == 1
