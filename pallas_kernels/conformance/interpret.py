@@ -58,7 +58,8 @@ def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
       capability: (9, 0) for Mosaic GPU's kernels on Hopper, (8, 0) for Triton's.
 
     Raises:
-      AssertionError: at the end, if two accesses of which one writes were not ordered by a barrier.
+      AssertionError: at the end, if two accesses of which one writes were not ordered by a barrier,
+        or a copy does not start where a tile does.
       RuntimeError: for Mosaic GPU's kernels with jax 0.10.
     """
     # As above: nothing private for who interprets nothing.
@@ -84,12 +85,20 @@ def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         states.append(state_type(*args, **kwargs))
         return states[-1]
 
+    copy: Any = getattr(gpu_callbacks, "copy_gmem_to_smem", None)
+    torn: list[str] = []
+
+    def checked(**kwargs):
+        torn.extend(_torn_tiles(kwargs["src_transforms"], kwargs["dst_transforms"]))
+        return copy(**kwargs)
+
     interpreted = dataclasses.replace(chip.INTERPRETED, capability=capability)
     gpu_callbacks.reset_gpu_interpret_mode_state()
     before = config.pallas_tpu_interpret_mode_context_manager.swap_local(mode)
     try:
         with (
             unittest.mock.patch.object(gpu_callbacks, name, recorded, create=True),
+            unittest.mock.patch.object(gpu_callbacks, "copy_gmem_to_smem", checked, create=True),
             unittest.mock.patch.object(chip, "INTERPRETED", interpreted),
             warnings.catch_warnings(),
         ):
@@ -100,6 +109,20 @@ def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         config.pallas_tpu_interpret_mode_context_manager.set_local(before)
         gpu_callbacks.reset_gpu_interpret_mode_state()
     _check_races(states)
+    assert not torn, f"{len(torn)} copies tear tiles, as the first: {torn[0]}"
+
+
+def _torn_tiles(source: Any, target: Any) -> Iterator[str]:
+    """What is wrong with a copy by TMA to tiles: the interpreter, which has none, copies it right.
+
+    The device tiles what is copied from too, and gives zeros for rows past the end of a tile.
+    """
+    tiling = next((t.tiling for t in target if hasattr(t, "tiling")), ())
+    indices = source[-1].indices if source else ()
+    for index, size in zip(indices[len(indices) - len(tiling) :], tiling, strict=True):
+        start = int(getattr(index, "start", index))
+        if start % size:
+            yield f"starts at {start}, no multiple of {size}"
 
 
 def _check_races(states) -> None:

@@ -43,6 +43,8 @@ def suite(dtype: Any = jnp.float32) -> dict[str, Callable[[], Case]]:
     cases["512 rows"] = {"lens": [(1, 1 + i % 37) for i in range(512)], "num_q_heads": 2}
     for window in (1, 15, 16, 17, 100, 129):
         cases[f"sliding_window {window}"] = {"lens": _MIXED, "sliding_window": window}
+    # Fewer tokens than the last page has, whose cells past its end must not count.
+    cases["sliding_window 4, decode"] = {"lens": [(1, 104), (1, 33), (1, 250)], "sliding_window": 4}
     cases["sliding_window 40, decode"] = {"lens": _DECODE, "sliding_window": 40}
     cases["soft_cap and sm_scale"] = {"lens": _MIXED, "soft_cap": 1.5, "sm_scale": 0.7}
     for q, kv in ((1, 1), (8, 8), (8, 1), (5, 1), (9, 3), (14, 2), (16, 1), (32, 8)):

@@ -9,7 +9,6 @@ Source: Shah et al. 2024, "FlashAttention-3"; its warpgroups that only fetch are
 several thread blocks fit on a multiprocessor and hide each other's waits.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -22,14 +21,16 @@ from pallas_kernels.gpu import work
 from pallas_kernels.gpu.chip import Chip
 from pallas_kernels.gpu.mosaic_kernel import (
     BLOCK_TOKENS,
+    OUT_ROW_BYTES,
     attend_tile,
     block_pages,
     pieces,
 )
 from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
 
-# Lanes of results that may go through shared memory at once.
-_OUT_LANES = (64, 32, 16)
+# What a multiprocessor keeps of its shared memory for each thread block.
+_BLOCK_SMEM_BYTES = 1024
+_MIN_STAGES = 2
 _MAX_STAGES = 4
 # What the compiler takes of a thread block's shared memory beside what is planned: barriers.
 _SMEM_RESERVE_BYTES = 2048
@@ -89,57 +90,35 @@ def plan_attention(
             block_tokens=BLOCK_TOKENS,
             chip=chip,
         )
-        least = SmemPlan(plan=plan, num_stages=2, out_lanes=_OUT_LANES[-1])
-        if least.num_bytes <= chip.smem_bytes:
+        least = smem_bytes(plan, _MIN_STAGES)
+        if least <= chip.smem_bytes:
             return plan
     raise ValueError(
         f"backend 'gpu' with head_dim {head_dim} over pages of {kv_pages.dtype} needs "
-        f"{least.num_bytes} bytes of shared memory, more than the {chip.smem_bytes} that a thread "
+        f"{least} bytes of shared memory, more than the {chip.smem_bytes} that a thread "
         f"block of {chip.name!r} can have"
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SmemPlan:
-    """What a thread block has of shared memory.
+def smem_bytes(plan: work.AttentionPlan, num_stages: int) -> int:
+    """Shared memory of a thread block that has so many blocks of keys and values in it."""
+    cells = BLOCK_TOKENS * 2 * plan.head_dim
+    row = (plan.head_dim + BLOCK_TOKENS) * plan.dtype.itemsize + OUT_ROW_BYTES
+    converted = 0 if plan.kv_dtype == plan.dtype else cells * plan.dtype.itemsize
+    stages = num_stages * cells * plan.kv_dtype.itemsize
+    return plan.tile_rows * row + converted + stages + _SMEM_RESERVE_BYTES
 
-    Attributes:
-      plan: sizes of the call.
-      num_stages: blocks of keys and values that are there or on their way.
-      out_lanes: lanes of results that go out at once.
+
+def choose_stages(plan: work.AttentionPlan, chip: Chip) -> int:
+    """Blocks of keys and values that a thread block has, of which all but one are on their way.
+
+    As many as fit, and leave a small tile's multiprocessor room for another thread block.
     """
-
-    plan: work.AttentionPlan
-    num_stages: int
-    out_lanes: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of it."""
-        plan, cells = self.plan, BLOCK_TOKENS * 2 * self.plan.head_dim
-        row = (plan.head_dim + BLOCK_TOKENS) * plan.dtype.itemsize
-        row += self.out_lanes * plan.out_type.dtype.itemsize + 4 * work.LSE_LANES
-        converted = 0 if plan.kv_dtype == plan.dtype else cells * plan.dtype.itemsize
-        stages = self.num_stages * cells * plan.kv_dtype.itemsize
-        return plan.tile_rows * row + converted + stages + _SMEM_RESERVE_BYTES
-
-
-def plan_smem(plan: work.AttentionPlan, chip: Chip) -> SmemPlan:
-    """As much as fits, and leaves a small tile's multiprocessor room for another thread block."""
-    cores = tensor_core_of(chip)
-    several = plan.tile_rows == cores.rows
-    _, width = pieces(plan.head_dim, cores.max_value_lanes)[0]
-    lanes = [count for count in _OUT_LANES if width % count == 0]
-    choices = [
-        SmemPlan(plan=plan, num_stages=num_stages, out_lanes=out_lanes)
-        for num_stages in range(_MAX_STAGES, 1, -1)
-        for out_lanes in lanes
-    ]
-    for limit in (chip.smem_bytes // 2, chip.smem_bytes) if several else (chip.smem_bytes,):
-        for choice in choices:
-            if choice.num_bytes <= limit:
-                return choice
-    raise AssertionError(f"plan_attention lets through what does not fit: {choices[-1]}")
+    limit = chip.smem_bytes
+    if plan.tile_rows == tensor_core_of(chip).rows:
+        limit = (limit + _BLOCK_SMEM_BYTES) // 2 - _BLOCK_SMEM_BYTES
+    fits = [n for n in range(_MIN_STAGES, _MAX_STAGES + 1) if smem_bytes(plan, n) <= limit]
+    return max(fits, default=_MIN_STAGES)
 
 
 def attend_tiles(
@@ -174,21 +153,22 @@ def attend_tiles(
     """
     cores = tensor_core_of(chip)
     num_wgs, head_dim = plan.tile_rows // cores.rows, plan.head_dim
-    smem = plan_smem(plan, chip)
+    num_stages = choose_stages(plan, chip)
     cells, dtype = (BLOCK_TOKENS, 2 * head_dim), plan.dtype
     scratch = {
         "q": plgpu.SMEM((num_wgs, cores.rows, head_dim), dtype, transforms=_tiled(head_dim, dtype)),
         "kv": plgpu.SMEM(
-            (smem.num_stages, *cells), plan.kv_dtype, transforms=_tiled(head_dim, plan.kv_dtype)
+            (num_stages, *cells), plan.kv_dtype, transforms=_tiled(head_dim, plan.kv_dtype)
         ),
         "weights": plgpu.SMEM(
             (num_wgs, cores.rows, BLOCK_TOKENS), dtype, transforms=_tiled(head_dim, dtype)
         ),
-        "out": plgpu.SMEM((num_wgs, cores.rows, smem.out_lanes), plan.out_type.dtype),
-        "lse": plgpu.SMEM((num_wgs, cores.rows, work.LSE_LANES), jnp.float32),
-        "q_ready": plgpu.Barrier(num_barriers=num_wgs),
-        "kv_ready": plgpu.Barrier(num_arrivals=block_pages(plan), num_barriers=smem.num_stages),
-        "kv_done": plgpu.Barrier(num_arrivals=num_wgs, num_barriers=smem.num_stages),
+        "out": plgpu.SMEM(
+            (num_wgs, cores.rows, OUT_ROW_BYTES // plan.out_type.dtype.itemsize),
+            plan.out_type.dtype,
+        ),
+        "kv_ready": plgpu.Barrier(num_arrivals=block_pages(plan), num_barriers=num_stages),
+        "kv_done": plgpu.Barrier(num_arrivals=num_wgs, num_barriers=num_stages),
         "cleared": plgpu.Barrier(num_arrivals=num_wgs),
     }
     if plan.kv_dtype != dtype:
@@ -206,8 +186,9 @@ def attend_tiles(
             soft_cap=soft_cap,
         ),
         out_type=plan.out_type,
-        grid=(plan.num_kv_heads, plan.max_tiles, plan.num_splits),
-        grid_names=("head", "tile", "split"),
+        # The last axis is the fastest: thread blocks side by side read all of a page, head by head.
+        grid=(plan.max_tiles, plan.num_splits, plan.num_kv_heads),
+        grid_names=("tile", "split", "head"),
         num_threads=num_wgs,
         thread_name="wg",
         scratch_types={"scratch": scratch | cores.scratch(lanes)},

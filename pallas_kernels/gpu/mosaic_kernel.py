@@ -2,6 +2,7 @@
 """What a thread block of the Mosaic GPU lowering does: one tile, one KV head, one split of keys."""
 
 import functools
+import inspect
 import math
 
 import jax
@@ -16,6 +17,8 @@ from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
 BLOCK_TOKENS = 64
 # Lanes of cells that are converted or cleared at once, in registers.
 _CELL_LANES = 128
+# A row of results in shared memory, whose boxes TMA takes from multiples of 128 bytes alone.
+OUT_ROW_BYTES = 128
 # Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.
 _MASKED = -1e30
 _LOG2_E = math.log2(math.e)
@@ -35,7 +38,7 @@ def attend_tile(
     scratch,  # by name:
     # q [num_wgs, rows, head_dim], kv [num_stages, block, 2 * head_dim] as in the pool,
     # converted [block, 2 * head_dim] of the queries' dtype where the pool has another,
-    # weights [num_wgs, rows, block], out [num_wgs, rows, out_lanes], lse [num_wgs, rows, LSE_LANES]
+    # weights [num_wgs, rows, block], out [num_wgs, rows, OUT_ROW_BYTES of results]
     *,
     plan: work.AttentionPlan,
     cores: Hopper | Blackwell,
@@ -54,10 +57,10 @@ def attend_tile(
 
     @pl.when(first_block < end_block)
     def _():
-        lowest = jnp.int32(0)
+        lowest_query = (field("first") + field("own_start")) // plan.group + field("to_position")
+        lowest_key = jnp.int32(0)
         if sliding_window is not None:
-            position = (field("first") + field("own_start")) // plan.group + field("to_position")
-            lowest = jnp.maximum(position - sliding_window + 1, 0)
+            lowest_key = jnp.maximum(lowest_query - sliding_window + 1, 0)
         fetch = functools.partial(
             _fetch_block,
             page_table_ref,
@@ -66,9 +69,8 @@ def attend_tile(
             plan=plan,
             seq=field("seq"),
             head=head,
-            # Cells of the layer's page 0.
-            first_cell=layer_ref[0] * num_pages,
-            pages=(lowest // plan.page_size, (field("end_position") - 1) // plan.page_size),
+            first_page=layer_ref[0] * num_pages,
+            pages=(lowest_key // plan.page_size, (field("end_position") - 1) // plan.page_size),
             first_block=first_block,
         )
         _attend_blocks(
@@ -84,6 +86,8 @@ def attend_tile(
             split=split,
             first_block=first_block,
             end_block=end_block,
+            lowest_query=lowest_query,
+            lowest_key=lowest_key,
             sliding_window=sliding_window,
             soft_cap=soft_cap,
         )
@@ -98,18 +102,19 @@ def _fetch_block(
     plan,
     seq,
     head,
-    first_cell,
+    first_page,
     pages,
     first_block,
 ):
     """Starts the copies of a block's pages to the stage that it takes its turn in."""
     stage = jax.lax.rem(block - first_block, scratch["kv"].shape[0])
     run = min(BLOCK_TOKENS, plan.page_size)
-    for i in range(block_pages(plan)):
-        token = block * BLOCK_TOKENS + i * run
-        # Outside the pages that the tile sees any page will do: nobody sees its cells.
-        page_id = page_table_ref[seq, jnp.clip(token // plan.page_size, *pages)]
-        cell = ((first_cell + page_id) * plan.num_kv_heads + head) * plan.page_size
+    tokens = [block * BLOCK_TOKENS + i * run for i in range(block_pages(plan))]
+    # All ids first: loads between copies would wait for each other. Outside the pages that the tile
+    # sees any page will do, as nobody sees its cells.
+    page_ids = [page_table_ref[seq, jnp.clip(token // plan.page_size, *pages)] for token in tokens]
+    for i, (token, page_id) in enumerate(zip(tokens, page_ids, strict=True)):
+        cell = ((first_page + page_id) * plan.num_kv_heads + head) * plan.page_size
         cell += jax.lax.rem(token, plan.page_size)
         plgpu.copy_gmem_to_smem(
             cells_ref.at[pl.ds(cell, run), pl.ds(0, 2 * plan.head_dim)],
@@ -132,6 +137,8 @@ def _attend_blocks(
     split,
     first_block,
     end_block,
+    lowest_query,
+    lowest_key,
     sliding_window,
     soft_cap,
 ):
@@ -157,10 +164,9 @@ def _attend_blocks(
             pl.when(first_block + i < end_block)(functools.partial(fetch, first_block + i))
 
     when_first_wg(start_fetches)
-    plgpu.copy_gmem_to_smem(
-        q_ref.at[head, pl.ds(first_row, rows)], scratch["q"].at[wg], scratch["q_ready"].at[wg]
-    )
-    plgpu.barrier_wait(scratch["q_ready"].at[wg])
+    # Not by TMA, which copies tiles of 8 rows, from multiples of 8 alone: others come as zeros.
+    scratch["q"][wg] = _load(q_ref.at[head, pl.ds(first_row, rows)], cores.layout)
+    plgpu.commit_smem()
 
     def fetch_ahead(block):
         """Refills the stage that the block before had."""
@@ -176,7 +182,11 @@ def _attend_blocks(
     def cleared(cells, block):
         """`cells` without the dead ones, which may be NaN: a weight of 0 would not help."""
         token = plgpu.broadcasted_iota(jnp.int32, cells.shape, 0, layout=plgpu.Layout.WGMMA)
-        live = token + block * BLOCK_TOKENS < end_position
+        token = token + block * BLOCK_TOKENS
+        live = token < end_position
+        if sliding_window is not None:
+            # Instead of pages below the window others come, whose dead cells lie there then.
+            live &= token >= lowest_key
         return jnp.where(live, cells, jnp.zeros_like(cells))
 
     def clear_values(kv_ref, block):
@@ -263,8 +273,7 @@ def _attend_blocks(
         lowest = jnp.maximum(end_position - sliding_window, 0)
         plain_start = jnp.clip(pl.cdiv(lowest, BLOCK_TOKENS), first_block, end_block)
         carry = jax.lax.fori_loop(first_block, plain_start, attend_edge, carry)
-    lowest_position = (field("first") + field("own_start")) // plan.group + field("to_position")
-    plain_end = jnp.clip((lowest_position + 1) // BLOCK_TOKENS, plain_start, end_block)
+    plain_end = jnp.clip((lowest_query + 1) // BLOCK_TOKENS, plain_start, end_block)
     carry = jax.lax.fori_loop(plain_start, plain_end, functools.partial(attend, edge=False), carry)
     peak, total, *accs = jax.lax.fori_loop(plain_end, end_block, attend_edge, carry)
     # The stages' last turns, of which only the last one nobody has waited for.
@@ -277,27 +286,48 @@ def _attend_blocks(
     own_start = jnp.maximum(field("own_start") - wg * rows, 0)
     own_end = jnp.minimum(field("own_end") - wg * rows, rows)
 
-    def store(numbers, smem_ref, lane):
-        """Own rows go out through shared memory, row by row: others belong to other tiles."""
-        smem_ref[...] = numbers
+    out_smem = scratch["out"].at[wg]
+
+    whole = (own_start == 0) & (own_end == rows)
+
+    def store(numbers, lane, width):
+        """Own rows go out through shared memory; the box's others belong to other tiles."""
+        out_smem[:, : numbers.shape[1]] = numbers
         plgpu.commit_smem()
-        home = out_ref.at[split, head, :, pl.ds(lane, numbers.shape[1])]
+        home = out_ref.at[split, head, :, pl.ds(lane, width)]
 
-        def store_row(row, _):
-            plgpu.copy_smem_to_gmem(smem_ref.at[row], home.at[first_row + row])
+        def store_box():
+            plgpu.copy_smem_to_gmem(out_smem, home.at[pl.ds(first_row, rows)])
 
-        jax.lax.fori_loop(own_start, own_end, store_row, None)
-        plgpu.wait_smem_to_gmem(0)
+        def store_rows():
+            def store_row(row, _):
+                plgpu.copy_smem_to_gmem(out_smem.at[row, pl.ds(0, width)], home.at[first_row + row])
 
-    out_step = scratch["out"].shape[2]
+            jax.lax.fori_loop(own_start, own_end, store_row, None)
+
+        if width == out_smem.shape[1]:
+            pl.when(whole)(store_box)
+            pl.when(jnp.logical_not(whole))(store_rows)
+        else:
+            store_rows()
+        # Until they have left shared memory, which the next ones need.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
     for (lane, width), acc in zip(value_pieces, accs, strict=True):
         results = acc * _over_lanes(scale_ref[1] / total, acc.shape)
-        for start, count in pieces(width, out_step):
+        for start, count in pieces(width, out_smem.shape[1]):
             piece = results[:, start : start + count].astype(plan.out_type.dtype)
-            store(piece, scratch["out"].at[wg], lane + start)
+            store(piece, lane + start, count)
     if plan.num_splits > 1:
         lse = peak / _LOG2_E + jnp.log(total)
-        store(_over_lanes(lse, (rows, work.LSE_LANES)), scratch["lse"].at[wg], head_dim)
+        store(_over_lanes(lse, (rows, work.LSE_LANES)), head_dim, work.LSE_LANES)
+
+
+def _load(ref, layout) -> jax.Array:
+    """What is in global memory, in registers laid out for the tensor cores."""
+    # jax 0.10 wants an index also beside a reference that has one, of which jax 0.11 warns.
+    wants_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+    return plgpu.load(ref, *([()] if wants_index else []), layout=layout, optimized=False)
 
 
 def _convert(cells, dtype):

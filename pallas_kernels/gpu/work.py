@@ -12,6 +12,7 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,13 @@ FIELDS = (
 # What a split gives beside its results: the logarithm of its sum of weights, in each such lane.
 # They are so many that each query row of results starts at a multiple of 16 bytes.
 LSE_LANES = 8
-# Thread blocks for each multiprocessor that splitting aims at. In decode several at once, several
-# times over, so that the last ones to end leave little idle. In other steps as many as there is
-# room for, but no more: what splits of many queries give is large.
-_DECODE_BLOCKS_PER_SM = 4
+# Thread blocks that a multiprocessor is taken to have at once.
 _BLOCKS_PER_SM = 2
+# In decode splitting aims at so many turns of all multiprocessors: more than one, as sequences are
+# not equally long, and few, as what splits give must be merged.
+_MIN_TURNS, _MAX_TURNS = 1.5, 4
+# The share of thread blocks' places that the last turn must not leave empty, of all turns.
+_FULL_TURNS = 0.9
 # Blocks of keys that make a split worth a thread block of its own.
 _MIN_SPLIT_BLOCKS = 4
 _TINY = np.finfo(np.float32).tiny
@@ -55,7 +58,7 @@ class AttentionPlan:
       kv_dtype: of the pool.
       tile_rows: query rows of a tile; a multiple of 16.
       block_tokens: tokens that are fetched and attended to together.
-      query_rows: query rows of the step, padded to hold a tile, and to a multiple of 8.
+      query_rows: query rows of the step, padded to hold a tile.
       max_tiles: tiles at most.
       num_splits: splits of a tile's keys at most.
     """
@@ -137,8 +140,9 @@ def plan_attention(
     tile_tokens = tile_rows // group
     if is_decode(q, page_table):
         max_tiles = num_tokens
-        wanted = -(-_DECODE_BLOCKS_PER_SM * chip.num_sms // (max_tiles * num_kv_heads))
+        wanted = _decode_splits(max_tiles * num_kv_heads, _BLOCKS_PER_SM * chip.num_sms)
     else:
+        # As many as there is room for, and no more: what splits of many queries give is large.
         max_tiles = min(num_tokens, -(-num_tokens // tile_tokens) + num_rows)
         wanted = _BLOCKS_PER_SM * chip.num_sms // (max_tiles * num_kv_heads)
     max_blocks = -(-page_table.shape[1] * page_size // block_tokens)
@@ -152,11 +156,28 @@ def plan_attention(
         kv_dtype=jnp.dtype(kv_pages.dtype),
         tile_rows=tile_rows,
         block_tokens=block_tokens,
-        # Copies of tiles of 8 rows do not reach past an end that is no multiple of 8.
-        query_rows=max(-(-num_tokens * group // 8) * 8, tile_rows),
+        query_rows=max(num_tokens * group, tile_rows),
         max_tiles=max_tiles,
         num_splits=max(1, min(wanted, max_blocks // _MIN_SPLIT_BLOCKS)),
     )
+
+
+def _decode_splits(num_units: int, num_places: int) -> int:
+    """Into how many thread blocks to split each unit of work, so that turns come out even.
+
+    Args:
+      num_units: tiles times KV heads.
+      num_places: thread blocks that run at once.
+    """
+    least = max(1, math.ceil(_MIN_TURNS * num_places / num_units))
+    most = max(least, math.ceil(_MAX_TURNS * num_places / num_units))
+
+    def fullness(splits: int) -> float:
+        turns = splits * num_units / num_places
+        return turns / math.ceil(turns)
+
+    full = (splits for splits in range(least, most + 1) if fullness(splits) >= _FULL_TURNS)
+    return next(full, max(range(least, most + 1), key=fullness))
 
 
 def to_query_rows(q: jax.Array, plan: AttentionPlan) -> jax.Array:
