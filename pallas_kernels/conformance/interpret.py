@@ -120,7 +120,7 @@ def _torn_tiles(source: Any, target: Any) -> Iterator[str]:
     tiling = next((t.tiling for t in target if hasattr(t, "tiling")), ())
     indices = source[-1].indices if source else ()
     for index, size in zip(indices[len(indices) - len(tiling) :], tiling, strict=True):
-        start = int(getattr(index, "start", index))
+        start = int(index.start if hasattr(index, "start") else index)
         if start % size:
             yield f"starts at {start}, no multiple of {size}"
 
