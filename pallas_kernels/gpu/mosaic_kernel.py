@@ -61,20 +61,25 @@ def attend_tile(
         lowest_key = jnp.int32(0)
         if sliding_window is not None:
             lowest_key = jnp.maximum(lowest_query - sliding_window + 1, 0)
+        find = functools.partial(
+            _find_pages,
+            page_table_ref,
+            plan=plan,
+            seq=field("seq"),
+            pages=(lowest_key // plan.page_size, (field("end_position") - 1) // plan.page_size),
+        )
         fetch = functools.partial(
             _fetch_block,
-            page_table_ref,
             cells_ref,
             scratch,
             plan=plan,
-            seq=field("seq"),
             head=head,
             first_page=layer_ref[0] * num_pages,
-            pages=(lowest_key // plan.page_size, (field("end_position") - 1) // plan.page_size),
             first_block=first_block,
         )
         _attend_blocks(
             field,
+            find,
             fetch,
             q_ref,
             scale_ref,
@@ -93,38 +98,34 @@ def attend_tile(
         )
 
 
-def _fetch_block(
-    page_table_ref,
-    cells_ref,
-    scratch,
-    block,
-    *,
-    plan,
-    seq,
-    head,
-    first_page,
-    pages,
-    first_block,
-):
+def _find_pages(page_table_ref, block, *, plan, seq, pages):
+    """Ids of the pages that a block lies in; for any block, as others than `pages` give way."""
+    tokens = [block * BLOCK_TOKENS + start for start, _ in _runs(plan)]
+    return [page_table_ref[seq, jnp.clip(token // plan.page_size, *pages)] for token in tokens]
+
+
+def _fetch_block(cells_ref, scratch, block, page_ids, *, plan, head, first_page, first_block):
     """Starts the copies of a block's pages to the stage that it takes its turn in."""
     stage = jax.lax.rem(block - first_block, scratch["kv"].shape[0])
-    run = min(BLOCK_TOKENS, plan.page_size)
-    tokens = [block * BLOCK_TOKENS + i * run for i in range(block_pages(plan))]
-    # All ids first: loads between copies would wait for each other. Outside the pages that the tile
-    # sees any page will do, as nobody sees its cells.
-    page_ids = [page_table_ref[seq, jnp.clip(token // plan.page_size, *pages)] for token in tokens]
-    for i, (token, page_id) in enumerate(zip(tokens, page_ids, strict=True)):
+    for (start, size), page_id in zip(_runs(plan), page_ids, strict=True):
         cell = ((first_page + page_id) * plan.num_kv_heads + head) * plan.page_size
-        cell += jax.lax.rem(token, plan.page_size)
+        cell += jax.lax.rem(block * BLOCK_TOKENS + start, plan.page_size)
         plgpu.copy_gmem_to_smem(
-            cells_ref.at[pl.ds(cell, run), pl.ds(0, 2 * plan.head_dim)],
-            scratch["kv"].at[stage, pl.ds(i * run, run)],
+            cells_ref.at[pl.ds(cell, size), pl.ds(0, 2 * plan.head_dim)],
+            scratch["kv"].at[stage, pl.ds(start, size)],
             scratch["kv_ready"].at[stage],
         )
 
 
+def _runs(plan: work.AttentionPlan) -> list[tuple[int, int]]:
+    """Start and size of the parts of a block that lie in one page each."""
+    size = BLOCK_TOKENS // block_pages(plan)
+    return [(start, size) for start in range(0, BLOCK_TOKENS, size)]
+
+
 def _attend_blocks(
     field,
+    find,
     fetch,
     q_ref,
     scale_ref,
@@ -161,15 +162,16 @@ def _attend_blocks(
 
     def start_fetches():
         for i in range(num_stages - 1):
-            pl.when(first_block + i < end_block)(functools.partial(fetch, first_block + i))
+            block = first_block + i
+            pl.when(block < end_block)(functools.partial(fetch, block, find(block)))
 
     when_first_wg(start_fetches)
     # Not by TMA, which copies tiles of 8 rows, from multiples of 8 alone: others come as zeros.
     scratch["q"][wg] = _load(q_ref.at[head, pl.ds(first_row, rows)], cores.layout)
     plgpu.commit_smem()
 
-    def fetch_ahead(block):
-        """Refills the stage that the block before had."""
+    def fetch_ahead(block, page_ids):
+        """Refills the stage that the block before had, with pages of known ids."""
         done = scratch["kv_done"].at[jax.lax.rem(block - first_block - 1 + num_stages, num_stages)]
 
         @pl.when(block > first_block)
@@ -177,7 +179,7 @@ def _attend_blocks(
             plgpu.barrier_wait(done)
 
         ahead = block + num_stages - 1
-        pl.when(ahead < end_block)(functools.partial(fetch, ahead))
+        pl.when(ahead < end_block)(functools.partial(fetch, ahead, page_ids))
 
     def cleared(cells, block):
         """`cells` without the dead ones, which may be NaN: a weight of 0 would not help."""
@@ -230,9 +232,11 @@ def _attend_blocks(
 
     def attend(block, carry, *, edge):
         """`edge` is where some rows do not see some of the block's keys."""
-        peak, total, *accs = carry
+        page_ids, peak, total, *accs = carry
         stage = jax.lax.rem(block - first_block, num_stages)
-        when_first_wg(functools.partial(fetch_ahead, block))
+        when_first_wg(functools.partial(fetch_ahead, block, page_ids))
+        # For the next block; they come while this one is multiplied.
+        page_ids = find(block + num_stages)
         plgpu.barrier_wait(scratch["kv_ready"].at[stage])
         keys, values = operands(block, stage)
         scores = multiply(scratch["q"].at[wg], keys.transpose((1, 0)), "scores")
@@ -256,12 +260,13 @@ def _attend_blocks(
             )
             accs[i] = accs[i] * _over_lanes(shrink, accs[i].shape) + added
         plgpu.barrier_arrive(scratch["kv_done"].at[stage])
-        return new_peak, total, *accs
+        return page_ids, new_peak, total, *accs
 
     def full(shape, value, layout):
         return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     carry = (
+        find(first_block + num_stages - 1),
         full((rows,), _MASKED, cores.layout.reduce(1)),
         full((rows,), 0, cores.layout.reduce(1)),
         *(full((rows, width), 0, cores.layout) for _, width in value_pieces),
@@ -275,7 +280,7 @@ def _attend_blocks(
         carry = jax.lax.fori_loop(first_block, plain_start, attend_edge, carry)
     plain_end = jnp.clip((lowest_query + 1) // BLOCK_TOKENS, plain_start, end_block)
     carry = jax.lax.fori_loop(plain_start, plain_end, functools.partial(attend, edge=False), carry)
-    peak, total, *accs = jax.lax.fori_loop(plain_end, end_block, attend_edge, carry)
+    _, peak, total, *accs = jax.lax.fori_loop(plain_end, end_block, attend_edge, carry)
     # The stages' last turns, of which only the last one nobody has waited for.
     when_first_wg(
         lambda: plgpu.barrier_wait(
