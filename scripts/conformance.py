@@ -92,8 +92,12 @@ def _implementations() -> dict[str, Callable]:
 def _interpreter() -> Callable[[], contextlib.AbstractContextManager[None]]:
     if _BACKEND.value != "gpu":
         return conformance.interpret_tpu
-    capability = GPU_TARGETS[_GPU.value].capability
-    return functools.partial(conformance.interpret_gpu, capability)
+    interpret = functools.partial(conformance.interpret_gpu, GPU_TARGETS[_GPU.value].capability)
+    try:
+        with interpret():
+            return interpret
+    except RuntimeError as e:
+        raise app.UsageError(f"--gpu={_GPU.value}: {e}") from e
 
 
 def _import(flag: str, path: str) -> Callable:

@@ -33,6 +33,14 @@ def test_our_own_functions_pass():
     }
 
 
+def test_interpreted_gpu_kernels_in_16_bits():
+    only = "--only=decode, page_size 16"
+    done = run("--backend=gpu", "--interpret", "--gpu=a100", "--dtype=bfloat16", only)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert [result["status"] for result in results] == ["passed"] * 3
+
+
 def test_a_stranger_that_fails():
     fault = "tests.pallas_kernels.test_conformance:widens_the_window"
     done = run(f"--paged_attention={fault}", "--only=sliding_window 16")
