@@ -46,7 +46,11 @@ def generate(backend, dtype):
 # Where jax can interpret Mosaic GPU, the suite is run without what is slow.
 @pytest.mark.parametrize(
     "kernels",
-    ["mosaic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tpu", "triton"))],
+    [
+        "mosaic",
+        pytest.param("triton", marks=pytest.mark.slow),
+        pytest.param("tpu", marks=(pytest.mark.slow, pytest.mark.nightly)),
+    ],
 )
 def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
     backend, interpret, dtype, tolerance = KERNELS[kernels]
