@@ -148,7 +148,6 @@ def _attend_blocks(
     num_wgs, rows, head_dim = scratch["q"].shape
     num_stages = scratch["kv"].shape[0]
     first_row, end_position = field("first") + wg * rows, field("end_position")
-    cell_pieces = pieces(head_dim, _CELL_LANES)
     value_pieces = pieces(head_dim, cores.max_value_lanes)
 
     def when_first_wg(act):
@@ -191,30 +190,30 @@ def _attend_blocks(
             live &= token >= lowest_key
         return jnp.where(live, cells, jnp.zeros_like(cells))
 
-    def clear_values(kv_ref, block):
-        for lane, width in cell_pieces:
-            at = (slice(None), pl.ds(head_dim + lane, width))
-            kv_ref[at] = cleared(kv_ref[at], block)
-        plgpu.commit_smem()
+    def put_cleared(source_ref, target_ref, first_lane, block):
+        """Puts keys or values, which start at `first_lane`, where they are multiplied."""
+        for lane, width in pieces(head_dim, _CELL_LANES):
+            at = (slice(None), pl.ds(first_lane + lane, width))
+            target_ref[at] = cleared(_convert(source_ref[at], plan.dtype), block)
 
     def operands(block, stage):
         """Keys and values [block, head_dim] as the tensor cores take them, dead ones cleared."""
         kv_ref = scratch["kv"].at[stage]
-        if plan.kv_dtype != plan.dtype:
-            converted_ref = scratch["converted"]
-            for lane, width in cell_pieces + [
-                (head_dim + lane, width) for lane, width in cell_pieces
-            ]:
-                at = (slice(None), pl.ds(lane, width))
-                cells = _convert(kv_ref[at], plan.dtype)
-                converted_ref[at] = cleared(cells, block)
+
+        def clear_values():
+            put_cleared(kv_ref, kv_ref, head_dim, block)
             plgpu.commit_smem()
-            kv_ref = converted_ref
+
+        if plan.kv_dtype != plan.dtype:
+            for first_lane in (0, head_dim):
+                put_cleared(kv_ref, scratch["converted"], first_lane, block)
+            plgpu.commit_smem()
+            kv_ref = scratch["converted"]
         else:
 
             @pl.when((block + 1) * BLOCK_TOKENS > end_position)
             def _():
-                when_first_wg(functools.partial(clear_values, kv_ref, block))
+                when_first_wg(clear_values)
                 if num_wgs > 1:
                     plgpu.barrier_arrive(scratch["cleared"])
                     plgpu.barrier_wait(scratch["cleared"])
@@ -288,44 +287,55 @@ def _attend_blocks(
         )
     )
 
-    own_start = jnp.maximum(field("own_start") - wg * rows, 0)
-    own_end = jnp.minimum(field("own_end") - wg * rows, rows)
-
-    out_smem = scratch["out"].at[wg]
-
-    whole = (own_start == 0) & (own_end == rows)
-
-    def store(numbers, lane, width):
-        """Own rows go out through shared memory; the box's others belong to other tiles."""
-        out_smem[:, : numbers.shape[1]] = numbers
-        plgpu.commit_smem()
-        home = out_ref.at[split, head, :, pl.ds(lane, width)]
-
-        def store_box():
-            plgpu.copy_smem_to_gmem(out_smem, home.at[pl.ds(first_row, rows)])
-
-        def store_rows():
-            def store_row(row, _):
-                plgpu.copy_smem_to_gmem(out_smem.at[row, pl.ds(0, width)], home.at[first_row + row])
-
-            jax.lax.fori_loop(own_start, own_end, store_row, None)
-
-        if width == out_smem.shape[1]:
-            pl.when(whole)(store_box)
-            pl.when(jnp.logical_not(whole))(store_rows)
-        else:
-            store_rows()
-        # Until they have left shared memory, which the next ones need.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
+    box = (
+        jnp.maximum(field("own_start") - wg * rows, 0),
+        jnp.minimum(field("own_end") - wg * rows, rows),
+        out_ref.at[split, head, pl.ds(first_row, rows)],
+    )
+    store = functools.partial(_store_rows, scratch["out"].at[wg], *box)
     for (lane, width), acc in zip(value_pieces, accs, strict=True):
         results = acc * _over_lanes(scale_ref[1] / total, acc.shape)
-        for start, count in pieces(width, out_smem.shape[1]):
+        for start, count in pieces(width, scratch["out"].shape[2]):
             piece = results[:, start : start + count].astype(plan.out_type.dtype)
-            store(piece, lane + start, count)
+            store(piece, lane + start)
     if plan.num_splits > 1:
         lse = peak / _LOG2_E + jnp.log(total)
-        store(_over_lanes(lse, (rows, work.LSE_LANES)), head_dim, work.LSE_LANES)
+        store(_over_lanes(lse, (rows, work.LSE_LANES)), head_dim)
+
+
+def _store_rows(smem_ref, own_start, own_end, home_ref, numbers, lane):
+    """Brings a warpgroup's own rows home, by way of shared memory.
+
+    Args:
+      smem_ref: [rows, OUT_ROW_BYTES of numbers].
+      own_start: the first of the rows that belong to the tile; others belong to other tiles.
+      own_end: one past the last.
+      home_ref: GMEM [rows, out_lanes].
+      numbers: [rows, lanes], at most as many as a row of `smem_ref` holds.
+      lane: of a row of `home_ref`, where they go.
+    """
+    rows, width = numbers.shape
+    smem_ref[:, :width] = numbers
+    plgpu.commit_smem()
+
+    def store_box():
+        plgpu.copy_smem_to_gmem(smem_ref, home_ref.at[:, pl.ds(lane, width)])
+
+    def store_each():
+        def store_row(row, _):
+            home = home_ref.at[row, pl.ds(lane, width)]
+            plgpu.copy_smem_to_gmem(smem_ref.at[row, pl.ds(0, width)], home)
+
+        jax.lax.fori_loop(own_start, own_end, store_row, None)
+
+    if width == smem_ref.shape[1]:
+        whole = (own_start == 0) & (own_end == rows)
+        pl.when(whole)(store_box)
+        pl.when(jnp.logical_not(whole))(store_each)
+    else:
+        store_each()
+    # Until they have left shared memory, which the next ones need.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _load(ref, layout) -> jax.Array:

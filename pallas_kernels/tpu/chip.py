@@ -4,9 +4,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import interpreting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +43,12 @@ def check_platform() -> None:
     """Raises ValueError where TPU kernels can neither run, nor be compiled, nor be interpreted."""
     if jax.default_backend() == "tpu" or pltpu.is_tpu_device():
         return
-
-    def touch(x):
-        def kernel(x_ref, out_ref):
-            out_ref[...] = x_ref[...]
-
-        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
-
-    try:
-        # Whether interpret mode is forced shows in nothing but the lowering.
-        jax.jit(touch).lower(jax.ShapeDtypeStruct((8, 128), jnp.float32))
-    except ValueError as e:
+    if not interpreting.is_forced():
         raise ValueError(
             f"backend 'tpu' on platform {jax.default_backend()!r}: its kernels run on TPUs only; "
             "pass backend='xla', or interpret them, slowly, within "
             "jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
-        ) from e
+        )
 
 
 def in_hbm(kv_pages: jax.Array) -> jax.Array:
