@@ -15,7 +15,6 @@ Exits with 1 if anything fails that is not refused by a rule of ours.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -33,11 +32,12 @@ from pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
 from scripts.compiled_steps import compile_step
 from scripts.flags import check_names, run
 from scripts.kernel_cases import (
-    MAX_TEMP_SHARE,
     AttentionShape,
     Struct,
     coverage_cases,
+    in_place_error,
     index_structs,
+    num_bytes,
     pool_struct,
     try_compile,
 )
@@ -146,7 +146,7 @@ def compile_kernel(
     kernel: str,
     dump: pathlib.Path,
     *,
-    shape: AttentionShape = AttentionShape(32, 8, 128),  # noqa: B008 (frozen)
+    shape: AttentionShape,
     num_rows: int = 64,
     kv_len: int = 2048,
     page_size: int = 16,
@@ -177,7 +177,6 @@ def compile_kernel(
     layer, scale = Struct((), jnp.int32), Struct((2,), jnp.float32)
     scaled = kv_dtype.itemsize == 1
     num_tokens = num_rows + 203 if kernel == "mixed" else num_rows
-    held_bytes = 0
 
     def attend(pool, q, layer, scale, *index):
         return pallas_kernels.paged_attention(
@@ -200,42 +199,41 @@ def compile_kernel(
     def copy(pool, source_ids, target_ids):
         return pallas_kernels.copy_pages(pool, source_ids, target_ids, backend="gpu")
 
-    writes = kernel in ("write", "copy")
+    held_bytes = None  # beside a pool that is donated
     if kernel == "copy":
         ids = Struct((_NUM_COPIES,), jnp.int32)
         function, args = copy, (ids, ids)
-        held_bytes = _NUM_COPIES * math.prod(pool.shape) // pool.shape[1] * kv_dtype.itemsize
+        held_bytes = _NUM_COPIES * num_bytes(pool) // pages
+    elif kernel == "write":
+        tokens = Struct((num_tokens, shape.num_kv_heads, shape.head_dim), dtype)
+        function, args = write, (tokens, layer, scale, *index)
+        held_bytes = 0
     else:
-        heads = shape.num_kv_heads if writes else shape.num_q_heads
-        tokens = Struct((num_tokens, heads, shape.head_dim), dtype)
-        function, args = (write if writes else attend), (tokens, layer, scale, *index)
-    compiled = try_compile(
-        compiler, compiler.mesh(), function, pool, *args, donate_argnums=(0,) if writes else ()
-    )
+        tokens = Struct((num_tokens, shape.num_q_heads, shape.head_dim), dtype)
+        function, args = attend, (tokens, layer, scale, *index)
+    donated = () if held_bytes is None else (0,)
+    compiled = try_compile(compiler, compiler.mesh(), function, pool, *args, donate_argnums=donated)
     if isinstance(compiled, str):
         ours = compiled.startswith("ValueError: ") and "backend 'gpu'" in compiled
         rule = compiled.removeprefix("ValueError: ")
         return KernelFacts(refused=rule) if ours else KernelFacts(error=compiled)
     memory = compiled.memory_analysis()
     assert memory is not None
-    pool_bytes = math.prod(pool.shape) * kv_dtype.itemsize
-    limit = MAX_TEMP_SHARE * pool_bytes + held_bytes
-    if not writes:
+    temp_bytes, error = memory.temp_size_in_bytes, None
+    if held_bytes is not None:
+        error = in_place_error(compiled, pool, held_bytes)
+    else:
         # Attention holds what its splits give, in float32, but not the pages of one layer.
         results = 4 * num_tokens * shape.num_q_heads * shape.head_dim
-        limit = max(pool_bytes // pool.shape[0] - 1, 8 * results)
-    error = None
-    if memory.temp_size_in_bytes > limit:
-        error = f"takes {memory.temp_size_in_bytes} bytes beside a pool of {pool_bytes}"
-    elif writes and memory.alias_size_in_bytes < pool_bytes:
-        error = f"aliases {memory.alias_size_in_bytes} bytes of a pool of {pool_bytes}"
+        if temp_bytes > max(num_bytes(pool) // pool.shape[0] - 1, 8 * results):
+            error = f"takes {temp_bytes} bytes beside a pool of {num_bytes(pool)}"
     said = "".join(path.read_text() for path in sorted(dump.glob("*.ptxas")))
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill stores", said)]
     return KernelFacts(
         registers=max(registers, default=None),
         spill_bytes=max(spills, default=None),
-        temp_bytes=memory.temp_size_in_bytes,
+        temp_bytes=temp_bytes,
         error=error,
     )
 

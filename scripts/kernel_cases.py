@@ -2,6 +2,7 @@
 """What kernels are compiled for when their device is not there: shapes, and all that they take."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -81,7 +82,8 @@ def coverage_cases() -> dict[str, dict[str, Any]]:
         "num_pages": 4096,
     }
     cases["131,072 tokens in pages of 8"] = {"num_rows": 8, "kv_len": 131072, "page_size": 8}
-    return cases
+    usual = {"shape": AttentionShape(32, 8, 128)}
+    return {name: usual | case for name, case in cases.items()}
 
 
 def pool_struct(
@@ -104,6 +106,29 @@ def index_structs(num_rows: int, pages_per_seq: int) -> Any:
     """page_table, kv_lens, cu_q_lens and num_seqs, which stand for arrays."""
     shapes = ((num_rows, pages_per_seq), (num_rows,), (num_rows + 1,), (1,))
     return tuple(Struct(shape, jnp.int32) for shape in shapes)
+
+
+def in_place_error(compiled: jax.stages.Compiled, pool: Struct, held_bytes: int = 0) -> str | None:
+    """What is wrong with a program that must give a donated pool back in the same memory.
+
+    Args:
+      compiled: the program.
+      pool: what stands for the pool.
+      held_bytes: that it may hold beside the pool.
+    """
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    pool_bytes, temp_bytes = num_bytes(pool), memory.temp_size_in_bytes
+    if memory.alias_size_in_bytes < pool_bytes:
+        return f"aliases {memory.alias_size_in_bytes} bytes of a pool of {pool_bytes}"
+    if temp_bytes > MAX_TEMP_SHARE * pool_bytes + held_bytes:
+        return f"takes {temp_bytes} bytes beside a pool of {pool_bytes}"
+    return None
+
+
+def num_bytes(array: Struct) -> int:
+    """Bytes of what an array's shape stands for."""
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
 def try_compile(
