@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from scripts import benchmark_kernels
-from scripts.benchmark_kernels import Case, parse_step
+from scripts.benchmark_kernels import parse_step
+from scripts.kernel_contenders import Case, Inputs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TINY = ("--rows=1", "--contexts=32", "--steps=", "--num_q_heads=4", "--num_kv_heads=2")
@@ -117,9 +118,7 @@ class TestVerdicts:
 
 class TestInputs:
     def test_every_page_belongs_to_one_place_and_none_to_the_reserved(self):
-        inputs = benchmark_kernels.Inputs(
-            parse_step("2*1@40+1*3@17", num_q_heads=2, num_kv_heads=1, head_dim=8)
-        )
+        inputs = Inputs(parse_step("2*1@40+1*3@17", num_q_heads=2, num_kv_heads=1, head_dim=8))
         table = np.asarray(inputs.table)
         assert table.shape == (3, 3)
         assert sorted(table[table > 0]) == list(range(1, 9))
@@ -130,7 +129,7 @@ class TestInputs:
         case = Case(
             q_lens=(2,), kv_lens=(19,), num_q_heads=2, num_kv_heads=1, head_dim=8, dtype="float32"
         )
-        inputs = benchmark_kernels.Inputs(case)
+        inputs = Inputs(case)
         tokens, results = inputs.expected()
         assert tokens.tolist() == [0, 1]
         pages = np.asarray(inputs.pool[0], np.float32)[np.asarray(inputs.table[0]), 0]
