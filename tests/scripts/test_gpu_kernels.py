@@ -22,7 +22,7 @@ compiles = [
         reason="no compiler for NVIDIA GPUs: make cuda-compiler",
     ),
 ]
-# One for each target, and every kind of case nightly, for some target; `scripts.gpu_kernels` compiles all.
+# One for each target, and every kind of case nightly, for some target; all: `scripts.gpu_kernels`.
 ALWAYS = {
     "a100": ["head_dim 64, int8 pages"],
     "h100": ["head_dim 256, int8 pages"],
