@@ -57,8 +57,9 @@ help: ## List the targets
 generate: $(RUN) ## Generate text with the shipped checkpoint (PROMPT=, MAX_TOKENS=, GENERATE_ARGS=)
 	$(BIN)/python -m scripts.generate --prompt="$$PROMPT" --max_tokens=$(MAX_TOKENS) $(GENERATE_ARGS)
 
+# A worker a core, as most of the time is compilation on one; each takes up to 4 GB.
 test: $(TEST) ## Run the whole test suite (PYTEST_ARGS='-m "not slow"' for the fast part)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal $(PYTEST_ARGS)
 
 lint: $(DEV) ## Check style and formatting (ruff)
 	$(BIN)/python -m ruff check .

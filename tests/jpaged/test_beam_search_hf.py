@@ -55,7 +55,9 @@ def check_all(engine, records):
 
 @pytest.mark.slow
 class TestHuggingFace:
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize(
+        "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.nightly) for case in CASES[1:])]
+    )
     def test_hypotheses_are_equal(self, case):
         records = records_of(case)
         num_pages = 1 + sum(map(pages_needed, records))
@@ -68,9 +70,9 @@ class TestHuggingFace:
         ("case", "preemption"),
         [
             pytest.param(CASES[0], "recompute", marks=pytest.mark.nightly),
-            (CASES[0], "swap"),
-            (CASES[1], "recompute"),
-            pytest.param(CASES[1], "swap", marks=pytest.mark.nightly),
+            pytest.param(CASES[0], "swap", marks=pytest.mark.nightly),
+            pytest.param(CASES[1], "recompute", marks=pytest.mark.nightly),
+            (CASES[1], "swap"),
         ],
     )
     def test_hypotheses_are_equal_under_preemption(self, case, preemption):

@@ -39,7 +39,6 @@ ALWAYS = {
     "bfloat16, mixed",
     "int8 pages",
     "float8_e4m3fn pages",
-    "33,000 tokens",
     "one row, without queries",
 }
 REFUSED = {"float16, decode", "float16, mixed"}

@@ -18,14 +18,15 @@ def small(name, **changes):
 
 STEPS = [
     ("v4", small("llama-3.2-1b")),
-    ("v5e", small("llama-3.2-1b")),
-    ("v5e", small("qwen3-0.6b")),
+    pytest.param("v5e", small("llama-3.2-1b"), marks=pytest.mark.nightly),
+    pytest.param("v5e", small("qwen3-0.6b"), marks=pytest.mark.nightly),
     ("v5e", small("qwen3-0.6b", head_dim=80)),
     pytest.param("v5e", small("qwen3-0.6b", head_dim=96), marks=pytest.mark.nightly),
-    ("v5e", small("qwen3-0.6b", head_dim=256)),
+    pytest.param("v5e", small("qwen3-0.6b", head_dim=256), marks=pytest.mark.nightly),
     pytest.param("v5p", small("qwen3-1.7b"), marks=pytest.mark.nightly),
     ("v6e", small("smollm2-135m")),
-    ("7x", small("qwen3-4b")),
+    ("7x", small("qwen3-0.6b")),
+    pytest.param("7x", small("qwen3-4b"), marks=pytest.mark.nightly),
 ]
 
 
@@ -65,7 +66,7 @@ def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatc
     assert facts.temp_bytes > 3 * 2 * 60e6 * 0.9  # three layers of 60 million weights
 
 
-@pytest.mark.parametrize("target", ["v5e", "v6e"])
+@pytest.mark.parametrize("target", ["v5e", pytest.param("v6e", marks=pytest.mark.nightly)])
 def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target):
     config = small("llama-3.2-1b")
     facts = compile_step(tpu_compiler, tpu_compiler.mesh(target, 4), config)

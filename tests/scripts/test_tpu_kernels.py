@@ -88,8 +88,18 @@ class TestVectorMemory:
         facts = compile_write(tpu_compiler, "v4", shape, kv_dtype=jnp.int8, page_size=32)
         assert facts.error.startswith("ValueError: a token write to 64 KV heads")
 
-    @pytest.mark.parametrize("target", ["v4", "v5e", "7x"])
-    @pytest.mark.parametrize("num_tokens", [64, 96])
+    @pytest.mark.parametrize(
+        ("target", "num_tokens"),
+        [
+            ("v4", 64),
+            ("v5e", 96),
+            ("7x", 64),
+            *(
+                pytest.param(*item, marks=pytest.mark.nightly)
+                for item in (("v4", 96), ("v5e", 64), ("7x", 96))
+            ),
+        ],
+    )
     def test_the_plan_knows_what_the_kernel_takes(self, tpu_compiler, target, num_tokens):
         shape = AttentionShape(32, 8, 128)
         facts = compile_attention(tpu_compiler, target, shape, num_tokens=num_tokens)
