@@ -6,12 +6,15 @@ import os
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Interpreted kernels wait for each other in threads of XLA's pool, and for ever where it has too
+# few: one a core unless told.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 
 from pallas_kernels.aot import TpuCompiler, find_libtpu
 
-# Interpreted TPU kernels can wait for themselves for ever with a single one.
+# To share a model between.
 jax.config.update("jax_num_cpu_devices", 2)
 # Mixed dtypes and silently broadcast ranks are bugs until shown otherwise.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -16,8 +16,9 @@ def interpret_tpu() -> Iterator[None]:
     """Interprets what is traced within, with copies that run as late as they may.
 
     Memory that was never written is NaN, and page ids outside the pool are errors where the copy is
-    awaited: one that is started only goes unnoticed. jax's interpreter can wait for itself for ever
-    on a machine with one core; two CPU devices (`jax_num_cpu_devices`) prevent that.
+    awaited: one that is started only goes unnoticed. What the kernel runs at once waits in threads
+    of XLA's pool, which has one a core: with few cores, for ever. The environment variable
+    PJRT_NPROC=8, set before jax makes its first array, gives it enough.
 
     Raises:
       AssertionError: at the end, if two accesses of which one writes were not ordered by a wait.
@@ -52,7 +53,8 @@ def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Interprets the GPU kernels that are traced within, as those of a compute capability.
 
     Mosaic GPU's are interpreted with their copies, barriers and warpgroups, one thread block after
-    the other; memory that was never written is NaN. jax has no such interpreter for Triton's.
+    the other; memory that was never written is NaN. They wait as TPU kernels do (`interpret_tpu`):
+    set PJRT_NPROC=8. jax has no such interpreter for Triton's.
 
     Args:
       capability: (9, 0) for Mosaic GPU's kernels on Hopper, (8, 0) for Triton's.
