@@ -59,8 +59,9 @@ def main(argv: list[str]) -> None:
     if not any(_ONLY.value in name for name in conformance.suite()):
         names = ", ".join(repr(name) for name in conformance.suite())
         raise app.UsageError(f"--only={_ONLY.value!r} is in no case's name; cases: {names}")
-    # Threads for what an interpreted kernel runs at once, see `conformance.interpret_tpu`.
-    os.environ.setdefault("PJRT_NPROC", "8")
+    if _INTERPRET.value:
+        # Threads for what an interpreted kernel runs at once, see `conformance.interpret_tpu`.
+        os.environ.setdefault("PJRT_NPROC", "8")
     results = []
     for result in conformance.run(
         **_implementations(),

@@ -17,8 +17,8 @@ def interpret_tpu() -> Iterator[None]:
 
     Memory that was never written is NaN, and page ids outside the pool are errors where the copy is
     awaited: one that is started only goes unnoticed. What the kernel runs at once waits in threads
-    of XLA's pool, which has one a core: with few cores, for ever. The environment variable
-    PJRT_NPROC=8, set before jax makes its first array, gives it enough.
+    of XLA's pool, which has one a core, and with few cores may wait for ever. The environment
+    variable PJRT_NPROC=8, set before jax makes its first array, gives the pool eight.
 
     Raises:
       AssertionError: at the end, if two accesses of which one writes were not ordered by a wait.
