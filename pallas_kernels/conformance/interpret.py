@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import jax
+from pallas_kernels import versions
 
 
 @contextlib.contextmanager
@@ -23,28 +23,9 @@ def interpret_tpu() -> Iterator[None]:
     Raises:
       AssertionError: at the end, if two accesses of which one writes were not ordered by a wait.
     """
-    # Imported here, so that who interprets nothing depends on nothing private. Up to jax 0.11 what
-    # the interpreter finds stands here only.
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-    from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
-    from jax.experimental.pallas import tpu as pltpu
-
-    states: list[RaceDetectionState] = []
-
-    def recorded(*args, **kwargs):
-        # Every kernel starts a state of its own, and would hide the one before.
-        states.append(RaceDetectionState(*args, **kwargs))
-        return states[-1]
-
-    pltpu.reset_tpu_interpret_mode_state()
-    try:
-        with (
-            unittest.mock.patch.object(interpret_pallas_call, "RaceDetectionState", recorded),
-            pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)),
-        ):
-            yield
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+    interpreter = versions.tpu_interpreter()
+    with _races_recorded(interpreter) as states, interpreter.forced():
+        yield
     _check_races(states)
 
 
@@ -64,54 +45,57 @@ def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         or a copy does not start where a tile does.
       RuntimeError: for Mosaic GPU's kernels with jax 0.10.
     """
-    # As above: nothing private for who interprets nothing.
-    from jax._src import config
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
     from pallas_kernels.gpu import chip
 
-    mode: Any = True
-    if capability[0] >= 9:
-        params = getattr(plgpu, "InterpretGPUParams", None)
-        if params is None:
-            raise RuntimeError(
-                f"jax {jax.__version__} cannot interpret Mosaic GPU's products; jax 0.11 can"
-            )
-        mode = params(detect_races=True)
-    states = []
-    name = "GPURaceDetectionState"
-    state_type: Any = getattr(gpu_callbacks, name, None)
+    mosaic = capability[0] >= 9
+    interpreter = versions.mosaic_interpreter() if mosaic else versions.triton_interpreter()
+    interpreted = dataclasses.replace(chip.INTERPRETED, capability=capability)
+    with (
+        _races_recorded(interpreter) as states,
+        _torn_copies_recorded(interpreter) as torn,
+        unittest.mock.patch.object(chip, "INTERPRETED", interpreted),
+        warnings.catch_warnings(),
+        interpreter.forced(),
+    ):
+        # Query rows past a tile's own may hold NaN; NumPy multiplies in threads of jax's.
+        warnings.filterwarnings("ignore", "invalid value encountered in matmul")
+        yield
+    _check_races(states)
+    assert not torn, f"{len(torn)} copies tear tiles, as the first: {torn[0]}"
+
+
+@contextlib.contextmanager
+def _races_recorded(interpreter: versions.Interpreter) -> Iterator[list[Any]]:
+    """The states of race detection of all kernels: each starts one, and would hide the last."""
+    states: list[Any] = []
+    if not interpreter.race_state:
+        yield states
+        return
+    state_type = getattr(interpreter.module, interpreter.race_state)
 
     def recorded(*args, **kwargs):
         states.append(state_type(*args, **kwargs))
         return states[-1]
 
-    copy: Any = getattr(gpu_callbacks, "copy_gmem_to_smem", None)
+    with unittest.mock.patch.object(interpreter.module, interpreter.race_state, recorded):
+        yield states
+
+
+@contextlib.contextmanager
+def _torn_copies_recorded(interpreter: versions.Interpreter) -> Iterator[list[str]]:
+    """What is wrong with copies to tiles, see `_torn_tiles`."""
     torn: list[str] = []
+    if not interpreter.copy_to_shared:
+        yield torn
+        return
+    copy = getattr(interpreter.module, interpreter.copy_to_shared)
 
     def checked(**kwargs):
         torn.extend(_torn_tiles(kwargs["src_transforms"], kwargs["dst_transforms"]))
         return copy(**kwargs)
 
-    interpreted = dataclasses.replace(chip.INTERPRETED, capability=capability)
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    before = config.pallas_tpu_interpret_mode_context_manager.swap_local(mode)
-    try:
-        with (
-            unittest.mock.patch.object(gpu_callbacks, name, recorded, create=True),
-            unittest.mock.patch.object(gpu_callbacks, "copy_gmem_to_smem", checked, create=True),
-            unittest.mock.patch.object(chip, "INTERPRETED", interpreted),
-            warnings.catch_warnings(),
-        ):
-            # Query rows past a tile's own may hold NaN; NumPy multiplies in threads of jax's.
-            warnings.filterwarnings("ignore", "invalid value encountered in matmul")
-            yield
-    finally:
-        config.pallas_tpu_interpret_mode_context_manager.set_local(before)
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-    _check_races(states)
-    assert not torn, f"{len(torn)} copies tear tiles, as the first: {torn[0]}"
+    with unittest.mock.patch.object(interpreter.module, interpreter.copy_to_shared, checked):
+        yield torn
 
 
 def _torn_tiles(source: Any, target: Any) -> Iterator[str]:

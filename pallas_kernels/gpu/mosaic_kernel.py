@@ -2,7 +2,6 @@
 """What a thread block of the Mosaic GPU lowering does: one tile, one KV head, one split of keys."""
 
 import functools
-import inspect
 import math
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import versions
 from pallas_kernels.gpu import work
 from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
 
@@ -166,7 +166,8 @@ def _attend_blocks(
 
     when_first_wg(start_fetches)
     # Not by TMA, which copies tiles of 8 rows, from multiples of 8 alone: others come as zeros.
-    scratch["q"][wg] = _load(q_ref.at[head, pl.ds(first_row, rows)], cores.layout)
+    queries = versions.mosaic_load(q_ref.at[head, pl.ds(first_row, rows)], cores.layout)
+    scratch["q"][wg] = queries
     plgpu.commit_smem()
 
     def fetch_ahead(block, page_ids):
@@ -315,7 +316,7 @@ def _store_rows(smem_ref, own_start, own_end, home_ref, numbers, lane):
       lane: of a row of `home_ref`, where they go.
     """
     rows, width = numbers.shape
-    smem_ref[:, :width] = numbers
+    versions.mosaic_store(smem_ref.at[:, :width], numbers)
     plgpu.commit_smem()
 
     def store_box():
@@ -336,13 +337,6 @@ def _store_rows(smem_ref, own_start, own_end, home_ref, numbers, lane):
         store_each()
     # Until they have left shared memory, which the next ones need.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _load(ref, layout) -> jax.Array:
-    """What is in global memory, in registers laid out for the tensor cores."""
-    # jax 0.10 wants an index also beside a reference that has one, of which jax 0.11 warns.
-    wants_index = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-    return plgpu.load(ref, *([()] if wants_index else []), layout=layout, optimized=False)
 
 
 def _convert(cells, dtype):

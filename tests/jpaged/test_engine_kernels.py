@@ -5,10 +5,10 @@ import functools
 import pathlib
 
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import models
 from jpaged import Engine, EngineConfig, SamplingParams
+from pallas_kernels import versions
 from pallas_kernels.conformance import interpret_gpu, interpret_tpu
 
 DEMO = pathlib.Path(models.__file__).parent / "demo"
@@ -54,7 +54,7 @@ def generate(backend, dtype):
 )
 def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
     backend, interpret, dtype, tolerance = KERNELS[kernels]
-    if kernels == "mosaic" and not hasattr(plgpu, "InterpretGPUParams"):
+    if kernels == "mosaic" and not versions.interprets_mosaic():
         pytest.skip("jax 0.10 cannot interpret Mosaic GPU's products; jax 0.11 can")
     want, _ = generate("xla", dtype)
     with interpret():

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import pallas_kernels
-from pallas_kernels import conformance, kv_pages_shape
+from pallas_kernels import conformance, kv_pages_shape, versions
 from pallas_kernels.gpu import mosaic, triton
 from pallas_kernels.gpu.attention import choose_lowering
 from pallas_kernels.gpu.chip import Chip, target_chip
@@ -43,7 +43,7 @@ ALWAYS = {
     (10, 0): {"decode, page_size 16", "head_dim 96, mixed", "int8 pages"},
 }
 interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"),
+    not versions.interprets_mosaic(),
     reason=f"jax {jax.__version__} cannot interpret Mosaic GPU's products; jax 0.11 can",
 )
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels import reference
+from pallas_kernels import reference, versions
 from pallas_kernels.conformance import make_case, poisoned_pool, written_pool
 
 WRITES = {
@@ -183,7 +183,7 @@ POOL_DTYPES = [
         jnp.bfloat16,
         id="bf16",
         marks=pytest.mark.xfail(
-            jax.__version_info__ < (0, 11),
+            versions.cpu_converts_bfloat16(),
             reason="the CPU compiler of jax 0.10 converts the whole pool around bfloat16 "
             "gathers and updates; the engine keeps float32 pages (docs/decisions.md)",
         ),

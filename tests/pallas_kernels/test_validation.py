@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
-from pallas_kernels import conformance, dispatch, validation
+from pallas_kernels import conformance, dispatch, validation, versions
 from pallas_kernels.conformance import make_case
 
 
@@ -269,7 +268,7 @@ class TestBackend:
         message = r"^backend 'gpu' on platform 'cpu': .*interpret_gpu\(\)$"
         with pytest.raises(ValueError, match=message):
             dispatch.resolve_backend("gpu")
-        if capability < (9, 0) or hasattr(plgpu, "InterpretGPUParams"):
+        if capability < (9, 0) or versions.interprets_mosaic():
             with conformance.interpret_gpu(capability):
                 assert dispatch.resolve_backend("gpu") == "gpu"
         with pytest.raises(ValueError, match=message):
