@@ -72,8 +72,9 @@ def attention_kernel(
             copy_page(ids_ref[0, 0, place + i], slot, i).start()
 
     def wait_whole_group(slot):
-        source = kv_pages_ref.at[layer, pl.ds(0, plan.group_pages)]
-        pltpu.make_async_copy(source, pages_ref.at[slot], sems.at[slot]).wait()
+        # Only the size counts; the pool, as a source, may have fewer pages than a group.
+        half = pages_ref.at[slot]
+        pltpu.make_async_copy(half, half, sems.at[slot]).wait()
 
     attend = functools.partial(
         _attend_group,
