@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged attention for NVIDIA GPUs: what the lowerings share, and which of them a call gets."""
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -30,8 +31,44 @@ def paged_attention(
     One kernel serves decode, prefill and mixed steps. A step that has no more tokens than rows is
     taken for decode, and gets smaller tiles of queries.
     """
+    # Not in what is jitted, whose traces are kept: who interprets or measures changes these.
     chip = target_chip()
-    lowering = choose_lowering(q, chip)
+    return _attend(
+        q,
+        kv_pages,
+        page_table,
+        kv_lens,
+        cu_q_lens,
+        num_seqs,
+        layer=layer,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        kv_scale=kv_scale,
+        chip=chip,
+        lowering=choose_lowering(q, chip),
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap", "chip", "lowering")
+)
+def _attend(
+    q,
+    kv_pages,
+    page_table,
+    kv_lens,
+    cu_q_lens,
+    num_seqs,
+    *,
+    layer,
+    sm_scale,
+    sliding_window,
+    soft_cap,
+    kv_scale,
+    chip: Chip,
+    lowering: ModuleType,
+) -> jax.Array:
     plan = lowering.plan_attention(q, kv_pages, page_table, chip)
     tiles, splits = work.make_tiles(
         kv_lens, cu_q_lens, num_seqs, q.shape[0], plan=plan, sliding_window=sliding_window

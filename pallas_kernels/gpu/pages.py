@@ -4,6 +4,9 @@
 `docs/decisions.md` has what was looked at in the compiled modules.
 """
 
-from pallas_kernels.reference import copy_pages, write_kv
+import jax
 
-__all__ = ["copy_pages", "write_kv"]
+from pallas_kernels import reference
+
+copy_pages = jax.jit(reference.copy_pages)
+write_kv = jax.jit(reference.write_kv)

@@ -26,6 +26,10 @@ from pallas_kernels.tpu.plan import (
 from pallas_kernels.tuning import TpuTiles
 
 
+# Jitted by itself as every backend's functions are: called outside jit it is one program, in which
+# alone the pool can be kept in HBM, and a model's layers, which differ in `layer` alone, are traced
+# and lowered once.
+@functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap", "tiles"))
 def paged_attention(
     q,
     kv_pages,

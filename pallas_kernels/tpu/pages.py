@@ -28,6 +28,7 @@ _MAX_STRIPS = 8
 _STRIP_FIELDS = ("page_id", "slot", "first", "end", "token")
 
 
+@jax.jit  # like attention
 def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer, kv_scale):
     """See `pallas_kernels.write_kv`.
 
@@ -190,6 +191,7 @@ def _write_kernel(
     jax.lax.fori_loop(first_open, num_strips, lambda i, _: write_strip(i).wait(), None)
 
 
+@jax.jit
 def copy_pages(kv_pages, src_page_ids, dst_page_ids):
     """See `pallas_kernels.copy_pages`; every source is read before any page is written."""
     check_pool(kv_pages)

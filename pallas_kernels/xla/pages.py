@@ -4,9 +4,10 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.reference import copy_pages, pack_cells, token_positions, token_rows
+from pallas_kernels import reference
+from pallas_kernels.reference import pack_cells, token_positions, token_rows
 
-__all__ = ["copy_pages", "write_kv"]
+copy_pages = jax.jit(reference.copy_pages)
 
 
 @jax.jit  # traced once for all layers, like attention

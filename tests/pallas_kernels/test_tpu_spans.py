@@ -40,7 +40,8 @@ def tiles_of(kv_lens, cu_q_lens, num_seqs, *, num_tokens, q_tile):
         unittest.mock.patch.object(attention, "_attend_tiles", take),
         unittest.mock.patch.object(tuning, "tpu_tiles", lambda *_, **__: tiles),
     ):
-        attention.paged_attention(
+        # Without its jit, which tiles must not be taken out of.
+        attention.paged_attention.__wrapped__(
             jnp.zeros((num_tokens, 1, 128)),
             jnp.zeros((1, 2, 1, PAGE_SIZE, 256)),
             jnp.zeros((kv_lens.shape[0], PAGES_PER_SEQ), jnp.int32),
