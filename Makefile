@@ -98,7 +98,7 @@ constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at 
 	echo "make: wrote constraints/py$(PYVER).txt"
 
 clean: ## Remove the environments, caches and build outputs
-	rm -rf $(VENV) .venv .venv-newest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv .venv-middle .venv-newest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +
 
 $(MADE):

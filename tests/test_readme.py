@@ -66,3 +66,13 @@ def test_the_tree_search_runs():
     assert 10 <= saved < 100
     body = [line for line in code.splitlines() if line.strip()]
     assert len(body) <= 36
+
+
+def test_the_tested_versions_are_those_of_the_constraints():
+    flat = " ".join(README.split())
+    for name, python in (("py311.txt", "3.11"), ("py313.txt", "3.13")):
+        pins = (ROOT / "constraints" / name).read_text(encoding="utf-8")
+        jax = re.search(r"^jax==(\S+)$", pins, re.MULTILINE)
+        assert jax and f"Python {python} and jax {jax[1]}" in flat
+    others = re.findall(r"^(flax|orbax-checkpoint)==(\S+)$", pins, re.MULTILINE)
+    assert f"with {' and '.join(f'{name} {version}' for name, version in others)} (" in flat
