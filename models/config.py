@@ -2,17 +2,18 @@
 """The shape of a decoder, independent of where its description came from."""
 
 import dataclasses
-import json
+import logging
 import math
+import os
 import pathlib
 import typing
 from typing import Any
 
+from models import generation_config
 from models.families import FAMILIES, Family
+from models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
 
-
-class ModelConfigError(ValueError):
-    """A model description that this code cannot honour; the message names field and value."""
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,51 +144,45 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
       FileNotFoundError: if `config.json` is missing.
       ModelConfigError: if it is not JSON or describes a model that is not supported.
     """
-    config = config_from_hf(_read_json(directory / "config.json"))
-    generation_path = directory / "generation_config.json"
-    if not generation_path.exists():
+    config = config_from_hf(read_json(directory / "config.json"))
+    generation_path = directory / generation_config.FILE
+    if not os.path.lexists(generation_path):
         return config
     # Chat models list more stop tokens there than in config.json; transformers lets that file win.
-    eos = _read_json(generation_path).get("eos_token_id")
-    if eos is None:
-        return config
-    return dataclasses.replace(config, eos_token_ids=_eos_token_ids(eos))
+    eos = read_json(generation_path).get("eos_token_id")
+    ids = _token_ids(f"{generation_config.FILE}: eos_token_id", eos, config.vocab_size)
+    return dataclasses.replace(config, eos_token_ids=ids) if ids else config
 
 
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as e:  # bad JSON, or bytes that are no text
-        raise ModelConfigError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(fields, dict):
-        raise ModelConfigError(f"{path} must hold a JSON object, not a {type(fields).__name__}")
-    return fields
-
-
-# config.json's name of a field, ours, and its value where it is absent (None: it must be there).
-_FIELDS: tuple[tuple[str, str, Any], ...] = (
-    ("vocab_size", "vocab_size", None),
-    ("hidden_size", "hidden_size", None),
-    ("intermediate_size", "intermediate_size", None),
-    ("num_hidden_layers", "num_layers", None),
-    ("num_attention_heads", "num_q_heads", None),
-    ("rms_norm_eps", "rms_norm_eps", 1e-6),
-    ("tie_word_embeddings", "tie_word_embeddings", False),
-    ("max_position_embeddings", "max_position_embeddings", 2048),
+# config.json's name of a field and ours.
+_FIELDS: tuple[tuple[str, str], ...] = (
+    ("vocab_size", "vocab_size"),
+    ("hidden_size", "hidden_size"),
+    ("intermediate_size", "intermediate_size"),
+    ("num_hidden_layers", "num_layers"),
+    ("num_attention_heads", "num_q_heads"),
+    ("rms_norm_eps", "rms_norm_eps"),
+    ("tie_word_embeddings", "tie_word_embeddings"),
+    ("max_position_embeddings", "max_position_embeddings"),
 )
 _TYPES = typing.get_type_hints(ModelConfig)
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
-# Fields that `config_from_hf` reads by hand below.
+# Fields that are read by hand, here and in `models.checkpoint`.
 _DERIVED_FIELDS = frozenset(
     {
+        "architectures",
+        "model_type",
         "num_key_value_heads",
         "head_dim",
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
+        "original_max_position_embeddings",
         "bos_token_id",
         "eos_token_id",
         "layer_types",
+        "mlp_layer_types",
+        "transformers_weights",
     }
 )
 
@@ -195,8 +190,11 @@ _DERIVED_FIELDS = frozenset(
 def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     """Reads the fields of a Hugging Face `config.json`, as transformers 4 or 5 writes it.
 
-    Every field must be understood: one that is unknown, or whose value this decoder does not
-    compute, is an error, because ignoring it would give wrong text without a word.
+    A field that changes the result is honoured or refused by name, also where it is not known,
+    because ignoring it would give wrong text without a word. One that changes nothing, or nothing
+    at the value it has (null, false, zero and empty for one that is not known), is passed over.
+    What is left out is taken as transformers takes it for the family. Fields of
+    generation_config.json that stand here are `models.generation_config`'s.
 
     Args:
       fields: the parsed JSON object.
@@ -207,33 +205,36 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     Raises:
       ModelConfigError: naming the field, its value and what is supported.
     """
-    architectures = fields.get("architectures") or []
-    name = architectures[0] if len(architectures) == 1 else ""
-    if name not in FAMILIES:
-        raise ModelConfigError(
-            f"architectures={architectures!r} is not supported; supported: {sorted(FAMILIES)}"
-        )
+    name = _family_name(fields)
     family = FAMILIES[name]
     _check_fields(name, family, fields)
+    given = {field: value for field, value in fields.items() if value is not None}
     values: dict[str, Any] = {"family": name, "qk_norm": family.qk_norm}
-    for hf_name, our_name, default in _FIELDS:
-        value = fields.get(hf_name, default)
-        if value is None:
-            raise ModelConfigError(f"config.json has no {hf_name!r}, which {name} needs")
-        values[our_name] = _typed(hf_name, value, _TYPES[our_name])
-    num_heads = values["num_q_heads"]
+    for hf_name, our_name in _FIELDS:
+        value = given.get(hf_name, family.defaults[hf_name])
+        values[our_name] = typed(hf_name, value, _TYPES[our_name])
+    num_heads, hidden_size = values["num_q_heads"], values["hidden_size"]
+    # A null is not a missing field here: transformers gives each query head its own then.
+    kv_heads = fields.get("num_key_value_heads", family.defaults.get("num_key_value_heads"))
+    values["num_kv_heads"] = typed(
+        "num_key_value_heads", num_heads if kv_heads is None else kv_heads, int
+    )
+    head_dim = given.get("head_dim", family.defaults.get("head_dim"))
     # Of no heads at all, ModelConfig complains.
-    head_dim = family.default_head_dim or values["hidden_size"] // max(num_heads, 1)
-    for hf_name, our_name, default in (
-        ("num_key_value_heads", "num_kv_heads", num_heads),
-        ("head_dim", "head_dim", head_dim),
-    ):
-        value = default if fields.get(hf_name) is None else fields[hf_name]
-        values[our_name] = _typed(hf_name, value, int)
-    values |= _rope(fields)
-    if fields.get("bos_token_id") is not None:
-        values["bos_token_id"] = _typed("bos_token_id", fields["bos_token_id"], int)
-    values["eos_token_ids"] = _eos_token_ids(fields.get("eos_token_id"))
+    if head_dim is None and num_heads > 0 and hidden_size % num_heads:
+        raise ModelConfigError(
+            f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads} "
+            "where config.json has no head_dim"
+        )
+    values["head_dim"] = typed(
+        "head_dim", hidden_size // max(num_heads, 1) if head_dim is None else head_dim, int
+    )
+    values |= _rope(fields, family)
+    _check_layer_types(name, given, values["num_layers"])
+    vocab_size = values["vocab_size"]
+    if "bos_token_id" in given:
+        values["bos_token_id"] = _token_id("bos_token_id", given["bos_token_id"], vocab_size)
+    values["eos_token_ids"] = _token_ids("eos_token_id", fields.get("eos_token_id"), vocab_size)
     return ModelConfig(**values)
 
 
@@ -244,7 +245,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "model_type": FAMILIES[config.family].model_type,
         "hidden_act": "silu",
     }
-    fields |= {hf_name: getattr(config, our_name) for hf_name, our_name, _ in _FIELDS}
+    fields |= {hf_name: getattr(config, our_name) for hf_name, our_name in _FIELDS}
     fields |= {"num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
@@ -262,106 +263,186 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _typed(field: str, value: Any, kind: type) -> Any:
-    """The value as a `kind`, or an error: JSON's "32" is not 32, nor its true 1."""
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-        raise ModelConfigError(f"{field}={value!r} must be of type {kind.__name__}")
-    return kind(value)
+def _token_id(field: str, value: Any, vocab_size: int) -> int:
+    token_id = typed(field, value, int)
+    if not 0 <= token_id < vocab_size:
+        raise ModelConfigError(
+            f"{field}={token_id} must be a token: between 0 and {vocab_size - 1}, for vocab_size="
+            f"{vocab_size}"
+        )
+    return token_id
 
 
-def _eos_token_ids(eos: Any) -> tuple[int, ...]:
-    if eos is None:
+def _token_ids(field: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    if value is None:
         return ()
-    return tuple(_typed("eos_token_id", t, int) for t in (eos if isinstance(eos, list) else [eos]))
+    ids = value if isinstance(value, list) else [value]
+    return tuple(_token_id(field, token_id, vocab_size) for token_id in ids)
+
+
+def _family_name(fields: dict[str, Any]) -> str:
+    """The architecture that transformers' AutoModelForCausalLM would take.
+
+    It goes by model_type alone; architectures that say something else are a contradiction.
+    """
+    names = fields.get("architectures") or []
+    model_type = fields.get("model_type")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelConfigError(
+            f"architectures={shown(names)} must be a list of names; supported: {sorted(FAMILIES)}"
+        )
+    if model_type is not None:
+        typed("model_type", model_type, str)
+    supported = [name for name in dict.fromkeys(names) if name in FAMILIES]
+    if not names:
+        supported = [name for name, f in FAMILIES.items() if f.model_type == model_type]
+    if len(supported) != 1 or (len(set(names)) > 1 and model_type is None):
+        raise ModelConfigError(
+            f"architectures={shown(names)} with model_type={shown(model_type)} is not supported; "
+            f"supported: {sorted(FAMILIES)}"
+        )
+    return supported[0]
 
 
 def _check_fields(name: str, family: Family, fields: dict[str, Any]) -> None:
-    if fields.get("model_type", family.model_type) != family.model_type:
+    if fields.get("model_type") not in (None, family.model_type):
         raise ModelConfigError(
-            f"model_type={fields['model_type']!r} does not go with architecture {name}, "
+            f"model_type={shown(fields['model_type'])} does not go with architecture {name}, "
             f"whose model_type is {family.model_type!r}"
         )
-    for field, allowed in family.required_values.items():
-        if fields.get(field, allowed[0]) not in allowed:
+    policy = FieldPolicy(
+        read={hf_name for hf_name, _ in _FIELDS} | _DERIVED_FIELDS,
+        neutral=family.neutral_fields,
+        inert=family.inert_fields | generation_config.FIELDS,
+        inert_prefixes=("unsloth_",),
+    )
+    if refused := policy.refused(fields):
+        field = min(refused)
+        raise ModelConfigError(
+            f"{field}={shown(fields[field])} is not supported for {name}; supported: "
+            f"{refused[field]}"
+        )
+    if unknown := policy.unknown(fields):
+        raise ModelConfigError(
+            f"config.json has fields that are not supported for {name}: {listed(unknown)}. They "
+            "could change what the model computes, so they are not ignored"
+        )
+
+
+def _check_layer_types(name: str, given: dict[str, Any], num_layers: int) -> None:
+    for field, supported in (
+        ("layer_types", ("full_attention", "attention")),
+        ("mlp_layer_types", ("dense",)),
+    ):
+        kinds = given.get(field) or []
+        if not isinstance(kinds, list) or not all(kind in supported for kind in kinds):
             raise ModelConfigError(
-                f"{field}={fields[field]!r} is not supported for {name}; supported: "
-                + " or ".join(repr(value) for value in allowed)
+                f"{field}={shown(kinds)} is not supported for {name}; supported: "
+                f"{supported[0]!r} in every layer"
             )
-    if set(fields.get("layer_types") or ["full_attention"]) != {"full_attention"}:
-        raise ModelConfigError(
-            f"layer_types={fields['layer_types']!r} is not supported for {name}; supported: "
-            "'full_attention' in every layer"
-        )
-    known = {hf_name for hf_name, _, _ in _FIELDS} | _DERIVED_FIELDS
-    unknown = sorted(set(fields) - known - set(family.required_values) - family.inert_fields)
-    if unknown:
-        listed = ", ".join(f"{field}={fields[field]!r}" for field in unknown)
-        raise ModelConfigError(
-            f"config.json has fields that are not supported for {name}: {listed}. They could "
-            "change what the model computes, so they are not ignored"
-        )
+        if kinds and len(kinds) != num_layers:
+            raise ModelConfigError(
+                f"{field} has {len(kinds)} entries for num_hidden_layers={num_layers}: they "
+                "contradict each other"
+            )
 
 
-def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+def _rope(fields: dict[str, Any], family: Family) -> dict[str, Any]:
     """rope_theta and rope_scaling: transformers 5 keeps all in rope_parameters, 4 beside it."""
-    places = [_typed(field, fields[field], dict) for field in _ROPE_FIELDS if fields.get(field)]
+    places = [
+        {
+            key: value
+            for key, value in typed(field, fields[field], dict).items()
+            if value is not None
+        }
+        for field in _ROPE_FIELDS
+        if fields.get(field)
+    ]
     scalings = [_rope_scaling(place) for place in places]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise ModelConfigError(
-            f"rope_parameters={places[0]!r} and rope_scaling={places[1]!r} contradict each other; "
-            "keep one of them"
+            f"rope_parameters={shown(places[0])} and rope_scaling={shown(places[1])} contradict "
+            "each other; keep one of them"
         )
     given = [place.get("rope_theta") for place in (*places, fields)]
-    thetas = {_typed("rope_theta", theta, float) for theta in given if theta is not None}
+    thetas = {typed("rope_theta", theta, float) for theta in given if theta is not None}
     if len(thetas) > 1:
         raise ModelConfigError(f"rope_theta is given as {sorted(thetas)}; keep one of them")
+    scaling = scalings[0] if scalings else None
+    original = fields.get("original_max_position_embeddings")
+    if (
+        original is not None
+        and scaling is not None
+        and scaling.kind == "llama3"
+        and typed("original_max_position_embeddings", original, int)
+        != scaling.original_max_position
+    ):
+        raise ModelConfigError(
+            f"original_max_position_embeddings={original} in config.json and "
+            f"{scaling.original_max_position} in its rope parameters contradict each other; keep "
+            "one of them"
+        )
     return {
-        "rope_theta": thetas.pop() if thetas else 10000.0,
-        "rope_scaling": scalings[0] if scalings else None,
+        "rope_theta": thetas.pop() if thetas else family.defaults["rope_theta"],
+        "rope_scaling": scaling,
     }
+
+
+# What other kinds of rope read, and the plain one does not.
+_SCALED_ROPE_FIELDS = frozenset(
+    {
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "factor",
+        "high_freq_factor",
+        "long_factor",
+        "low_freq_factor",
+        "mscale",
+        "mscale_all_dim",
+        "original_max_position_embeddings",
+        "short_factor",
+        "truncate",
+    }
+)
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     read = {"rope_type", "type", "rope_theta"}
 
-    def number(field: str) -> float:
-        return _typed(f"rope_type={kind!r}: {field}", rope[field], float)
-
-    try:
-        if kind == "default":
-            scaling = None
-        elif kind == "linear":
-            scaling = RopeScaling(kind=kind, factor=number("factor"))
-            read |= {"factor"}
-        elif kind == "llama3":
-            scaling = RopeScaling(
-                kind=kind,
-                factor=number("factor"),
-                low_freq_factor=number("low_freq_factor"),
-                high_freq_factor=number("high_freq_factor"),
-                original_max_position=_typed(
-                    f"rope_type={kind!r}: original_max_position_embeddings",
-                    rope["original_max_position_embeddings"],
-                    int,
-                ),
-            )
-            read |= {
-                "factor",
-                "low_freq_factor",
-                "high_freq_factor",
-                "original_max_position_embeddings",
-            }
-        else:
+    def number(field: str, of_kind: type = float) -> Any:
+        read.add(field)
+        if field not in rope:
             raise ModelConfigError(
-                f"rope_type={kind!r} is not supported; supported: 'default', 'linear', 'llama3'"
+                f"rope_type={kind!r} needs the field {field!r}, which is missing"
             )
-    except KeyError as e:
-        raise ModelConfigError(f"rope_type={kind!r} needs the field {e}, which is missing") from e
+        return typed(f"rope_type={kind!r}: {field}", rope[field], of_kind)
+
+    if kind == "default":
+        scaling = None
+        if unread := {field: rope[field] for field in sorted(_SCALED_ROPE_FIELDS & set(rope))}:
+            logger.warning("ignored, for rope_type='default' has no use of it: %s", listed(unread))
+        read |= _SCALED_ROPE_FIELDS
+    elif kind == "linear":
+        scaling = RopeScaling(kind=kind, factor=number("factor"))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            kind=kind,
+            factor=number("factor"),
+            low_freq_factor=number("low_freq_factor"),
+            high_freq_factor=number("high_freq_factor"),
+            original_max_position=number("original_max_position_embeddings", int),
+        )
+    else:
+        raise ModelConfigError(
+            f"rope_type={shown(kind)} is not supported; supported: 'default', 'linear', 'llama3'"
+        )
+    if rope.get("partial_rotary_factor", 1) == 1:
+        read.add("partial_rotary_factor")
     if unknown := sorted(set(rope) - read):
         raise ModelConfigError(
-            f"rope parameters {unknown} are not supported with rope_type={kind!r}; supported: "
-            f"{sorted(read)}"
+            f"rope parameters {shown(unknown)} are not supported with rope_type={kind!r}; "
+            f"supported: {sorted(read)}"
         )
     return scaling

@@ -323,6 +323,7 @@ class TestRecordedModels:
 @st.composite
 def configs(draw):
     size = st.integers(1, 10**6)
+    vocab_size = draw(size)
     num_kv_heads = draw(st.integers(1, 64))
     factor = st.floats(1, 64, allow_nan=False)
     rope_scaling = draw(
@@ -342,7 +343,7 @@ def configs(draw):
     family = draw(st.sampled_from(["LlamaForCausalLM", "Qwen3ForCausalLM"]))
     return ModelConfig(
         family=family,
-        vocab_size=draw(size),
+        vocab_size=vocab_size,
         hidden_size=draw(size),
         intermediate_size=draw(size),
         num_layers=draw(size),
@@ -355,8 +356,8 @@ def configs(draw):
         qk_norm=family == "Qwen3ForCausalLM",
         tie_word_embeddings=draw(st.booleans()),
         max_position_embeddings=draw(size),
-        bos_token_id=draw(st.one_of(st.none(), st.integers(0, 10**6))),
-        eos_token_ids=tuple(draw(st.lists(st.integers(0, 10**6), max_size=3))),
+        bos_token_id=draw(st.one_of(st.none(), st.integers(0, vocab_size - 1))),
+        eos_token_ids=tuple(draw(st.lists(st.integers(0, vocab_size - 1), max_size=3))),
     )
 
 
@@ -405,7 +406,27 @@ LLAMA3_ROPE = LLAMA_3_1_8B["rope_scaling"]
 FAULTS = {
     "unknown field": ({"logit_scale": 0.5}, ["logit_scale=0.5", "LlamaForCausalLM", "not ignored"]),
     "unknown fields": ({"b": 1, "a": [2]}, ["a=[2], b=1"]),
-    "unknown null field": ({"quantization_config": None}, ["quantization_config=None"]),
+    "unknown field without a name": ({"a\nb" * 99: 1}, ["'a\\nba\\nb", "...", "=1"]),
+    "quantized": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        ["quantization_config={'bits': 4, 'quant_method': 'gptq'}", "supported: null"],
+    ),
+    "window": ({"sliding_window": 4096}, ["sliding_window=4096", "LlamaForCausalLM"]),
+    "not causal": ({"is_causal": False}, ["is_causal=False", "supported: True"]),
+    "encoder": ({"is_encoder_decoder": True}, ["is_encoder_decoder=True"]),
+    "interleaved": ({"rope_interleaved": True}, ["rope_interleaved=True"]),
+    "half of a head turned": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+    "half of a head turned by rope": (
+        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ["partial_rotary_factor", "rope_type='default'"],
+    ),
+    "bias that is no flag": ({"attention_bias": 0}, ["attention_bias=0", "supported: False"]),
+    "text for a bias": ({"mlp_bias": "false"}, ["mlp_bias='false'", "supported: False"]),
+    "another config": ({"text_config": {"vocab_size": 3}}, ["text_config={'vocab_size': 3}"]),
+    "two contexts": (
+        {"original_max_position_embeddings": 4096},
+        ["original_max_position_embeddings=4096", "8192"],
+    ),
     "architecture": (
         {"architectures": ["MistralForCausalLM"]},
         [
@@ -417,12 +438,21 @@ FAULTS = {
         {"architectures": ["LlamaForCausalLM", "Qwen3ForCausalLM"]},
         ["architectures=['LlamaForCausalLM', 'Qwen3ForCausalLM']"],
     ),
-    "no architecture": ({"architectures": REMOVED}, ["architectures=[]"]),
-    "null architecture": ({"architectures": None}, ["architectures=[]"]),
+    "no architecture": (
+        {"architectures": REMOVED, "model_type": REMOVED},
+        ["architectures=[] with model_type=None"],
+    ),
+    "no architecture of ours": (
+        {"architectures": None, "model_type": "mistral"},
+        ["architectures=[] with model_type='mistral'"],
+    ),
+    "one architecture of ours and no type": (
+        {"architectures": ["LlamaForCausalLM", "LlamaModel"], "model_type": REMOVED},
+        ["architectures=['LlamaForCausalLM', 'LlamaModel'] with model_type=None"],
+    ),
     "model type": ({"model_type": "mistral"}, ["model_type='mistral'", "'llama'"]),
     "bias": ({"attention_bias": True}, ["attention_bias=True", "LlamaForCausalLM", "False"]),
     "mlp bias": ({"mlp_bias": True}, ["mlp_bias=True", "False"]),
-    "tensor parallel": ({"pretraining_tp": 2}, ["pretraining_tp=2", "supported: 1"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
     "sliding layers": (
         {"layer_types": ["full_attention", "sliding_attention"]},
@@ -464,8 +494,20 @@ FAULTS = {
         },
         ["full_attention", "rope_type='default'"],
     ),
-    "no heads": ({"num_attention_heads": REMOVED}, ["'num_attention_heads'", "LlamaForCausalLM"]),
-    "no vocabulary": ({"vocab_size": None}, ["'vocab_size'"]),
+    "heads that do not divide the width": (
+        {"hidden_size": 4097},
+        ["hidden_size=4097", "num_attention_heads=32", "head_dim"],
+    ),
+    "a layer too few": (
+        {"layer_types": ["full_attention"] * 31},
+        ["layer_types has 31", "num_hidden_layers=32"],
+    ),
+    "sparse layers": ({"mlp_layer_types": ["sparse"] * 32}, ["mlp_layer_types=['sparse', "]),
+    "stop token outside the vocabulary": (
+        {"eos_token_id": [2, 128256]},
+        ["eos_token_id=128256", "between 0 and 128255", "vocab_size=128256"],
+    ),
+    "negative first token": ({"bos_token_id": -1}, ["bos_token_id=-1", "between 0 and"]),
     "no layers": ({"num_hidden_layers": 0}, ["num_layers=0", "at least 1"]),
     "heads that do not divide": (
         {"num_key_value_heads": 7},
@@ -536,7 +578,7 @@ def test_what_is_not_supported_is_named(name):
     [
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported for Qwen3ForCausalLM"),
-        ({"mlp_bias": False}, "mlp_bias=False"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
         ({"layer_types": ["sliding_attention"] * 28}, "layer_types=['sliding_attention', "),
         ({"model_type": "llama"}, "model_type='llama' does not go with"),
         ({"num_experts": 128}, "num_experts=128"),
@@ -569,6 +611,7 @@ class TestDirectory:
             ({"eos_token_id": [151645, 151643], "top_k": 20}, (151645, 151643)),
             ({"eos_token_id": 151643}, (151643,)),
             ({"eos_token_id": 0}, (0,)),
+            ({"eos_token_id": []}, (151645,)),
         ],
         ids=str,
     )

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""generation_config.json: how a model's makers want it sampled, as transformers 5 reads it."""
+
+import dataclasses
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
+
+logger = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Sampling settings that come with a model; None, and no tokens, where it has none.
+
+    Attributes:
+      do_sample: False asks for greedy decoding.
+      temperature: divides the logits; at least 0.
+      top_k: how many of the most likely tokens are kept; 0 keeps all.
+      top_p: the mass of the most likely tokens that are kept, above 0.
+      min_p: a token's least probability, as a share of the most likely one's.
+      repetition_penalty: divides positive and multiplies negative logits of the tokens that were
+        seen; above 0, and 1 changes nothing.
+      min_new_tokens: no end of sequence before so many tokens.
+      max_new_tokens: at most so many tokens.
+      suppress_tokens: never generated.
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_new_tokens: int | None = None
+    max_new_tokens: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name, holds, rule in (
+            ("temperature", lambda v: 0 <= v < math.inf, "finite and at least 0"),
+            ("top_k", lambda v: v >= 0, "at least 0"),
+            ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("min_p", lambda v: 0 <= v <= 1, "between 0 and 1"),
+            ("repetition_penalty", lambda v: 0 < v < math.inf, "finite and above 0"),
+            ("min_new_tokens", lambda v: v >= 0, "at least 0"),
+            ("max_new_tokens", lambda v: v >= 1, "at least 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ModelConfigError(f"{name}={value} must be {rule}")
+
+
+_TYPES = MappingProxyType(
+    {
+        "do_sample": bool,
+        "temperature": float,
+        "top_k": int,
+        "top_p": float,
+        "min_p": float,
+        "repetition_penalty": float,
+        "min_new_tokens": int,
+        "max_new_tokens": int,
+        "suppress_tokens": list,
+    }
+)
+
+# What transformers' `generate` would do otherwise with another value.
+_NEUTRAL = MappingProxyType(
+    {
+        "bad_words_ids": (),
+        "begin_suppress_tokens": (),
+        "constraints": (),
+        "dola_layers": (),
+        "encoder_no_repeat_ngram_size": (0,),
+        "encoder_repetition_penalty": (1.0,),
+        "epsilon_cutoff": (0.0,),
+        "eta_cutoff": (0.0,),
+        "exponential_decay_length_penalty": (),
+        "force_words_ids": (),
+        "forced_bos_token_id": (),
+        "forced_eos_token_id": (),
+        "guidance_scale": (1.0,),
+        "max_time": (),
+        "min_length": (0,),
+        "no_repeat_ngram_size": (0,),
+        "num_beams": (1,),
+        "num_return_sequences": (1,),
+        "penalty_alpha": (0.0,),
+        "sequence_bias": (),
+        "stop_strings": (),
+        "token_healing": (False,),
+        "top_h": (),
+        "typical_p": (1.0,),
+        "watermarking_config": (),
+    }
+)
+
+_INERT = frozenset(
+    {
+        # Read by models.config, with config.json's.
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "decoder_start_token_id",
+        # The length of prompt and answer together, 20 where nobody chose it: how long an answer may
+        # grow is the caller's, or max_new_tokens'.
+        "max_length",
+        # Only read with several beams.
+        "early_stopping",
+        "length_penalty",
+        "num_beam_groups",
+        "diversity_penalty",
+        "low_memory",
+        # No token's rank or share changes with them.
+        "renormalize_logits",
+        "remove_invalid_values",
+        # Drafts that are checked give the same text.
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_ensemble_weight",
+        "assistant_lookbehind",
+        "is_assistant",
+        "max_matching_ngram_size",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "prompt_lookup_num_tokens",
+        "speculation_type",
+        "target_lookbehind",
+        "use_mtp",
+        # How transformers computes, and what it returns beside the tokens.
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "continuous_batching_config",
+        "disable_compile",
+        "max_cache_len",
+        "output_attentions",
+        "output_hidden_states",
+        "output_logits",
+        "output_scores",
+        "prefill_chunk_size",
+        "return_dict_in_generate",
+        "return_legacy_cache",
+        "use_cache",
+        # Where the file comes from.
+        "_commit_hash",
+        "_from_model_config",
+        "_name_or_path",
+        "transformers_version",
+        "transformers.js_config",
+    }
+)
+
+_POLICY = FieldPolicy(
+    read=frozenset(_TYPES), neutral=_NEUTRAL, inert=_INERT, inert_prefixes=("unsloth_",)
+)
+
+# Every field of transformers' GenerationConfig; older releases wrote some into config.json.
+FIELDS = frozenset(_TYPES) | frozenset(_NEUTRAL) | _INERT
+
+
+def load_generation_config(directory: pathlib.Path) -> GenerationConfig:
+    """Reads a model's sampling settings, from where transformers takes them.
+
+    That is generation_config.json, and without one config.json, into which old releases wrote the
+    same fields. Stop tokens are not among them: `models.config.load_config` reads those.
+
+    Args:
+      directory: the model's.
+
+    Returns:
+      The settings; none where the directory has no such file.
+
+    Raises:
+      ModelConfigError: if the file is damaged, a value has a wrong type or range, or a field asks
+        for something that is not supported and would change the text.
+    """
+    path = directory / FILE
+    if os.path.lexists(path):
+        fields = read_json(path)
+        if unknown := _POLICY.unknown(fields):
+            logger.warning("%s: ignored, for they are not known: %s", path, listed(unknown))
+    else:
+        path = directory / "config.json"
+        if not os.path.lexists(path):
+            return GenerationConfig()
+        fields = {field: value for field, value in read_json(path).items() if field in FIELDS}
+    try:
+        return _from_fields(fields)
+    except ModelConfigError as e:
+        raise ModelConfigError(
+            f'{path}: {e}; correct the file, or load with EngineConfig(generation_config="ignore") '
+            "or --generation_config=ignore, without the model's sampling settings"
+        ) from e
+
+
+def _from_fields(fields: Mapping[str, Any]) -> GenerationConfig:
+    if refused := _POLICY.refused(fields):
+        field = min(refused)
+        raise ModelConfigError(
+            f"{field}={shown(fields[field])} is not supported; supported: {refused[field]}"
+        )
+    values = {
+        field: typed(field, fields[field], kind)
+        for field, kind in _TYPES.items()
+        if fields.get(field) is not None
+    }
+    if "suppress_tokens" in values:
+        ids = [typed("suppress_tokens", token, int) for token in values["suppress_tokens"]]
+        # transformers compares them with the ids of the vocabulary; a negative one is none.
+        values["suppress_tokens"] = tuple(token for token in ids if token >= 0)
+    return GenerationConfig(**values)
