@@ -1,32 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in and out: Hugging Face safetensors in, Orbax in and out.
 
-A model directory holds `config.json` and either `*.safetensors` (one file, or several with
-`model.safetensors.index.json`) or `params/`, an Orbax checkpoint; beside them, where the model has
-one, `tokenizer.json`.
+A model directory holds `config.json` and either safetensors or `params/`, an Orbax checkpoint;
+beside them, where the model has one, `tokenizer.json`.
+
+Which tensor is meant, where a directory holds more than one: what config.json or the index names,
+as in transformers; what changes the answer and is not decided by that is an error.
+
+- safetensors and `params/` in one directory: an error, for nothing says which is newer.
+- Of safetensors, the file or index that config.json's `transformers_weights` names counts; without
+  it `model.safetensors`, alone; without that `model.safetensors.index.json`. What they leave aside
+  is not read.
+- With an index, each tensor comes from the file that the index names for it; copies in other files,
+  and tensors that it does not list, are not looked at. A name that its file lacks is an error.
+- With neither, all `*.safetensors` count together. Two that hold a tensor of the same name must
+  hold the same bytes.
+- `lm_head.weight` beside `tie_word_embeddings=true`: the stored head is used, as an untied one,
+  unless it equals the embedding in the dtype that is loaded. Where it stands alone, it is the
+  embedding too.
+- Only float32, float16 and bfloat16 are weights, in either form. Tensors that the model has no use
+  of are errors, but for the buffers of old checkpoints.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import json
+import logging
+import math
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
 
+from models import safetensors_files
 from models.config import ModelConfig, config_to_hf, load_config
 from models.decoder import Decoder, Params
-from models.families import IGNORED_TENSORS, tensor_name
+from models.families import tensor_name
+from models.json_fields import shown
+from models.safetensors_files import CheckpointError, StoredTensor, reading, stored_tensors
+
+logger = logging.getLogger(__name__)
 
 _ORBAX_DIR = "params"
-_FLOAT_DTYPES = ("F32", "F16", "BF16")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold this model; the message names file, tensor and remedy."""
+_DTYPES = ("float32", "float16", "bfloat16")
+_TIED = ("embedding", "lm_head")
+_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
 
 
 def load(directory: str | pathlib.Path, dtype: jnp.dtype) -> tuple[ModelConfig, Params]:
@@ -37,12 +61,14 @@ def load(directory: str | pathlib.Path, dtype: jnp.dtype) -> tuple[ModelConfig, 
       dtype: every parameter is converted to it as it is read, one tensor at a time.
 
     Returns:
-      The config and the parameter tree of `Decoder(config)`.
+      The config and the parameter tree of `Decoder(config)`. A tied config beside a different head
+      comes back untied.
 
     Raises:
       FileNotFoundError: if the directory, its config.json or its weights are missing.
       ModelConfigError: if config.json describes a model that is not supported.
-      CheckpointError: if a file is damaged, or a tensor is missing, unexpected or of another shape.
+      CheckpointError: if a file is damaged, or a tensor is missing, unexpected, of another shape or
+        dtype, or stored twice with different contents.
     """
     directory = pathlib.Path(directory).expanduser()
     if not directory.is_dir():
@@ -50,9 +76,17 @@ def load(directory: str | pathlib.Path, dtype: jnp.dtype) -> tuple[ModelConfig, 
     if not (directory / "config.json").exists():
         raise FileNotFoundError(f"{str(directory)!r} has no config.json: not a model directory")
     config = load_config(directory)
-    if (directory / _ORBAX_DIR).is_dir():
-        return config, _load_orbax(directory / _ORBAX_DIR, config, dtype)
-    return config, _load_safetensors(directory, config, dtype)
+    orbax = directory / _ORBAX_DIR
+    if not orbax.is_dir():
+        params = _load_safetensors(directory, config, dtype)
+    else:
+        for other in sorted(directory.glob("*.safetensors"))[:1]:
+            raise CheckpointError(
+                f"{str(directory)!r} holds weights twice, in {_ORBAX_DIR}/ (Orbax) and in "
+                f"{shown(other.name)}: move one of them out"
+            )
+        params = _load_orbax(orbax, config, dtype)
+    return _tie(config, params)
 
 
 def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Params) -> None:
@@ -70,19 +104,42 @@ def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Param
     (directory / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
 
 
+def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """Decides about a stored head beside a tied config, as transformers does."""
+    if not config.tie_word_embeddings or "lm_head" not in params:
+        return config, params
+    head = params.pop("lm_head")
+    if "embedding" not in params:
+        return config, {"embedding": head} | params
+    if bool(jnp.array_equal(params["embedding"], head)):
+        return config, params
+    logger.warning(
+        "config.json says tie_word_embeddings=true, and the checkpoint holds an lm_head that is "
+        "not the embedding: the stored head is used. Say tie_word_embeddings=false there."
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False), params | {"lm_head": head}
+
+
 def _load_orbax(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) -> Params:
     directory = directory.resolve()
-    expected = Decoder(config).abstract_params(dtype)
-    wanted = {path: leaf.shape for path, leaf in _flatten(expected)}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
-    )
     with ocp.StandardCheckpointer() as checkpointer:
         with _damage_of_orbax(directory):
-            stored = checkpointer.metadata(directory).item_metadata.tree
-            shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(stored)}
-        _check_tensors(str(directory), wanted, shapes)
+            stored = {
+                path: StoredTensor(
+                    file=directory,
+                    shape=tuple(int(axis) for axis in leaf.shape),
+                    dtype=np.dtype(leaf.dtype).name,
+                )
+                for path, leaf in _flatten(checkpointer.metadata(directory).item_metadata.tree)
+            }
+        _check_dtypes(stored, _DTYPES)
+        _check_size(str(directory), config, stored)
+        wanted = _wanted_shapes(config, {path: path for path in stored})
+        _check_tensors(str(directory), wanted, stored)
+        target: Params = {}
+        for path, shape in wanted.items():
+            _insert(target, path, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
         with _damage_of_orbax(directory):
             return checkpointer.restore(directory, target)
 
@@ -100,88 +157,104 @@ def _damage_of_orbax(directory: pathlib.Path) -> Iterator[None]:
 
 
 def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) -> Params:
-    files = _safetensors_files(directory)
-    where: dict[str, pathlib.Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with _open_safetensors(file) as reader:
-            for name in reader.keys():
-                if IGNORED_TENSORS.fullmatch(name):
-                    continue
-                info = reader.get_slice(name)
-                if info.get_dtype() not in _FLOAT_DTYPES:
-                    raise CheckpointError(
-                        f"{file.name}: tensor {name!r} has dtype {info.get_dtype()}; supported: "
-                        f"{', '.join(_FLOAT_DTYPES)}"
-                    )
-                where[name], shapes[name] = file, tuple(info.get_shape())
-    expected = Decoder(config).abstract_params(dtype)
-    wanted = {tensor_name(path): leaf.shape for path, leaf in _flatten(expected)}
-    if config.tie_word_embeddings:
-        # Some exporters write the tied head twice; the embedding is the one that counts.
-        shapes.pop("lm_head.weight", None)
-    _check_tensors(str(directory), wanted, shapes)
+    stored = stored_tensors(directory)
+    _check_dtypes(stored, safetensors_files.DTYPES)
+    _check_size(str(directory), config, stored)
+    # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
+    shapes = _wanted_shapes(config, stored)
+    _check_tensors(str(directory), {tensor_name(path): shapes[path] for path in shapes}, stored)
 
     params: Params = {}
     by_file: dict[pathlib.Path, list[str]] = {}
-    for path, _ in _flatten(expected):
-        by_file.setdefault(where[tensor_name(path)], []).append(path)
+    for path in shapes:
+        by_file.setdefault(stored[tensor_name(path)].file, []).append(path)
     for file, paths in by_file.items():
-        with _open_safetensors(file) as reader:
+        with reading(file) as reader:
             for path in paths:
                 # One tensor at a time from a memory-mapped file bounds what the host holds.
                 _insert(params, path, jnp.asarray(reader.get_tensor(tensor_name(path)), dtype))
     return params
 
 
-def _safetensors_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"{str(directory)!r} has no weights: no *.safetensors and no {_ORBAX_DIR}/ (Orbax)"
+def _check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:
+    for name, tensor in stored.items():
+        if tensor.dtype not in supported:
+            raise CheckpointError(
+                f"{tensor.file.name}: tensor {shown(name)} has dtype {tensor.dtype}; supported: "
+                f"{', '.join(supported)}"
             )
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        files = [directory / name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise CheckpointError(f"{index} is not a safetensors index: {e!r}") from e
-    for name in names:
-        if not (directory / name).exists():
-            raise FileNotFoundError(f"{str(directory)!r} lacks {name!r}, which {index.name} lists")
-    return files
 
 
-def _open_safetensors(file: pathlib.Path):
-    try:
-        return safetensors.safe_open(file, framework="flax")
-    except safetensors.SafetensorError as e:
+def _check_size(source: str, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Refuses by arithmetic what the files cannot hold, before anything grows with config.json."""
+    num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
+    numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
+    # What is wrong by less is told tensor by tensor.
+    if config.num_layers > len(stored) or config.num_params > 4 * num_params:
         raise CheckpointError(
-            f"{file} is damaged or truncated ({e}); download or copy it again"
-        ) from e
+            f"config.json asks for {config.num_params} parameters "
+            f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
+            f"intermediate_size={config.intermediate_size}, vocab_size={config.vocab_size}, "
+            f"num_attention_heads={config.num_q_heads}, num_key_value_heads="
+            f"{config.num_kv_heads}, head_dim={config.head_dim}); {source} holds {num_params} in "
+            f"{len(stored)} tensors of {len(set(numbers))} layers: one of them is not this model's"
+        )
 
 
-def _check_tensors(source: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
+def _wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter to be read, by path, and its shape.
+
+    Args:
+      config: the model's; `_check_size` has bounded its sizes.
+      stored: what there is, by the names of either form.
+    """
+    one_layer = dataclasses.replace(config, num_layers=1, tie_word_embeddings=False)
+    shapes = {path: leaf.shape for path, leaf in _flatten(Decoder(one_layer).abstract_params())}
+    layer = {path: shape for path, shape in shapes.items() if path.startswith("layers_0/")}
+    for number in range(1, config.num_layers):
+        shapes |= {
+            path.replace("layers_0/", f"layers_{number}/", 1): shape
+            for path, shape in layer.items()
+        }
+    if config.tie_word_embeddings:
+        has = {path: path in stored or tensor_name(path) in stored for path in _TIED}
+        if not has["lm_head"]:
+            del shapes["lm_head"]
+        elif not has["embedding"]:
+            del shapes["embedding"]
+    return shapes
+
+
+def _check_tensors(
+    source: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor]
+) -> None:
     """Raises one error that lists every missing, unexpected or wrongly shaped tensor."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    problems = []
-    for name in missing:
-        near = difflib.get_close_matches(name, extra or list(found), n=3)
-        problems.append(f"missing {name!r}, nearest names there: {near}")
-    for name in extra:
-        near = difflib.get_close_matches(name, missing or list(wanted), n=3)
-        problems.append(f"unexpected {name!r}, nearest names expected: {near}")
-    for name in sorted(wanted.keys() & found.keys()):
-        if tuple(wanted[name]) != tuple(found[name]):
-            problems.append(
-                f"{name!r} has shape {tuple(found[name])}, config.json asks for "
-                f"{tuple(wanted[name])}"
-            )
+    wrong = [
+        f"{name!r} has shape {found[name].shape}, config.json asks for {wanted[name]}"
+        for name in sorted(wanted.keys() & found.keys())
+        if wanted[name] != found[name].shape
+    ]
+    problems = [
+        f"missing {shown(name)}, nearest names there: {_nearest(name, extra or list(found))}"
+        for name in missing[:8]
+    ]
+    problems += [
+        f"unexpected {shown(name)}, nearest names expected: "
+        f"{_nearest(name, missing or list(wanted))}"
+        for name in extra[:8]
+    ]
+    problems = (problems + wrong)[:8]
     if problems:
-        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
-        raise CheckpointError(f"{source} does not hold this model: " + "; ".join(shown))
+        more = len(missing) + len(extra) + len(wrong) - len(problems)
+        problems += [f"and {more} more"] if more else []
+        raise CheckpointError(f"{source} does not hold this model: " + "; ".join(problems))
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    """Names that may have been meant, looked for among so many only that it takes no time."""
+    short = [other for other in names if len(other) <= 200]
+    return difflib.get_close_matches(name[:200], short[:2000], n=3)
 
 
 def _flatten(tree: Params) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
@@ -189,7 +262,7 @@ def _flatten(tree: Params) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
         yield "/".join(key.key for key in path), leaf
 
 
-def _insert(params: Params, path: str, leaf: jax.Array) -> None:
+def _insert(params: Params, path: str, leaf: Any) -> None:
     *parents, name = path.split("/")
     for parent in parents:
         params = params.setdefault(parent, {})

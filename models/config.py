@@ -144,7 +144,12 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
       FileNotFoundError: if `config.json` is missing.
       ModelConfigError: if it is not JSON or describes a model that is not supported.
     """
-    config = config_from_hf(read_json(directory / "config.json"))
+    path = directory / "config.json"
+    fields = read_json(path)
+    try:
+        config = config_from_hf(fields)
+    except ModelConfigError as e:
+        raise ModelConfigError(f"{path}: {e}") from e
     generation_path = directory / generation_config.FILE
     if not os.path.lexists(generation_path):
         return config
