@@ -171,6 +171,13 @@ _FIELDS: tuple[tuple[str, str], ...] = (
     ("max_position_embeddings", "max_position_embeddings"),
 )
 _TYPES = typing.get_type_hints(ModelConfig)
+# Names of ours that errors use, and that readers of config.json look for in vain.
+_THEIR_NAMES = (
+    ("num_layers", "num_hidden_layers"),
+    ("num_q_heads", "num_attention_heads"),
+    ("num_kv_heads", "num_key_value_heads"),
+    ("original_max_position", "original_max_position_embeddings"),
+)
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 # Fields that are read by hand, here and in `models.checkpoint`.
 _DERIVED_FIELDS = frozenset(
@@ -210,6 +217,20 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     Raises:
       ModelConfigError: naming the field, its value and what is supported.
     """
+    try:
+        return _config(fields)
+    except ModelConfigError as e:
+        calls = [
+            f"{ours} is {theirs}"
+            for ours, theirs in _THEIR_NAMES
+            if f"{ours}=" in str(e) and theirs not in str(e)
+        ]
+        if not calls:
+            raise
+        raise ModelConfigError(f"{e} (in config.json, {' and '.join(calls)})") from e
+
+
+def _config(fields: dict[str, Any]) -> ModelConfig:
     name = _family_name(fields)
     family = FAMILIES[name]
     _check_fields(name, family, fields)
@@ -428,7 +449,6 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
         scaling = None
         if unread := {field: rope[field] for field in sorted(_SCALED_ROPE_FIELDS & set(rope))}:
             logger.warning("ignored, for rope_type='default' has no use of it: %s", listed(unread))
-        read |= _SCALED_ROPE_FIELDS
     elif kind == "linear":
         scaling = RopeScaling(kind=kind, factor=number("factor"))
     elif kind == "llama3":
@@ -445,7 +465,8 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
         )
     if rope.get("partial_rotary_factor", 1) == 1:
         read.add("partial_rotary_factor")
-    if unknown := sorted(set(rope) - read):
+    unused = _SCALED_ROPE_FIELDS if kind == "default" else frozenset()
+    if unknown := sorted(set(rope) - read - unused):
         raise ModelConfigError(
             f"rope parameters {shown(unknown)} are not supported with rope_type={kind!r}; "
             f"supported: {sorted(read)}"
