@@ -137,7 +137,7 @@ class Hypothesis:
       score: cumulative_logprob, divided by the length to the power of the length penalty.
       cumulative_logprob: sum of the log-probabilities of its tokens.
       node: its last token.
-      finish_reason: "stop", "length" or "abort".
+      finish_reason: "stop", "length", "abort" or "error".
     """
 
     score: float
@@ -156,6 +156,7 @@ class BeamSearch:
       scores: sums of their log-probabilities.
       finished: hypotheses, best first.
       running: whether there is something to go on with.
+      error: what went wrong, where that ended the search.
     """
 
     def __init__(self, params: SamplingParams, max_new_tokens: int, eos_token_ids: Collection[int]):
@@ -177,6 +178,8 @@ class BeamSearch:
         self.scores = [0.0]
         self.finished: list[Hypothesis] = []
         self.running = True
+        self.error: str | None = None
+        self._cut_off: list[Hypothesis] = []
 
     def advance(
         self,
@@ -223,14 +226,23 @@ class BeamSearch:
             self.nodes, self.scores, parents = [], [], []
         return parents
 
+    def fail(self, error: str) -> None:
+        """Ends the search, as it cannot go on; the beams that ran count as cut off by the error."""
+        self.error = error
+        self._cut_off = self._running("error")
+        self.nodes, self.scores, self.running = [], [], False
+
     def best(self, count: int) -> list[Hypothesis]:
-        """The best hypotheses; running beams fill up what is lacking, as if aborted now."""
-        rest = (
-            Hypothesis(score / node.length**self._params.length_penalty, score, node, "abort")
-            for node, score in zip(self.nodes, self.scores, strict=True)
+        """The best hypotheses; beams fill up what is lacking that an error or an abort cut off."""
+        return [*self.finished, *self._cut_off, *self._running("abort")][:count]
+
+    def _running(self, finish_reason: str) -> list[Hypothesis]:
+        return [
+            Hypothesis(score / node.length**self._params.length_penalty, score, node, finish_reason)
+            # Of a search that was interrupted, there may be one more of the ones.
+            for node, score in zip(self.nodes, self.scores, strict=False)
             if node is not None
-        )
-        return [*self.finished, *rest][:count]
+        ]
 
     @property
     def _is_full(self) -> bool:

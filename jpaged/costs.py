@@ -7,13 +7,33 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jpaged.admission import SchedulerConfig
 from jpaged.config import EngineConfig
-from jpaged.memory import default_dtype
-from jpaged.swap import PreemptionCosts
+from jpaged.memory import PoolPlan, default_dtype
+from jpaged.swap import NO_COSTS, PreemptionCosts
 from models.config import ModelConfig
 
 _COPY_BYTES = 4 * 2**20
 _MATMUL = (128, 1024, 1024)
+
+
+def scheduler_config_of(
+    config: EngineConfig, model_config: ModelConfig, plan: PoolPlan
+) -> SchedulerConfig:
+    """An engine's budgets, and what preemption costs where there is a choice."""
+    num_host_pages, costs = plan.num_host_pages(config), NO_COSTS
+    if num_host_pages:
+        costs = preemption_costs(config, model_config, plan.page_bytes)
+    return SchedulerConfig(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=plan.max_model_len,
+        reservation=config.reservation,
+        prefix_cache=config.prefix_cache,
+        preemption=config.preemption,
+        num_host_pages=num_host_pages,
+        costs=costs,
+    )
 
 
 def preemption_costs(

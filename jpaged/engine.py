@@ -1,40 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: requests in, text out; the one owner of the host's state."""
 
+import collections
 import itertools
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import tokenizers
-import tqdm
 
-from jpaged.admission import SchedulerConfig
 from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, idle_beams
 from jpaged.config import EngineConfig
-from jpaged.costs import preemption_costs
+from jpaged.costs import scheduler_config_of
 from jpaged.memory import default_dtype, plan_pool
-from jpaged.outputs import GenerationInterrupted, RequestOutput
+from jpaged.outputs import GenerationInterrupted, Mailbox, RequestOutput
 from jpaged.page_pool import PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
+from jpaged.placement import runner_of
+from jpaged.recovery import Change
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
-from jpaged.runner import ModelRunner, StepResult
+from jpaged.runner import StepResult
 from jpaged.scheduler import Scheduler
-from jpaged.sequence import Request, Status
+from jpaged.sequence import Request
 from jpaged.stats import Counters, EngineStats
 from jpaged.step import ScheduledStep
-from jpaged.swap import NO_COSTS
+from jpaged.streams import Generation, Owner, RequestStream
 from jpaged.text import load_tokenizer
 from jpaged.viewer import PoolSnapshot
 from models import checkpoint
 from models.config import ModelConfig
-from models.decoder import Decoder, stack_layers
 from pallas_kernels.dispatch import resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,14 @@ class Engine:
     `step` keeps the device one step ahead: it schedules and dispatches the next step before it
     reads the samples of the one before. A sequence that a sample ends may therefore compute one
     token too many, which is dropped.
+
+    Outputs go to whom their request belongs, whoever runs the step: `stream` and `generate` have
+    their own, `step` returns those of `add_request` and `fork`, in any interleaving.
+
+    Whatever interrupts a call, Ctrl-C or an error of the device, the next one finds an engine that
+    serves: live requests were aborted, which their owners are told. If the device serves no more,
+    every call says so (`recovery.EngineDeadError`). An engine serves one call at a time: threads
+    may share one behind a lock of theirs, and a second call meanwhile raises RuntimeError.
     """
 
     def __init__(
@@ -70,58 +76,44 @@ class Engine:
         backend = resolve_backend(config.backend)
         plan = plan_pool(config, model_config, backend)
         logger.info("page pool: %s", plan)
-        scan_layers = config.scan_layers
-        if scan_layers is None:
-            scan_layers = jax.default_backend() != "cpu"
 
         self.model_config = model_config
         self.config = config
         self.tokenizer = tokenizer
         self._plan = plan
-        num_host_pages, costs = plan.num_host_pages(config), NO_COSTS
-        if num_host_pages:
-            costs = preemption_costs(config, model_config, plan.page_bytes)
-        self._scheduler_config = SchedulerConfig(
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=plan.max_model_len,
-            reservation=config.reservation,
-            prefix_cache=config.prefix_cache,
-            preemption=config.preemption,
-            num_host_pages=num_host_pages,
-            costs=costs,
-        )
+        self._scheduler_config = scheduler_config_of(config, model_config, plan)
         self._buckets = ShapeBuckets(
             config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
         )
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
-        self._runner = ModelRunner(
-            Decoder(model_config, scan_layers, backend).apply,
-            stack_layers(params) if scan_layers else params,
-            plan,
-            max_num_samples=config.max_num_seqs,
-            vocab_size=model_config.vocab_size,
-            backend=backend,
-            num_host_pages=num_host_pages,
+        num_host_pages = self._scheduler_config.num_host_pages
+        self._runner = runner_of(
+            config, model_config, params, plan, backend=backend, num_host_pages=num_host_pages
         )
         self._requests: dict[str, Request] = {}
         self._request_counter = itertools.count()
-        # A step that is scheduled but not dispatched, and one that is dispatched but not read.
-        self._planned: tuple[ScheduledStep, Batch] | None = None
-        self._inflight: tuple[ScheduledStep, StepResult] | None = None
         self._totals = Counters()
+        self._change = Change()
+        # What `step` is to return.
+        self._outbox: Mailbox = {}
+        # Of consumers that went; what is live of their requests is still to be aborted.
+        self._abandoned: collections.deque[Owner] = collections.deque()
         self._make_host_state()
 
     def _make_host_state(self) -> None:
-        """Makes an empty pool, page table and queues."""
-        plan, tokenizer = self._plan, self.tokenizer
+        """Makes an empty pool, page table and queues, and forgets the steps before."""
+        # A step that is scheduled but not dispatched, and one that is dispatched but not read.
+        self._planned: tuple[ScheduledStep, Batch] | None = None
+        self._inflight: tuple[ScheduledStep, StepResult] | None = None
+        plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
         self._table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
-        self._scheduler = Scheduler(self._scheduler_config, self._table)
-        self._maker = RequestMaker(
-            self.model_config, tokenizer, self._scheduler_config, self._table
-        )
+        self._scheduler = Scheduler(config, self._table)
+        self._maker = RequestMaker(self.model_config, tokenizer, config, self._table)
         self._results = ResultReader(
-            self._scheduler, tokenizer, self.model_config.eos_token_ids, self._totals
+            self._scheduler,
+            tokenizer,
+            self.model_config.eos_token_ids,
+            self._totals,
+            default_dtype(self.config).name,
         )
 
     @classmethod
@@ -155,8 +147,9 @@ class Engine:
 
     @property
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has something to do."""
-        return bool(self._requests)
+        """Whether `step` has something to do, or outputs to return."""
+        self._enter()
+        return bool(self._requests or self._outbox)
 
     def generate(
         self,
@@ -165,87 +158,59 @@ class Engine:
         *,
         progress: bool = False,
         on_step: Callable[[], object] = lambda: None,
+        on_output: Callable[[int, RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
-        """Answers all prompts, as many at once as fit.
+        """Answers all prompts, as many at once as fit, beside other requests that are live.
 
         Args:
           prompts: texts, or lists of token ids.
           params: for all, or one for each prompt.
           progress: whether to show a progress bar on standard error.
           on_step: called after each step, for instance to look at `stats` or `pool_snapshot`.
+          on_output: called with a prompt's index and its output, once, when it has ended.
 
         Returns:
           The outputs, in the order of the prompts.
 
         Raises:
           ValueError: if a prompt cannot be served; then none has been started.
-          RuntimeError: if requests of `add_request` are live.
           GenerationInterrupted: on Ctrl-C; holds what was produced.
         """
-        if self.has_unfinished_requests:
-            raise RuntimeError(
-                f"{len(self._requests)} requests are live: finish them with step(), or abort them, "
-                "before generate()"
-            )
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
             raise ValueError("prompts must be a list of prompts, not one prompt; wrap it in [ ]")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(each)} SamplingParams do not pair with {len(prompts)} prompts")
+        self._enter()
         requests = [
             self._maker.make(prompt, own, self._next_request_id(), stream=False)
             for prompt, own in zip(prompts, each, strict=True)
         ]
-        for request in requests:
-            self._add(request)
-        done: dict[str, RequestOutput] = {}
-        # miniters=0 redraws the bar with time, also while no request ends.
-        bar = tqdm.tqdm(total=len(requests), unit="request", miniters=0, disable=not progress)
+        generation = Generation(requests, self._abandoned)
         try:
-            with bar:
-                while self.has_unfinished_requests:
-                    outputs = self.step()
-                    done |= {output.request_id: output for output in outputs}
-                    on_step()
-                    if progress:
-                        bar.set_postfix_str(self.stats().progress_line(), refresh=False)
-                    bar.update(len(outputs))
+            self._add(requests, generation.owner)
+            return generation.run(self._drive, self.stats, progress, on_step, on_output)
         except BaseException as e:
-            for request_id in list(self._requests):
-                self.abort(request_id)
-            if isinstance(e, KeyboardInterrupt):
-                raise GenerationInterrupted(self._outputs(requests, done)) from None
-            raise
-        return self._outputs(requests, done)
+            done = generation.close()
+            if not isinstance(e, KeyboardInterrupt):
+                raise
+            self._repair()
+            outputs = [done.get(r.request_id) or self._results.partial(r) for r in requests]
+            raise GenerationInterrupted(outputs) from None
 
-    def _outputs(
-        self, requests: Sequence[Request], done: dict[str, RequestOutput]
-    ) -> list[RequestOutput]:
-        """One for each request; what was aborted, or lost on its way, is as far as it came."""
-        return [
-            done.get(request.request_id) or self._results.output(request, finished=True)
-            for request in requests
-        ]
+    def stream(self, prompt: Prompt, params: SamplingParams) -> RequestStream:
+        """Answers one prompt; the stream yields its output each time it has grown.
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[RequestOutput]:
-        """Answers one prompt, yielding its output each time it has grown.
-
-        The request is checked and queued at once. Closing the iterator before its end aborts it.
+        The request is checked and queued at once. Closing or forgetting the stream aborts it.
 
         Raises:
           ValueError: if the prompt or the parameters cannot be served; nothing has changed then.
         """
-        return self._stream(self.add_request(prompt, params, stream=True))
-
-    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
-        try:
-            while request_id in self._requests:
-                for output in self.step():
-                    if output.request_id == request_id:
-                        yield output
-        finally:
-            if request_id in self._requests:
-                self.abort(request_id)
+        self._enter()
+        request = self._maker.make(prompt, params, self._next_request_id(), stream=True)
+        stream = RequestStream(request, self._abandoned, self._drive)
+        self._add([request], stream.owner)
+        return stream
 
     def add_request(
         self,
@@ -256,12 +221,13 @@ class Engine:
         stream: bool = False,
         cache_salt: str | None = None,
     ) -> str:
-        """Queues a request for the coming steps.
+        """Queues a request for the coming steps, which `step` reports.
 
         Args:
           prompt: text, or token ids.
           params: how to sample and when to stop.
-          request_id: a name of the caller's, unique among live requests; None makes one.
+          request_id: a name of the caller's, unique among requests that are live or whose last
+            output `step` has not returned; None makes one.
           stream: whether `step` reports the request each time it has grown, not only at its end.
           cache_salt: requests with equal salts use each other's pages where their prompts begin
             alike; others do not.
@@ -272,12 +238,13 @@ class Engine:
         Raises:
           ValueError: if the prompt or the parameters cannot be served; nothing has changed then.
         """
+        self._enter()
         if request_id is None:
             request_id = self._next_request_id()
-        if request_id in self._requests:
+        if request_id in self._requests or request_id in self._outbox:
             raise ValueError(f"request_id={request_id!r} is in use by a live request")
         request = self._maker.make(prompt, params, request_id, stream=stream)
-        self._add(request, cache_salt)
+        self._add([request], None, cache_salt)
         return request_id
 
     def fork(
@@ -310,84 +277,74 @@ class Engine:
         """
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
+        self._enter()
         parent = self._requests.get(request_id)
         if parent is None:
             raise KeyError(f"no live request {request_id!r}")
         ids = [self._next_request_id() for _ in range(k)]
         forks = self._maker.fork(parent, ids, params, stream=stream)
-        # Each is put right behind the parent.
-        for child in reversed(forks):
-            self._results.fork(parent.sequences[0], child.sequences[0])
-            self._scheduler.fork(parent, child)
-            self._requests[child.request_id] = child
+        with self._change:
+            # Each is put right behind the parent.
+            for child in reversed(forks):
+                self._results.fork(parent.sequences[0], child.sequences[0])
+                self._scheduler.fork(parent, child)
+                self._requests[child.request_id] = child
         return ids
 
     def step(self) -> list[RequestOutput]:
         """Runs one step: dispatches the next, then reads the samples of the one before.
 
         Returns:
-          The requests that ended, and those added with `stream=True` that have grown.
+          Of the requests of `add_request` and `fork`, those that ended and those with `stream=True`
+          that have grown, in steps that others ran too; none if there is nothing to do.
 
         Raises:
           BaseException: whatever interrupts it, Ctrl-C too; every live request has been aborted
-            then.
+            then, and the next call reports so.
         """
-        try:
-            return self._step()
-        except BaseException:
-            # A step that was planned, dispatched or read by half cannot be taken up again, and what
-            # keeps the books may have been interrupted itself.
-            for request in self._requests.values():
-                for sample in request.sequences:
-                    if sample.status is not Status.FINISHED:
-                        sample.status, sample.finish_reason = Status.FINISHED, "abort"
-            self._requests.clear()
-            self._planned = self._inflight = None
-            self._make_host_state()
-            raise
+        self._enter()
+        self._drive()
+        outputs = list(self._outbox.values())
+        self._outbox = {}  # no call: no interrupt comes between, and loses them
+        return outputs
 
     def _step(self) -> list[RequestOutput]:
         previous, self._inflight = self._inflight, None
         if previous is None:
             self._results.start_clock()
         planned, self._planned = self._planned or self._plan_step(), None
-        assert planned or previous or not self._scheduler.has_work, "work, but none is scheduled"
+        assert planned or previous, "requests are live, but nothing is scheduled"
         if planned and previous and not self._runner.is_compiled(planned[1]):
             # Samples that are there already do not wait for a compilation.
             self._planned = planned
         elif planned:
             step, batch = planned
-            compile_s = self._runner.compile_s
             self._runner.swap(step.swap_outs, step.swap_ins)
             self._inflight = step, self._runner.run(batch, step.copies)
-            # Compiling is no part of what a step takes.
-            compile_s = self._runner.compile_s - compile_s
-            self._results.skip(compile_s)
-        if not previous:
-            return []
-        outputs = self._results.read(*previous)
-        for output in outputs:
-            if output.finished:
-                self._forget(self._requests[output.request_id])
-        return outputs
+            self._results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
+        return self._results.read(*previous) if previous else []
 
     def abort(self, request_id: str) -> RequestOutput:
         """Ends a live request now.
 
         Returns:
-          What it has produced.
+          What it has produced, which its stream yields too; if it has ended and `step` did not say
+          so yet, its last output.
 
         Raises:
           KeyError: if no live request has this id.
         """
-        if request_id not in self._requests:
+        self._enter()
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._abort(request)
+            if request.owner is not None:
+                return request.owner.mailbox[request_id]
+        elif request_id not in self._outbox:
             raise KeyError(f"no live request {request_id!r}")
-        request = self._requests[request_id]
-        for sample in request.sequences:
-            if sample.status is not Status.FINISHED:
-                self._results.finish(sample, "abort")
-        self._forget(request)
-        return self._results.output(request, finished=True)
+        output = self._outbox[request_id]
+        del self._outbox[request_id]
+        return output
 
     def reset_prefix_cache(self) -> None:
         """Forgets all pages that are kept for their content, for instance after new weights.
@@ -395,7 +352,10 @@ class Engine:
         Raises:
           RuntimeError: if requests are live that use such pages.
         """
-        self._scheduler.cache.clear()
+        self._enter()
+        self._scheduler.cache.check_unused()
+        with self._change:
+            self._scheduler.cache.clear()
 
     def warm_up(
         self,
@@ -411,12 +371,15 @@ class Engine:
             `SamplingParams.logprobs`.
           searches: also compile the choice of beams for parameters like these.
         """
+        self._enter()
         planned = self._buckets.all_shapes() if shapes is None else shapes
         beams = [idle_beams(params, self.model_config.eos_token_ids) for params in searches]
-        self._runner.warm_up(planned, num_logprobs, beams)
+        with self._change:
+            self._runner.warm_up(planned, num_logprobs, beams)
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""
+        self._enter()
         return EngineStats.read(
             self._scheduler,
             self._totals,
@@ -427,24 +390,90 @@ class Engine:
 
     def pool_snapshot(self) -> PoolSnapshot:
         """Returns for each page its owners ("request_id#sample") and fill. Cost: every page."""
+        self._enter()
         return PoolSnapshot.of_requests(self._table, self._requests.values())
 
     def reset_stats(self) -> None:
         """Starts the totals of `stats` again, for instance after a warm-up run."""
+        self._enter()
         self._totals = self._results.totals = Counters()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if pages are lost or held twice. Cost: every page; for tests."""
+        self._enter()
         self._scheduler.check_invariants()
-        if not self.has_unfinished_requests:
+        if not self._requests:
             assert self._table.pool.num_used_pages == 0, "an idle engine holds pages"
 
     def _next_request_id(self) -> str:
-        return next(i for i in map(str, self._request_counter) if i not in self._requests)
+        known = self._requests, self._outbox
+        return next(i for i in map(str, self._request_counter) if not any(i in k for k in known))
 
-    def _add(self, request: Request, cache_salt: str | None = None) -> None:
-        self._scheduler.add(request, cache_salt)
-        self._requests[request.request_id] = request
+    def _add(self, requests: Sequence[Request], owner: Owner | None, salt: Any = None) -> None:
+        with self._change:
+            for request in requests:
+                request.owner = owner
+                self._scheduler.add(request, salt)
+                self._requests[request.request_id] = request
+
+    def _enter(self) -> None:
+        """Begins a call from outside: the state is whole from here on."""
+        self._repair()
+        self._change.check_alive()
+
+    def _repair(self) -> None:
+        """Makes the state anew if a change was cut short; ends what nobody waits for any more."""
+        if self._change.was_cut_short():
+            self._recover()
+        while self._abandoned:
+            for request in self._abandoned[0].requests:
+                if self._requests.get(request.request_id) is request:
+                    self._abort(request)
+            self._abandoned.popleft()
+
+    def _recover(self) -> None:
+        """Aborts all requests and empties host and device; may be cut short itself, and repeated.
+
+        Nothing is taken up again: whatever keeps the books may have been interrupted itself.
+        """
+        self._make_host_state()
+        for request in list(self._requests.values()):
+            self._deliver(request, self._results.mark_aborted(request))
+        self._change.settle(self._runner.recover)
+
+    def _drive(self, request: Request | None = None) -> bool:
+        """Runs a step if a request is live, this one or any; outputs go to their owners.
+
+        Returns:
+          Whether it was.
+        """
+        self._repair()
+        live = bool(self._requests)
+        if request is not None:
+            live = self._requests.get(request.request_id) is request
+        if live:
+            with self._change:
+                for output in self._step():
+                    self._deliver(self._requests[output.request_id], output)
+        return live
+
+    def _abort(self, request: Request) -> None:
+        with self._change:
+            self._results.abort(request)
+            self._deliver(request, self._results.output(request, finished=True))
+
+    def _deliver(self, request: Request, output: RequestOutput) -> None:
+        mailbox = self._outbox if request.owner is None else request.owner.mailbox
+        mailbox[request.request_id] = output
+        if not output.finished:
+            return
+        del self._requests[request.request_id]
+        if not self._requests:
+            # What runs ahead computes tokens of ended sequences only: nobody waits for them.
+            if self._planned is not None:
+                # Pages have addresses whose content is never computed.
+                self._scheduler.cache.clear()
+            self._planned = self._inflight = None
 
     def _plan_step(self) -> tuple[ScheduledStep, Batch] | None:
         if not self._scheduler.has_work:
@@ -456,12 +485,3 @@ class Engine:
             return None
         self._totals.record_step(step, self._table)
         return step, build_batch(step, self._table, self._buckets)
-
-    def _forget(self, request: Request) -> None:
-        del self._requests[request.request_id]
-        if not self._requests:
-            # What runs ahead computes tokens of ended sequences only: nobody waits for them.
-            if self._planned is not None:
-                # Pages have addresses whose content is never computed.
-                self._scheduler.cache.clear()
-            self._planned = self._inflight = None

@@ -124,15 +124,35 @@ class PrefixCache:
             seq.num_addressed_pages += 1
         return new
 
+    def quarantine(self, root: int, token_ids: Sequence[int], page_size: int) -> None:
+        """Makes a prefix unknown, and all that follow it, for instance as its content is damaged.
+
+        Who uses the pages goes on, and what it adds to them is unknown too.
+
+        Args:
+          root: where the prefix begins.
+          token_ids: of which the first `page_size` stand for all that begin with them.
+          page_size: tokens a page holds.
+        """
+        page = self._pages.pop((root, tuple(token_ids[:page_size])), None)
+        if page is not None:
+            # The first page gets an address that nobody looks for, and those behind keep theirs.
+            self._addresses[page] = self.private_root(), self._addresses[page][1]
+            self._pages[self._addresses[page]] = page
+
+    def check_unused(self) -> None:
+        """Raises RuntimeError if an addressed page is in use, as `clear` does."""
+        in_use = sum(self._pool.refcount(page) > 0 for page in self._addresses)
+        if in_use:
+            raise RuntimeError(f"{in_use} addressed pages are in use: finish or abort the requests")
+
     def clear(self) -> None:
         """Takes all addresses back.
 
         Raises:
           RuntimeError: if an addressed page is in use: what follows it may get an address later.
         """
-        in_use = sum(self._pool.refcount(page) > 0 for page in self._addresses)
-        if in_use:
-            raise RuntimeError(f"{in_use} addressed pages are in use: finish or abort the requests")
+        self.check_unused()
         for page in list(self._addresses):
             self._pool.forget(page)
             self._drop(page)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads what steps have sampled: tokens and text, who has ended, and what is to be reported."""
 
+import dataclasses
 import itertools
+import logging
+import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import tokenizers
 
@@ -16,9 +20,15 @@ from jpaged.stats import Counters
 from jpaged.step import ScheduledStep
 from jpaged.text import TextStream
 
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
 
 class ResultReader:
     """Appends sampled tokens to sequences, and ends those that they end.
+
+    What goes wrong with the data of one sequence ends it with an error, and no other.
 
     Attributes:
       totals: brought up to date with each step.
@@ -30,12 +40,14 @@ class ResultReader:
         tokenizer: tokenizers.Tokenizer | None,
         eos_token_ids: Collection[int],
         totals: Counters,
+        dtype: str,
     ):
-        """Remembers whose sequences they are, and how their text is made."""
+        """Remembers whose sequences they are, how their text is made, and the dtype of weights."""
         self.totals = totals
         self._scheduler = scheduler
         self._tokenizer = tokenizer
         self._eos_token_ids = eos_token_ids
+        self._dtype = dtype
         self._texts: dict[Sample, TextStream] = {}
         self._last_step_end_s = 0.0
 
@@ -43,10 +55,17 @@ class ResultReader:
         """The next step starts now, as none was running."""
         self._last_step_end_s = time.perf_counter()
 
-    def skip(self, compile_s: float) -> None:
-        """Counts time as compilation, which is no part of what a step takes."""
+    def skip(self, compile_s: float, *, overlapped: bool) -> None:
+        """Counts time as compilation, which is no part of what a step takes.
+
+        Args:
+          compile_s: seconds.
+          overlapped: whether a step was running on the device meanwhile, so that they passed for it
+            too.
+        """
         self.totals.compile_s += compile_s
-        self._last_step_end_s += compile_s
+        if not overlapped:
+            self._last_step_end_s += compile_s
 
     def fork(self, parent: Sample, child: Sample) -> None:
         """Has the text of a sequence go on from that of another."""
@@ -56,6 +75,7 @@ class ResultReader:
     def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""
         tokens, logprobs, top = result.read()
+        searched = result.read_beams()
         now = time.perf_counter()
         took, self._last_step_end_s = now - self._last_step_end_s, now
         if step.num_prefill_tokens:
@@ -63,9 +83,11 @@ class ResultReader:
         else:
             self.totals.decode_s += took
         grown: dict[str, Request] = {}
-        for (request, slot), candidates in zip(step.beams, result.read_beams(), strict=True):
+        for (request, slot), candidates in zip(step.beams, searched, strict=True):
             if request.sequences[0].status is not Status.FINISHED:
-                self._advance_beams(request, candidates, top[slot:] if top else None, now)
+                assert request.beam_search is not None
+                own = slice(slot, slot + len(request.beam_search.nodes))
+                self._read_beams(request, candidates, logprobs[own], top[own] if top else None, now)
                 self.totals.num_decode_tokens += not step.num_prefill_tokens
                 if request.stream or request.finished:
                     grown[request.request_id] = request
@@ -75,22 +97,37 @@ class ResultReader:
             request = sample.request
             if request.first_token_s is None:
                 request.first_token_s = now
-            sample.receive(token, logprobs[slot])
-            if (wanted := request.params.logprobs) is not None:
-                likeliest = itertools.islice(top[slot].items(), wanted) if top else ()
-                sample.logprobs.append({token: logprobs[slot], **dict(likeliest)})
-            self.totals.num_generated_tokens += 1
-            self.totals.num_decode_tokens += not step.num_prefill_tokens
-            if reason := self._stop_reason(sample):
-                self.finish(sample, reason)
+            if math.isfinite(logprobs[slot]):
+                self._read_sample(sample, token, logprobs[slot], top[slot] if top else {})
+                self.totals.num_decode_tokens += not step.num_prefill_tokens
+            else:
+                self._fail(sample, self._not_finite(sample))
             if request.stream or request.finished:
                 grown[request.request_id] = request
         return [self.output(request, finished=request.finished) for request in grown.values()]
 
-    def _advance_beams(
+    def _read_sample(
+        self, sample: Sample, token: int, logprob: float, top: Mapping[int, float]
+    ) -> None:
+        def receive() -> str | None:
+            if (wanted := sample.request.params.logprobs) is not None:
+                likeliest = itertools.islice(top.items(), wanted)
+                sample.logprobs.append({token: logprob, **dict(likeliest)})
+            sample.receive(token, logprob)
+            return self._stop_reason(sample)
+
+        reason, error = _attempt(receive)
+        self.totals.num_generated_tokens += 1
+        if error:
+            self._fail(sample, error)
+        elif reason:
+            self.finish(sample, reason)
+
+    def _read_beams(
         self,
         request: Request,
         candidates: list[tuple[float, int, int]],
+        logprobs: Sequence[float],
         top: Sequence[Mapping[int, float]] | None,
         now: float,
     ) -> None:
@@ -98,11 +135,20 @@ class ResultReader:
         assert search is not None
         if request.first_token_s is None:
             request.first_token_s = now
-        logprobs = None
-        if wanted is not None:
-            rows = top[: len(search.nodes)] if top else [{}] * len(search.nodes)
-            logprobs = [dict(itertools.islice(row.items(), wanted)) for row in rows]
-        self._scheduler.advance_beams(request, search.advance(candidates, logprobs))
+
+        def advance() -> list[int]:
+            likeliest = None
+            if wanted is not None:
+                rows = top or [{}] * len(search.nodes)
+                likeliest = [dict(itertools.islice(row.items(), wanted)) for row in rows]
+            return search.advance(candidates, likeliest)
+
+        if not all(map(math.isfinite, logprobs)):
+            return self._fail_search(request, self._not_finite(*request.sequences))
+        parents, error = _attempt(advance)
+        if parents is None:
+            return self._fail_search(request, error)
+        self._scheduler.advance_beams(request, parents)
         self.totals.num_generated_tokens += 1
 
     def output(self, request: Request, *, finished: bool) -> RequestOutput:
@@ -117,7 +163,29 @@ class ResultReader:
             text.flush()
             return text.text
 
-        return output_of(request, decode, finished=finished)
+        output, error = _attempt(lambda: output_of(request, decode, finished=finished))
+        if output is None:  # beams: the text of samples is there already
+            self._fail_search(request, error)
+            output = output_of(request, lambda _: "", finished=True)
+        return output
+
+    def partial(self, request: Request) -> RequestOutput:
+        """What a request has come to that is aborted; not `finished`, as it is no answer."""
+        output = self.output(request, finished=True)
+        whole = all(completion.finish_reason != "abort" for completion in output.outputs)
+        return dataclasses.replace(output, finished=whole)
+
+    def abort(self, request: Request) -> None:
+        """Ends what is left of a request."""
+        for sample in list(request.sequences):
+            self.finish(sample, "abort")
+
+    def mark_aborted(self, request: Request) -> RequestOutput:
+        """Likewise where the scheduler's books may be broken. Returns: what there is."""
+        for sample in request.sequences:
+            if sample.status is not Status.FINISHED:
+                sample.status, sample.finish_reason = Status.FINISHED, "abort"
+        return self.output(request, finished=True)
 
     def _stop_reason(self, sample: Sample) -> str | None:
         reason = sample.stop_reason(self._eos_token_ids)
@@ -137,8 +205,50 @@ class ResultReader:
         text = self._texts.pop(sample, None)
         if text is not None:
             # What was held back may complete a stop string of which the length cut the end.
-            text.flush()
+            _, error = _attempt(text.flush)
             sample.text = text.text
-            if text.stopped and reason == "length":
+            if error and reason != "abort":
+                reason, sample.error = "error", sample.error or error
+            elif text.stopped and reason == "length":
                 reason = "stop"
         self._scheduler.finish(sample, reason)
+
+    def _fail(self, sample: Sample, error: str) -> None:
+        sample.error = error
+        self.finish(sample, "error")
+
+    def _fail_search(self, request: Request, error: str) -> None:
+        assert request.beam_search is not None
+        request.beam_search.fail(error)
+        if request.sequences[0].status is not Status.FINISHED:
+            self._scheduler.advance_beams(request, [])
+
+    def _not_finite(self, *samples: Sample) -> str:
+        """Says why sequences end whose logits are not finite, and has nobody use their pages."""
+        cache, size = self._scheduler.cache, self._scheduler.table.page_size
+        for sample in samples:
+            if (root := sample.request.cache_root) is not None:
+                cache.quarantine(root, sample.tokens(0, min(size, sample.num_known_tokens)), size)
+        if self._dtype == "float16":
+            where = (
+                "float16 overflows above 65504: load the model with dtype='bfloat16' or 'float32'"
+            )
+        else:
+            where = (
+                f"the weights are damaged, or do not fit config.json (dtype={self._dtype!r}): look "
+                "for NaN in them, compare the files with their source, and check config.json"
+            )
+        position = samples[0].num_known_tokens
+        return f"NaN or infinite logits for the token at position {position}: {where}"
+
+
+def _attempt(function: Callable[[], _T]) -> tuple[_T | None, str]:
+    """Does what only concerns one request. Returns: the result, or None and what went wrong."""
+    try:
+        return function(), ""
+    except BaseException as e:
+        # What tokenizers raises when it panics is no Exception.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        logger.debug("an error that ends a request", exc_info=True)
+        return None, f"its tokens could not be processed: {type(e).__name__}: {e}"

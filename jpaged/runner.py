@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,10 +36,11 @@ class StepResult:
 
     Attributes:
       tokens: i32[max_num_seqs], the first `num_samples` live.
-      logprobs: f32[num_rows], of the tokens.
+      logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
       top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
       beams: for each beam search of the step, what `sampling.beam_candidates` returned.
       num_samples: live samples.
+      compile_s: seconds that compiling took before the step was on its way; 0 mostly.
     """
 
     tokens: jax.Array
@@ -47,6 +48,7 @@ class StepResult:
     top: tuple[jax.Array, jax.Array] | None
     beams: list[tuple[jax.Array, jax.Array, jax.Array]]
     num_samples: int
+    compile_s: float = 0.0
 
     def read(self) -> tuple[list[int], list[float], list[Mapping[int, float]] | None]:
         """Waits for the step and returns its tokens, log-probabilities and likeliest tokens."""
@@ -78,7 +80,6 @@ class ModelRunner:
 
     Attributes:
       num_compilations: programs compiled so far.
-      compile_s: seconds that calls of `run` took in which something was compiled.
       num_unplanned_compilations: those of them after `warm_up`; each is logged with its shape.
     """
 
@@ -111,14 +112,13 @@ class ModelRunner:
         self.params = jax.device_put(params, where)
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
-        self.compile_s = 0.0
         self._warm = False
-        self._shapes_run: set[StepShape] = set()
-        self._pages_per_seq = plan.pages_per_seq
+        self._programs_run: set[Hashable] = set()
+        self._plan = plan
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
-        self._kv_pages = jax.device_put(jnp.zeros(plan.shape, plan.dtype), device)
-        self._tokens = jax.device_put(jnp.zeros(max_num_samples, jnp.int32), device)
+        self._device = device
+        self._kv_pages, self._tokens = self._new_pages(), self._new_tokens()
         self._host_pages = HostPages(num_host_pages, plan)
 
         def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
@@ -128,6 +128,7 @@ class ModelRunner:
 
         def sample(logits, rows):
             tokens, logprobs = sampling.sample(logits, rows)
+            logprobs = sampling.mark_not_finite(logits, logprobs)
             # Padded to one length, so that the next step does not depend on this step's shape.
             return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
 
@@ -145,8 +146,8 @@ class ModelRunner:
         self._set_pages = jax.jit(self._counted("set_pages", _set_pages), donate_argnums=0)
 
     def is_compiled(self, batch: Batch) -> bool:
-        """Whether `run` would start at once: a step of this shape ran before."""
-        return batch.shape in self._shapes_run
+        """Whether `run` would start at once: all that it calls ran before, but for page copies."""
+        return self._programs_run.issuperset(self._programs(batch))
 
     def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult:
         """Dispatches a step and returns without waiting for it.
@@ -159,7 +160,7 @@ class ModelRunner:
           The samples, to be read when they are needed.
         """
         start, compiled = time.perf_counter(), self.num_compilations
-        self._shapes_run.add(batch.shape)
+        waited_s = 0.0
         if copies := list(copies):
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
         logits, self._kv_pages = self._step(
@@ -175,6 +176,11 @@ class ModelRunner:
             num_seqs=batch.num_seqs,
             logits_indices=batch.logits_indices,
         )
+        if not self.is_compiled(batch):
+            # What is compiled next would hide what the step takes, and compete with it.
+            ready = time.perf_counter()
+            jax.block_until_ready(logits)
+            waited_s = time.perf_counter() - ready
         rows = sampling.SamplingRows(
             temperature=batch.temperature,
             top_k=batch.top_k,
@@ -191,12 +197,10 @@ class ModelRunner:
         ]
         top = None
         if batch.num_logprobs:
-            # A power of two, so that requests that differ a little share a program.
-            count = 1 << (batch.num_logprobs - 1).bit_length()
-            top = self._top_logprobs(logits, min(count, self._vocab_size))
-        took_s = time.perf_counter() - start
-        if self.num_compilations > compiled:
-            self.compile_s += took_s
+            top = self._top_logprobs(logits, self._num_likeliest(batch))
+        self._programs_run |= self._programs(batch)
+        took_s = time.perf_counter() - start - waited_s
+        compile_s = took_s if self.num_compilations > compiled else 0.0
         if self._warm and self.num_compilations > compiled:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
@@ -206,7 +210,7 @@ class ModelRunner:
                 took_s,
             )
             self.num_unplanned_compilations += self.num_compilations - compiled
-        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples)
+        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, compile_s)
 
     def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> None:
         """Copies pages to host memory, and others back; after the steps before, before the next.
@@ -238,10 +242,11 @@ class ModelRunner:
           num_logprobs: also compile the report of this many likeliest tokens.
           beams: also compile beam searches of these widths and numbers of candidates.
         """
-        beams = tuple(beams)
+        beams, tokens = tuple(beams), self._tokens
         for shape in shapes:
-            batch = empty_batch(shape, self._pages_per_seq, num_logprobs)
+            batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs)
             self.run(dataclasses.replace(batch, beams=beams))
+        self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count = 1
         while count < 2 * self._max_num_samples:
@@ -255,6 +260,43 @@ class ModelRunner:
             self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
         jax.block_until_ready(self._kv_pages)
         self._warm = True
+
+    def recover(self) -> None:
+        """Makes the pool and all else on the device whole, after a call that was cut short.
+
+        The content of pages is lost, on the host too. Waits for the steps that are on their way.
+
+        Raises:
+          RuntimeError: if the parameters are gone.
+          Exception: if the device does not do what it is told; nothing can be run then.
+        """
+        self._host_pages = HostPages(self._host_pages.num_pages, self._plan)
+        if any(getattr(p, "is_deleted", bool)() for p in jax.tree.leaves(self.params)):
+            raise RuntimeError("the model's weights are not on the device any more")
+        if not _is_usable(self._kv_pages):
+            self._kv_pages = None  # what is left of it goes before there is another
+            self._kv_pages = self._new_pages()
+        self._tokens = self._new_tokens()
+        jax.block_until_ready((self._kv_pages, self._tokens))
+
+    def _new_pages(self) -> jax.Array:
+        return jax.device_put(jnp.zeros(self._plan.shape, self._plan.dtype), self._device)
+
+    def _new_tokens(self) -> jax.Array:
+        return jax.device_put(jnp.zeros(self._max_num_samples, jnp.int32), self._device)
+
+    def _num_likeliest(self, batch: Batch) -> int:
+        """A power of two, so that requests that differ a little share a program."""
+        return min(1 << (batch.num_logprobs - 1).bit_length(), self._vocab_size)
+
+    def _programs(self, batch: Batch) -> set[Hashable]:
+        """What `run` calls for a batch, as keys; the step and the sampler have the same."""
+        rows = batch.shape.num_rows
+        programs: set[Hashable] = {batch.shape}
+        if batch.num_logprobs:
+            programs.add((rows, self._num_likeliest(batch)))
+        programs.update((rows, len(b.slots), b.num_candidates) for b in batch.beams)
+        return programs
 
     def _counted(self, name: str, function: Callable) -> Callable:
         """Counts the traces of a function, each of which jit follows with a compilation."""
@@ -270,6 +312,17 @@ class ModelRunner:
             return function(*args, **kwargs)
 
         return traced
+
+
+def _is_usable(kv_pages: jax.Array | None) -> bool:
+    """Whether a pool is there: not donated to a call that was cut short, nor lost by a failure."""
+    if kv_pages is None or kv_pages.is_deleted():
+        return False
+    try:
+        kv_pages.block_until_ready()
+    except Exception:
+        return False
+    return True
 
 
 def _get_pages(kv_pages: jax.Array, ids: jax.Array) -> jax.Array:

@@ -70,6 +70,19 @@ def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]
     return tokens, chosen - jnp.log(jnp.exp(logits).sum(axis=-1))
 
 
+def mark_not_finite(logits: jax.Array, logprobs: jax.Array) -> jax.Array:
+    """Sets log-probabilities to NaN where a model has failed.
+
+    Args:
+      logits: f32[num_samples, vocab_size], as the model gives them, before anything is masked.
+      logprobs: f32[num_samples], of the tokens that were chosen.
+
+    Returns:
+      f32[num_samples]: NaN where a logit of the row is NaN or infinite.
+    """
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), logprobs, jnp.nan)
+
+
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The likeliest tokens of each row.
 

@@ -133,7 +133,7 @@ class Scheduler:
         """Ends a sequence, wherever it is; its pages are free from now on."""
         if seq.status is Status.FINISHED:
             return
-        if reason != "abort" and seq.table_id is not None:
+        if reason not in ("abort", "error") and seq.table_id is not None:
             # Its last token came from a step that is over, so what is before was computed.
             known = seq.num_known_tokens - 1
             self.cache.address(self.table, seq, known, end=known)

@@ -14,6 +14,7 @@ from jpaged.params import SamplingParams
 
 if typing.TYPE_CHECKING:
     from jpaged.beam import BeamSearch
+    from jpaged.streams import Owner
     from jpaged.swap import SwappedGroup
 
 
@@ -45,7 +46,8 @@ class Sequence:
       num_addressed_pages: how many of its first pages are those of the `PrefixCache`.
       num_pending_forks: samples still to be forked off when the prompt has been computed.
       status: see `Status`.
-      finish_reason: "stop", "length" or "abort" once finished.
+      finish_reason: "stop", "length", "abort" or "error" once finished.
+      error: what went wrong, where that ended it.
       cumulative_logprob: sum over the generated tokens that the host knows.
       logprobs: per generated token, `{token_id: logprob}`, where the request wants them.
       text: what the tokens say, as far as it is certain.
@@ -53,6 +55,7 @@ class Sequence:
 
     __slots__ = (
         "cumulative_logprob",
+        "error",
         "finish_reason",
         "logprobs",
         "max_total_tokens",
@@ -86,6 +89,7 @@ class Sequence:
         self.num_pending_forks = 0
         self.status = Status.WAITING
         self.finish_reason: str | None = None
+        self.error: str | None = None
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, float]] = []
         self.text = ""
@@ -112,8 +116,9 @@ class Sequence:
     def receive(self, token_id: int, logprob: float) -> None:
         """Adds the oldest token that was in flight."""
         self.num_inflight_tokens -= 1
-        self.token_ids.append(token_id)
         self.cumulative_logprob += logprob
+        # The only call, and the last thing: an interrupt strikes when all is done, or nothing.
+        self.token_ids.append(token_id)
 
     def continue_from(self, other: Sequence) -> None:
         """Takes over what the host knows of another sequence with the same prompt."""
@@ -152,6 +157,7 @@ class Request:
         the beams.
       beam_search: what the beams are, where the request wants them.
       num_forks: requests that were forked from it so far.
+      owner: to whom its outputs go; None for what `Engine.step` returns.
       arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
     """
 
@@ -175,6 +181,7 @@ class Request:
         self.cache_root: int | None = None
         self.beam_search: BeamSearch | None = None
         self.num_forks = 0
+        self.owner: Owner | None = None
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         first = Sequence(self, 0, self.max_total_tokens)
         first.num_pending_forks = params.num_samples - 1

@@ -248,26 +248,23 @@ class TestEndings:
         assert not engine.has_unfinished_requests
         engine.check_invariants()
 
-    def test_interrupt_returns_what_was_produced(self, monkeypatch):
+    def test_interrupt_returns_what_was_produced(self):
         engine = tiny_engine(max_num_seqs=2)
         steps = iter(range(100))
-        step = Engine.step
 
-        def interrupted(self):
+        def interrupt():
             if next(steps) == 8:
                 raise KeyboardInterrupt
-            return step(self)
 
-        monkeypatch.setattr(Engine, "step", interrupted)
         params = [SamplingParams(max_tokens=n, seed=n) for n in (3, 40, 40)]
         with pytest.raises(GenerationInterrupted) as caught:
-            engine.generate(prompts_of([4, 5, 6]), params)
+            engine.generate(prompts_of([4, 5, 6]), params, on_step=interrupt)
+        assert [output.finished for output in caught.value.outputs] == [True, False, False]
         reasons = [output.outputs[0].finish_reason for output in caught.value.outputs]
         assert reasons == ["length", "abort", "abort"]
         produced = caught.value.outputs[1].outputs[0].token_ids
         assert 1 <= len(produced) <= 8
         engine.check_invariants()
-        monkeypatch.undo()
         again = engine.generate(prompts_of([4]), params[:1])
         assert token_ids(again) == token_ids(caught.value.outputs[:1])
         (whole,) = engine.generate(prompts_of([4, 5])[1:], params[1])
@@ -340,13 +337,15 @@ class TestRefusals:
             engine.add_request(prompt, params)
         assert len(engine.generate([[1, 2]], SamplingParams(max_tokens=4))) == 1
 
-    def test_generate_among_live_requests(self):
+    def test_an_id_is_in_use_until_its_last_output_was_returned(self):
         engine = tiny_engine()
         engine.add_request([1], SamplingParams(max_tokens=4), "mine")
-        with pytest.raises(RuntimeError, match="1 requests are live"):
-            engine.generate([[1]], SamplingParams(max_tokens=4))
+        engine.generate([[1]], SamplingParams(max_tokens=9))
         with pytest.raises(ValueError, match="'mine' is in use"):
             engine.add_request([1], SamplingParams(max_tokens=4), "mine")
+        (output,) = engine.step()
+        assert output.request_id == "mine" and output.finished
+        engine.add_request([1], SamplingParams(max_tokens=4), "mine")
 
     def test_one_string_and_unpaired_params(self):
         engine = tiny_engine()
