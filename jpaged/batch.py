@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 
 from jpaged.beam import BeamSearch
+from jpaged.logits_processors import ProcessorRows, processor_rows
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
 from jpaged.sequence import Request, Sequence
@@ -87,11 +88,13 @@ class BeamBatch:
       slots: i32[beam_width], which samples they are.
       scores: f32[beam_width], sums of their log-probabilities; -inf where there is no beam.
       num_candidates: continuations wanted.
+      processed: whether their log-probabilities are changed by the processors of the batch.
     """
 
     slots: np.ndarray
     scores: np.ndarray
     num_candidates: int
+    processed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Batch:
       num_samples: live samples.
       num_logprobs: likeliest tokens wanted with each sample; 0 for none.
       beams: one for each beam search.
+      processors: what changes the logits of samples before tokens are chosen; None where nothing
+        does.
     """
 
     shape: StepShape
@@ -135,6 +140,7 @@ class Batch:
     num_samples: int
     num_logprobs: int
     beams: tuple[BeamBatch, ...]
+    processors: ProcessorRows | None
 
 
 def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) -> Batch:
@@ -181,6 +187,7 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
     table_ids = cast("list[int]", [seq.table_id for seq in step.seqs])
     logits_indices = np.zeros(shape.num_rows, np.int32)
     logits_indices[:num_samples] = cu_q_lens[1:][step.sample_rows] - 1
+    processors = processor_rows(step, shape.num_rows)
     return Batch(
         shape=shape,
         token_ids=token_ids,
@@ -194,25 +201,29 @@ def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) ->
         **_sampling_arrays(step.samples, shape.num_rows),
         num_samples=num_samples,
         num_logprobs=max((seq.request.params.logprobs or 0 for seq in step.samples), default=0),
-        beams=tuple(_beam_batch(request, slot) for request, slot in step.beams),
+        beams=tuple(
+            _beam_batch(request, slot, processors is not None and bool(processors.active[slot]))
+            for request, slot in step.beams
+        ),
+        processors=processors,
     )
 
 
 def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBatch:
     """Beams of a search that has not begun, to compile with: running them changes nothing."""
-    search = BeamSearch(params, params.max_tokens, eos_token_ids)
+    search = BeamSearch(params, 1, eos_token_ids)
     slots = np.zeros(search.width, np.int32)
     return BeamBatch(slots, slots.astype(np.float32) - np.inf, search.num_candidates)
 
 
-def _beam_batch(request: Request, first_slot: int) -> BeamBatch:
+def _beam_batch(request: Request, first_slot: int, processed: bool) -> BeamBatch:
     search = request.beam_search
     assert search is not None
     scores = np.full(search.width, -np.inf, np.float32)
     scores[: len(search.scores)] = search.scores
     slots = np.full(search.width, first_slot, np.int32)
     slots[: len(search.scores)] += np.arange(len(search.scores), dtype=np.int32)
-    return BeamBatch(slots, scores, search.num_candidates)
+    return BeamBatch(slots, scores, search.num_candidates, processed)
 
 
 def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> Batch:
@@ -232,6 +243,7 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
         num_samples=0,
         num_logprobs=num_logprobs,
         beams=(),
+        processors=None,
     )
 
 

@@ -9,11 +9,28 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import typing
 from collections.abc import Collection, Sequence
 
 from jpaged import sequence
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
+
+
+class Candidate(typing.NamedTuple):
+    """A continuation of a beam.
+
+    Attributes:
+      score: of the beam with it.
+      beam: which it continues.
+      token_id: with which token.
+      logprob: of the token under the model, where the score does not tell.
+    """
+
+    score: float
+    beam: int
+    token_id: int
+    logprob: float | None = None
 
 
 class Node:
@@ -23,16 +40,22 @@ class Node:
       parent: the token before; None for the first generated one.
       token_id: the token.
       length: generated tokens up to and including this one.
+      cumulative_logprob: sum of the log-probabilities of these under the model.
       logprobs: `{token_id: log-probability}` at its position, where the request wants them.
     """
 
-    __slots__ = ("length", "logprobs", "parent", "token_id")
+    __slots__ = ("cumulative_logprob", "length", "logprobs", "parent", "token_id")
 
     def __init__(
-        self, parent: Node | None, token_id: int, logprobs: dict[int, float] | None = None
+        self,
+        parent: Node | None,
+        token_id: int,
+        cumulative_logprob: float,
+        logprobs: dict[int, float] | None = None,
     ):
         self.parent = parent
         self.token_id = token_id
+        self.cumulative_logprob = cumulative_logprob
         self.length = 1 if parent is None else parent.length + 1
         self.logprobs = logprobs
 
@@ -134,14 +157,13 @@ class Hypothesis:
     """A beam that has ended.
 
     Attributes:
-      score: cumulative_logprob, divided by the length to the power of the length penalty.
-      cumulative_logprob: sum of the log-probabilities of its tokens.
+      score: sum of what its tokens were chosen by, which is their log-probabilities unless
+        processors changed them, divided by the length to the power of the length penalty.
       node: its last token.
       finish_reason: "stop", "length", "abort" or "error".
     """
 
     score: float
-    cumulative_logprob: float
     node: Node
     finish_reason: str
 
@@ -153,7 +175,7 @@ class BeamSearch:
       width: beams that run at most, and hypotheses that are kept at most.
       num_candidates: how many continuations a step must offer.
       nodes: last tokens of the running beams, in order of score; `[None]` for the prompt.
-      scores: sums of their log-probabilities.
+      scores: sums of the log-probabilities that their tokens were chosen by.
       finished: hypotheses, best first.
       running: whether there is something to go on with.
       error: what went wrong, where that ended the search.
@@ -183,14 +205,14 @@ class BeamSearch:
 
     def advance(
         self,
-        candidates: Sequence[tuple[float, int, int]],
+        candidates: Sequence[Candidate],
         logprobs: Sequence[dict[int, float]] | None = None,
     ) -> list[int]:
         """Takes a step's best continuations, and says which beams they continue.
 
         Args:
-          candidates: score, beam and token of each, best first: the best `num_candidates` of all
-            continuations of the running beams, or all if there are fewer.
+          candidates: best first: the best `num_candidates` of all continuations of the running
+            beams, or all if there are fewer.
           logprobs: per running beam, the likeliest tokens to report; None if none are wanted.
 
         Returns:
@@ -199,21 +221,21 @@ class BeamSearch:
         length = 1 + (self.nodes[0].length if self.nodes[0] else 0)
         params, ended = self._params, []
         parents, nodes, scores = [], [], []
-        for place, (score, parent, token) in enumerate(candidates):
+        for place, candidate in enumerate(candidates):
+            score, parent, token, _ = candidate
             stops = token in self._stops
             if not stops and length < self._max_new_tokens:
                 if len(nodes) == self.width:
                     continue
                 parents.append(parent)
                 scores.append(score)
-                nodes.append(self._node(parent, token, score, logprobs))
+                nodes.append(self._node(candidate, logprobs))
             elif place < self.width:
                 # One that is not among the best `width` is dropped: it was a reserve.
                 ended.append(
                     Hypothesis(
                         score / length**params.length_penalty,
-                        score,
-                        self._node(parent, token, score, logprobs),
+                        self._node(candidate, logprobs),
                         "stop" if stops else "length",
                     )
                 )
@@ -238,7 +260,7 @@ class BeamSearch:
 
     def _running(self, finish_reason: str) -> list[Hypothesis]:
         return [
-            Hypothesis(score / node.length**self._params.length_penalty, score, node, finish_reason)
+            Hypothesis(score / node.length**self._params.length_penalty, node, finish_reason)
             # Of a search that was interrupted, there may be one more of the ones.
             for node, score in zip(self.nodes, self.scores, strict=False)
             if node is not None
@@ -266,14 +288,13 @@ class BeamSearch:
             reach = self._max_new_tokens
         return self.scores[0] / reach**params.length_penalty > self.finished[-1].score
 
-    def _node(
-        self,
-        parent: int,
-        token: int,
-        score: float,
-        logprobs: Sequence[dict[int, float]] | None,
-    ) -> Node:
-        if logprobs is None:
-            return Node(self.nodes[parent], token)
-        own = {token: score - self.scores[parent]}
-        return Node(self.nodes[parent], token, own | logprobs[parent])
+    def _node(self, candidate: Candidate, logprobs: Sequence[dict[int, float]] | None) -> Node:
+        score, beam, token, logprob = candidate
+        parent = self.nodes[beam]
+        total = score
+        if logprob is None:
+            logprob = score - self.scores[beam]
+        else:
+            total = (parent.cumulative_logprob if parent else 0.0) + logprob
+        own = None if logprobs is None else {token: logprob} | logprobs[beam]
+        return Node(parent, token, total, own)

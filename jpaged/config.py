@@ -4,10 +4,37 @@
 import dataclasses
 import math
 
+from jpaged.checks import Rule, at_least, check_fields, instance_of, one_of
+
+# The fields that are one of a few texts.
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "reservation": ("paged", "max"),
+    "preemption": ("auto", "recompute", "swap"),
+    "backend": ("tpu", "gpu", "xla"),
+    "generation_config": ("model", "ignore"),
+}
+
+_FINITE = (Rule("finite and above 0", lambda value: 0 < value < math.inf),)
+_RULES = {
+    "page_size": at_least(1),
+    "num_pages": at_least(2),
+    "memory_fraction": (Rule("in (0, 1]", lambda fraction: 0 < fraction <= 1),),
+    "max_num_seqs": at_least(1),
+    "max_num_batched_tokens": at_least(1),
+    "max_model_len": at_least(2),
+    "swap_bytes": (Rule("at least 0", lambda count: count >= 0),),
+    "swap_bytes_per_s": _FINITE,
+    "flops_per_s": _FINITE,
+} | {name: one_of(*choices) for name, choices in CHOICES.items()}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """An engine's settings; every field has a flag of the same name in the scripts.
+    """An engine's settings, checked when made; every field has a flag of its name in the scripts.
+
+    What a model and the machine's memory allow is checked when an engine is made of them; see
+    `jpaged.memory.plan_pool`.
 
     Attributes:
       page_size: tokens a page holds.
@@ -37,6 +64,8 @@ class EngineConfig:
       scan_layers: scan over the layers (compiles fast) instead of unrolling them (runs fast on
         CPU); None unrolls on CPU alone.
       backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
+      generation_config: "model" takes what the model's generation_config.json says for sampling
+        parameters that are None; "ignore" reads its end-of-sequence tokens only.
     """
 
     page_size: int = 16
@@ -55,32 +84,17 @@ class EngineConfig:
     deterministic: bool = False
     scan_layers: bool | None = None
     backend: str | None = None
+    generation_config: str = "model"
 
     def __post_init__(self):
-        at_least = {
-            "page_size": 1,
-            "num_pages": 2,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": 1,
-            "max_model_len": 2,
-            "swap_bytes": 0,
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if not 0 < self.memory_fraction <= 1:
-            raise ValueError(f"memory_fraction={self.memory_fraction} must be in (0, 1]")
-        for name in ("swap_bytes_per_s", "flops_per_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be finite and above 0, or None")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
-            raise ValueError(
-                f"dtype={self.dtype!r} must be 'float32', 'bfloat16', 'float16' or None"
-            )
+        check_fields(self, _RULES)
         if self.deterministic and self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"deterministic needs max_num_batched_tokens={self.max_num_batched_tokens} above "
                 f"max_num_seqs={self.max_num_seqs}: one step shape must hold prefill and decode"
             )
+
+
+def engine_config(config: EngineConfig | None) -> EngineConfig:
+    """The config itself, or one of defaults for None. Raises: ValueError, if it is no config."""
+    return EngineConfig() if config is None else instance_of("config", config, EngineConfig)

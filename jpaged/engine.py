@@ -12,8 +12,10 @@ from typing import Any
 import tokenizers
 
 from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, idle_beams
-from jpaged.config import EngineConfig
+from jpaged.checks import shown
+from jpaged.config import EngineConfig, engine_config
 from jpaged.costs import scheduler_config_of
+from jpaged.defaults import default_params
 from jpaged.memory import default_dtype, plan_pool
 from jpaged.outputs import GenerationInterrupted, Mailbox, RequestOutput
 from jpaged.page_pool import PagePool
@@ -32,7 +34,8 @@ from jpaged.streams import Generation, Owner, RequestStream
 from jpaged.text import load_tokenizer
 from jpaged.viewer import PoolSnapshot
 from models import checkpoint
-from models.config import ModelConfig
+from models.config import ModelConfig, load_config
+from models.generation_config import GenerationConfig, load_generation_config
 from pallas_kernels.dispatch import resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Engine:
         params: Any,
         config: EngineConfig | None = None,
         tokenizer: tokenizers.Tokenizer | None = None,
+        generation_config: GenerationConfig | None = None,
     ):
         """Allocates the page pool around a model that is in memory; see `load` for one on disk.
 
@@ -68,12 +72,14 @@ class Engine:
           params: the unstacked parameter tree of `models.decoder.Decoder(model_config)`.
           config: the engine's settings.
           tokenizer: None serves prompts given as token ids.
+          generation_config: defaults of `SamplingParams`; None has none.
 
         Raises:
           ValueError: if a setting cannot be met; the message has the value and the limit.
         """
-        config = config or EngineConfig()
+        config = engine_config(config)
         backend = resolve_backend(config.backend)
+        self.default_params = default_params(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
         logger.info("page pool: %s", plan)
 
@@ -107,7 +113,9 @@ class Engine:
         plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
         self._table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
         self._scheduler = Scheduler(config, self._table)
-        self._maker = RequestMaker(self.model_config, tokenizer, config, self._table)
+        self._maker = RequestMaker(
+            self.model_config, tokenizer, config, self._table, self.default_params
+        )
         self._results = ResultReader(
             self._scheduler,
             tokenizer,
@@ -131,11 +139,15 @@ class Engine:
           FileNotFoundError: if the directory or something in it is missing.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
-        config = config or EngineConfig()
+        config, directory = engine_config(config), pathlib.Path(model_path).expanduser()
+        # Refuses what does not fit before the weights are read.
+        plan_pool(config, load_config(directory), resolve_backend(config.backend))
         dtype = default_dtype(config)
         start = time.perf_counter()
         model_config, params = checkpoint.load(model_path, dtype)
-        tokenizer = load_tokenizer(pathlib.Path(model_path).expanduser())
+        tokenizer, defaults = load_tokenizer(directory), None
+        if config.generation_config == "model":
+            defaults = load_generation_config(directory)
         logger.info(
             "loaded %s: %.1f M parameters as %s in %.2f s",
             model_path,
@@ -143,7 +155,7 @@ class Engine:
             dtype.name,
             time.perf_counter() - start,
         )
-        return cls(model_config, params, config, tokenizer)
+        return cls(model_config, params, config, tokenizer, defaults)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -176,16 +188,8 @@ class Engine:
           ValueError: if a prompt cannot be served; then none has been started.
           GenerationInterrupted: on Ctrl-C; holds what was produced.
         """
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-            raise ValueError("prompts must be a list of prompts, not one prompt; wrap it in [ ]")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(each)} SamplingParams do not pair with {len(prompts)} prompts")
         self._enter()
-        requests = [
-            self._maker.make(prompt, own, self._next_request_id(), stream=False)
-            for prompt, own in zip(prompts, each, strict=True)
-        ]
+        requests = self._maker.make_all(prompts, params, iter(self._next_request_id, None))
         generation = Generation(requests, self._abandoned)
         try:
             self._add(requests, generation.owner)
@@ -241,11 +245,11 @@ class Engine:
         self._enter()
         if request_id is None:
             request_id = self._next_request_id()
-        if request_id in self._requests or request_id in self._outbox:
+        request = self._maker.make(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
+        if request.request_id in self._requests or request.request_id in self._outbox:
             raise ValueError(f"request_id={request_id!r} is in use by a live request")
-        request = self._maker.make(prompt, params, request_id, stream=stream)
-        self._add([request], None, cache_salt)
-        return request_id
+        self._add([request], None)
+        return request.request_id
 
     def fork(
         self,
@@ -275,21 +279,17 @@ class Engine:
           KeyError: if no live request has this id.
           ValueError: if the request cannot be forked; nothing has changed then.
         """
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1")
         self._enter()
-        parent = self._requests.get(request_id)
-        if parent is None:
-            raise KeyError(f"no live request {request_id!r}")
-        ids = [self._next_request_id() for _ in range(k)]
-        forks = self._maker.fork(parent, ids, params, stream=stream)
+        parent = self._live(request_id)
+        ids = iter(self._next_request_id, None)
+        forks = self._maker.fork(parent, k, ids, params, stream=stream)
         with self._change:
             # Each is put right behind the parent.
             for child in reversed(forks):
                 self._results.fork(parent.sequences[0], child.sequences[0])
                 self._scheduler.fork(parent, child)
                 self._requests[child.request_id] = child
-        return ids
+        return [child.request_id for child in forks]
 
     def step(self) -> list[RequestOutput]:
         """Runs one step: dispatches the next, then reads the samples of the one before.
@@ -335,13 +335,14 @@ class Engine:
           KeyError: if no live request has this id.
         """
         self._enter()
-        request = self._requests.get(request_id)
+        if isinstance(request_id, str) and request_id in self._outbox:
+            request = self._requests.get(request_id)
+        else:
+            request = self._live(request_id)
         if request is not None:
             self._abort(request)
             if request.owner is not None:
                 return request.owner.mailbox[request_id]
-        elif request_id not in self._outbox:
-            raise KeyError(f"no live request {request_id!r}")
         output = self._outbox[request_id]
         del self._outbox[request_id]
         return output
@@ -402,6 +403,7 @@ class Engine:
         """Raises AssertionError if pages are lost or held twice. Cost: every page; for tests."""
         self._enter()
         self._scheduler.check_invariants()
+        self._scheduler.cache.check_roots(r.cache_root for r in self._requests.values())
         if not self._requests:
             assert self._table.pool.num_used_pages == 0, "an idle engine holds pages"
 
@@ -409,11 +411,17 @@ class Engine:
         known = self._requests, self._outbox
         return next(i for i in map(str, self._request_counter) if not any(i in k for k in known))
 
-    def _add(self, requests: Sequence[Request], owner: Owner | None, salt: Any = None) -> None:
+    def _live(self, request_id: str) -> Request:
+        request = self._requests.get(request_id) if isinstance(request_id, str) else None
+        if request is None:
+            raise KeyError(f"no live request {shown(request_id)}")
+        return request
+
+    def _add(self, requests: Sequence[Request], owner: Owner | None) -> None:
         with self._change:
             for request in requests:
                 request.owner = owner
-                self._scheduler.add(request, salt)
+                self._scheduler.add(request, request.cache_salt)
                 self._requests[request.request_id] = request
 
     def _enter(self) -> None:
@@ -468,6 +476,7 @@ class Engine:
         if not output.finished:
             return
         del self._requests[request.request_id]
+        self._scheduler.cache.release_root(request.cache_root)
         if not self._requests:
             # What runs ahead computes tokens of ended sequences only: nobody waits for them.
             if self._planned is not None:

@@ -141,7 +141,7 @@ def _beam_completion(
     return Completion(
         text=decode(token_ids),
         token_ids=token_ids,
-        cumulative_logprob=hypothesis.cumulative_logprob,
+        cumulative_logprob=hypothesis.node.cumulative_logprob,
         logprobs=None if request.params.logprobs is None else [n.logprobs or {} for n in nodes],
         finish_reason=hypothesis.finish_reason,
         score=hypothesis.score,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds pages again by what they hold."""
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 
 from jpaged import sequence
 from jpaged.page_pool import NULL_PAGE, PagePool
@@ -14,7 +15,8 @@ class PrefixCache:
     A page's address is the page before it and its own tokens, so equal addresses chain back to
     equal prefixes. Addresses are compared whole, never by a hash of them alone: what is found is
     what was asked for. Page 0 is no prefix; a root, which is negative, stands before a first page.
-    Roots keep apart what must not be shared: other weights, other owners.
+    Roots keep apart what must not be shared: other weights, other owners. That of a salt is
+    remembered while a request uses it or a page's prefix begins there.
 
     Who uses a page uses the pages of its prefix too, and releases it before them. Pages are evicted
     in order of release, so a page never goes before those that follow it (leaves first).
@@ -22,6 +24,7 @@ class PrefixCache:
     Invariants:
       - Every addressed page is kept by the pool, and no other.
       - The page before an addressed page is addressed, or is a root.
+      - A salt has a root exactly while that has uses: requests, and addressed pages right behind.
     """
 
     def __init__(self, pool: PagePool):
@@ -30,20 +33,38 @@ class PrefixCache:
         self._pages: dict[tuple[int, tuple[int, ...]], int] = {}
         self._addresses: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._roots: dict[Hashable, int] = {}
+        # Of the roots with a salt; how often each is used.
+        self._salts: dict[int, Hashable] = {}
+        self._uses: Counter[int] = Counter()
         self._num_roots = 0
         self.num_evictions = 0
         pool.on_evict = self._on_evict
 
     def root(self, salt: Hashable) -> int:
-        """The root of all prefixes with this salt; equal salts share them."""
+        """The root of all prefixes with this salt, for a request; equal salts share them."""
         if salt not in self._roots:
             self._roots[salt] = self.private_root()
+            self._salts[self._roots[salt]] = salt
+        self.use_root(self._roots[salt])
         return self._roots[salt]
 
     def private_root(self) -> int:
         """A root that nobody else has."""
         self._num_roots += 1
         return -self._num_roots
+
+    def use_root(self, root: int | None) -> int | None:
+        """Counts one more request that uses a root, or a page behind it. Returns: the root."""
+        if root in self._salts:
+            self._uses[root] += 1
+        return root
+
+    def release_root(self, root: int | None) -> None:
+        """Takes back one `use_root` or `root`; with the last one the root's salt is forgotten."""
+        if root in self._salts:
+            self._uses[root] -= 1
+            if not self._uses[root]:
+                del self._uses[root], self._roots[self._salts.pop(root)]
 
     def match(self, root: int, token_ids: Sequence[int], page_size: int) -> list[int]:
         """Finds the longest known prefix.
@@ -86,6 +107,7 @@ class PrefixCache:
         self._pool.keep(page)
         self._pages[address] = page
         self._addresses[page] = address
+        self.use_root(before)
         return page
 
     def address(
@@ -139,6 +161,7 @@ class PrefixCache:
             # The first page gets an address that nobody looks for, and those behind keep theirs.
             self._addresses[page] = self.private_root(), self._addresses[page][1]
             self._pages[self._addresses[page]] = page
+            self.release_root(root)
 
     def check_unused(self) -> None:
         """Raises RuntimeError if an addressed page is in use, as `clear` does."""
@@ -153,10 +176,12 @@ class PrefixCache:
           RuntimeError: if an addressed page is in use: what follows it may get an address later.
         """
         self.check_unused()
+        # Also those of live requests: what these still compute is not for requests to come.
+        for part in (self._roots, self._salts, self._uses):
+            part.clear()
         for page in list(self._addresses):
             self._pool.forget(page)
             self._drop(page)
-        self._roots.clear()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: every page; for tests."""
@@ -170,9 +195,22 @@ class PrefixCache:
         kept = sum(self._pool.is_kept(page) for page in range(self._pool.num_pages))
         assert kept == len(self._addresses), "a page is kept without an address"
 
+    def check_roots(self, used: Iterable[int | None]) -> None:
+        """Raises AssertionError if roots are lost or kept for nothing; for tests.
+
+        Args:
+          used: the roots of all live requests.
+        """
+        before = (before for before, _ in self._addresses.values())
+        uses = Counter(root for root in (*used, *before) if root in self._salts)
+        assert uses == self._uses and set(uses) == set(self._salts), "uses of roots differ"
+        assert {root: salt for salt, root in self._roots.items()} == self._salts
+
     def _on_evict(self, page: int) -> None:
         self.num_evictions += 1
         self._drop(page)
 
     def _drop(self, page: int) -> None:
-        del self._pages[self._addresses.pop(page)]
+        address = self._addresses.pop(page)
+        del self._pages[address]
+        self.release_root(address[0])

@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes requests, and refuses those that could not be served, before anything has changed."""
 
+import itertools
 import math
+import numbers
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import tokenizers
 
 from jpaged.admission import SchedulerConfig, check_fits
 from jpaged.beam import start_search
+from jpaged.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
+from jpaged.logits_processors import LogitsProcessors
 from jpaged.page_table import PageTable
-from jpaged.params import SamplingParams
+from jpaged.params import MAX_NUM_SAMPLES, SamplingParams
 from jpaged.sequence import Request, fork_seed
 from models.config import ModelConfig
 
-Prompt = str | Sequence[int]
+# Text, or token ids: a sequence of integers, or a NumPy array of one dimension.
+Prompt = str | Sequence[int] | np.ndarray
+
+_FORKS = (*at_least(1), Rule(f"at most {MAX_NUM_SAMPLES}", lambda k: k <= MAX_NUM_SAMPLES))
 
 
 class RequestMaker:
@@ -26,38 +34,88 @@ class RequestMaker:
         tokenizer: tokenizers.Tokenizer | None,
         config: SchedulerConfig,
         table: PageTable,
+        defaults: SamplingParams | None = None,
     ):
-        """Remembers what requests are held against."""
+        """Remembers what requests are held against, and the defaults of their parameters."""
+        self._defaults = defaults
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._config = config
         self._table = table
 
+    def make_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        request_ids: Iterator[str],
+    ) -> list[Request]:
+        """Makes a request of each prompt; see `Engine.generate`.
+
+        Args:
+          prompts: likewise.
+          params: likewise.
+          request_ids: as many as are needed.
+
+        Raises:
+          ValueError: if one could never be served.
+        """
+        one = isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray)
+        one = one or (isinstance(prompts, np.ndarray) and prompts.ndim != 2)
+        if one or (len(prompts) and _is_number(prompts[0])):
+            raise ValueError(
+                f"prompts={shown(prompts)} must be a list of prompts, each a string or a list of "
+                "token ids; if it is one prompt, wrap it in [ ]"
+            )
+        if isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        elif isinstance(params, str) or not isinstance(params, Sequence):
+            raise ValueError(f"params={shown(params)} must be SamplingParams, or a list of them")
+        if len(params) != len(prompts):
+            raise ValueError(
+                f"{len(params)} SamplingParams do not pair with {len(prompts)} prompts"
+            )
+        return [
+            self.make(prompt, own, request_id, stream=False)
+            for prompt, own, request_id in zip(prompts, params, request_ids, strict=False)
+        ]
+
     def make(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, *, stream: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str,
+        *,
+        stream: bool,
+        cache_salt: str | None = None,
     ) -> Request:
         """Makes a request of a prompt.
 
         Raises:
           ValueError: if it could never be served.
         """
-        self._check(params, request_id, stream)
+        request_id = checked("request_id", request_id, str)
+        stream = checked("stream", stream, bool)
+        cache_salt = checked("cache_salt", cache_salt, str | None)
+        instance_of(f"request {request_id!r}: params", params, SamplingParams)
         token_ids = self._encode(prompt, request_id)
+        params = self._resolved(params, len(token_ids))
+        self._check(params, request_id, stream)
         vocab_size = self._model_config.vocab_size
         if outside := [t for t in token_ids if not 0 <= t < vocab_size]:
             raise ValueError(
-                f"request {request_id!r}: token id {outside[0]} is outside the vocabulary, "
+                f"request {request_id!r}: token id {shown(outside[0])} is outside the vocabulary, "
                 f"[0, {vocab_size})"
             )
         seed = params.seed if params.seed is not None else secrets.randbits(32)
-        request = self._new(request_id, token_ids, params, seed, stream)
+        request = self._new(request_id, token_ids, params, seed, stream, cache_salt)
         check_fits(request, self._config, self._table)
         return request
 
     def fork(
         self,
         parent: Request,
-        request_ids: list[str],
+        k: int,
+        request_ids: Iterator[str],
         params: SamplingParams | None,
         *,
         stream: bool,
@@ -67,7 +125,11 @@ class RequestMaker:
         Raises:
           ValueError: if the request cannot be forked.
         """
-        own = params or parent.params
+        own = parent.params
+        if params is not None:
+            instance_of("params", params, SamplingParams)
+            own = self._resolved(params, len(parent.prompt_token_ids))
+        stream = checked("stream", stream, bool)
         self._check(own, parent.request_id, stream)
         if parent.params.num_samples > 1 or parent.beam_search is not None:
             raise ValueError(
@@ -81,7 +143,9 @@ class RequestMaker:
                 f"logprobs={own.logprobs} cannot be given for the tokens before the fork: request "
                 f"{parent.request_id!r} has none; give it logprobs too"
             )
+        k = checked("k", k, int, _FORKS)
         (source,) = parent.sequences
+        assert own.max_tokens is not None
         if len(source.generated_token_ids) >= own.max_tokens:
             raise ValueError(
                 f"max_tokens={own.max_tokens} must exceed the {len(source.generated_token_ids)} "
@@ -89,9 +153,11 @@ class RequestMaker:
             )
         seed = own.seed if params and own.seed is not None else parent.seed
         children: list[Request] = []
-        for request_id in request_ids:
+        for request_id in itertools.islice(request_ids, k):
             own_seed = fork_seed(seed, parent.num_forks + len(children) + 1)
-            child = self._new(request_id, parent.prompt_token_ids, own, own_seed, stream)
+            child = self._new(
+                request_id, parent.prompt_token_ids, own, own_seed, stream, parent.cache_salt
+            )
             check_fits(child, self._config, self._table)
             child.arrival_s, child.first_token_s = parent.arrival_s, parent.first_token_s
             child.sequences[0].continue_from(source)
@@ -109,15 +175,23 @@ class RequestMaker:
             )
         if params.stop and self._tokenizer is None:
             raise ValueError(
-                f"request {request_id!r}: stop={params.stop!r} needs a tokenizer, which this model "
-                "has not; use stop_token_ids"
+                f"request {request_id!r}: stop={shown(params.stop)} needs a tokenizer, which this "
+                "model has not; use stop_token_ids"
             )
         if params.logprobs is not None and params.logprobs > vocab_size:
             raise ValueError(
                 f"request {request_id!r}: logprobs={params.logprobs} exceeds the vocabulary of "
                 f"{vocab_size}"
             )
+        for name in ("stop_token_ids", "suppress_tokens"):
+            outside = [t for t in getattr(params, name) if t >= vocab_size]
+            if outside:
+                raise ValueError(
+                    f"request {request_id!r}: {name} has token {shown(outside[0])}, which is "
+                    f"outside the vocabulary, [0, {vocab_size})"
+                )
         if params.beam_width is not None:
+            assert params.max_tokens is not None
             try:
                 reach = float(min(params.max_tokens, self._config.max_model_len))
                 usable = 0 < reach**params.length_penalty < math.inf
@@ -129,6 +203,13 @@ class RequestMaker:
                     f"of {params.max_tokens} tokens infinite or 0; bring it closer to 0"
                 )
 
+    def _processors(self, params: SamplingParams, request_id: str) -> LogitsProcessors | None:
+        config = self._model_config
+        try:
+            return LogitsProcessors.of(params, config.eos_token_ids, config.vocab_size)
+        except ValueError as e:
+            raise ValueError(f"request {request_id!r}: {e}") from None
+
     def _new(
         self,
         request_id: str,
@@ -136,7 +217,9 @@ class RequestMaker:
         params: SamplingParams,
         seed: int,
         stream: bool,
+        cache_salt: str | None,
     ) -> Request:
+        processors = self._processors(params, request_id)
         request = Request(
             request_id,
             token_ids,
@@ -144,30 +227,46 @@ class RequestMaker:
             seed=seed,
             max_model_len=self._config.max_model_len,
             stream=stream,
+            cache_salt=cache_salt,
         )
+        request.processors = processors
         if params.beam_width is not None:
             start_search(request, self._model_config.eos_token_ids)
         return request
 
     def _encode(self, prompt: Prompt, request_id: str) -> list[int]:
-        if not len(prompt):
-            raise ValueError(
-                f"request {request_id!r}: the prompt is empty; give at least one character or token"
-            )
+        where = f"request {request_id!r}"
+        empty = f"{where}: the prompt is empty; give at least one character or token"
+        if isinstance(prompt, str) and not prompt:
+            raise ValueError(empty)
         if not isinstance(prompt, str):
             try:
-                return [int(token) for token in prompt]
-            except (TypeError, ValueError):
+                token_ids = integers(prompt)
+            except Exception as e:  # a stranger's sequence may raise anything
                 raise ValueError(
-                    f"request {request_id!r}: a prompt must be text or a list of token ids, not "
-                    f"{prompt!r:.80}"
+                    f"{where}: prompt={shown(prompt)} must be a string or {e}"
                 ) from None
-        if self._tokenizer is None:
+        elif self._tokenizer is None:
             raise ValueError(
-                f"request {request_id!r}: the model has no tokenizer.json, so its prompts must be "
-                "lists of token ids"
+                f"{where}: the model has no tokenizer.json, so its prompts must be lists of token "
+                "ids"
             )
-        token_ids = self._tokenizer.encode(prompt).ids
+        elif (position := lone_surrogate(prompt)) is not None:
+            raise ValueError(
+                f"{where}: character {position} of the prompt is {prompt[position]!a}, half of a "
+                "surrogate pair, which is no text"
+            )
+        else:
+            token_ids = self._tokenizer.encode(str.__str__(prompt)).ids
         if not token_ids:
-            raise ValueError(f"request {request_id!r}: the prompt {prompt!r:.80} has no tokens")
+            text = isinstance(prompt, str)
+            raise ValueError(f"{where}: prompt={shown(prompt)} has no tokens" if text else empty)
         return token_ids
+
+    def _resolved(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        room = max(self._config.max_model_len - num_prompt_tokens, 1)
+        return params.resolve(self._defaults, room)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Number | np.generic) or getattr(value, "shape", None) == ()

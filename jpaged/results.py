@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import tokenizers
 
+from jpaged.beam import Candidate
 from jpaged.outputs import RequestOutput, output_of
 from jpaged.runner import StepResult
 from jpaged.scheduler import Scheduler
@@ -126,7 +127,7 @@ class ResultReader:
     def _read_beams(
         self,
         request: Request,
-        candidates: list[tuple[float, int, int]],
+        candidates: list[Candidate],
         logprobs: Sequence[float],
         top: Sequence[Mapping[int, float]] | None,
         now: float,

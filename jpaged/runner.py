@@ -16,6 +16,7 @@ import numpy as np
 import pallas_kernels
 from jpaged import sampling
 from jpaged.batch import Batch, BeamBatch, StepShape, empty_batch
+from jpaged.beam import Candidate
 from jpaged.host_pages import HostPages
 from jpaged.memory import PoolPlan
 from models.inputs import PagedInputs
@@ -38,7 +39,8 @@ class StepResult:
       tokens: i32[max_num_seqs], the first `num_samples` live.
       logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
       top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
-      beams: for each beam search of the step, what `sampling.beam_candidates` returned.
+      beams: for each beam search of the step, what `sampling.beam_candidates`, or
+        `processed_beam_candidates`, returned.
       num_samples: live samples.
       compile_s: seconds that compiling took before the step was on its way; 0 mostly.
     """
@@ -46,7 +48,7 @@ class StepResult:
     tokens: jax.Array
     logprobs: jax.Array
     top: tuple[jax.Array, jax.Array] | None
-    beams: list[tuple[jax.Array, jax.Array, jax.Array]]
+    beams: list[tuple[jax.Array, ...]]
     num_samples: int
     compile_s: float = 0.0
 
@@ -63,12 +65,12 @@ class StepResult:
             [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)],
         )
 
-    def read_beams(self) -> list[list[tuple[float, int, int]]]:
-        """Score, beam and token of the best continuations, best first, for each beam search."""
+    def read_beams(self) -> list[list[Candidate]]:
+        """The best continuations, best first, for each beam search."""
         read = []
         for parts in self.beams:
             candidates = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
-            read.append([each for each in candidates if each[0] > -math.inf])
+            read.append([Candidate(*each) for each in candidates if each[0] > -math.inf])
         return read
 
 
@@ -142,6 +144,12 @@ class ModelRunner:
         self._beam_candidates = jax.jit(
             self._counted("beam_candidates", sampling.beam_candidates), static_argnums=3
         )
+        self._process = jax.jit(self._counted("process_logits", sampling.process_logits))
+        self._model_logprobs = jax.jit(self._counted("model_logprobs", sampling.model_logprobs))
+        self._processed_beam_candidates = jax.jit(
+            self._counted("processed_beam_candidates", sampling.processed_beam_candidates),
+            static_argnums=5,
+        )
         self._get_pages = jax.jit(self._counted("get_pages", _get_pages))
         self._set_pages = jax.jit(self._counted("set_pages", _set_pages), donate_argnums=0)
 
@@ -190,9 +198,18 @@ class ModelRunner:
             sample_indices=batch.sample_indices,
             positions=batch.sample_positions,
         )
-        self._tokens, logprobs = self._sample(logits, rows)
+        processors, previous, chosen_from = batch.processors, self._tokens, logits
+        if processors is not None:
+            chosen_from = self._process(logits, processors, previous)
+        self._tokens, logprobs = self._sample(chosen_from, rows)
+        if processors is not None:
+            logprobs = self._model_logprobs(logits, self._tokens, logprobs, processors)
         beams = [
-            self._beam_candidates(logits, beam.slots, beam.scores, beam.num_candidates)
+            self._processed_beam_candidates(
+                logits, beam.slots, beam.scores, processors, previous, beam.num_candidates
+            )
+            if beam.processed
+            else self._beam_candidates(logits, beam.slots, beam.scores, beam.num_candidates)
             for beam in batch.beams
         ]
         top = None
@@ -295,7 +312,9 @@ class ModelRunner:
         programs: set[Hashable] = {batch.shape}
         if batch.num_logprobs:
             programs.add((rows, self._num_likeliest(batch)))
-        programs.update((rows, len(b.slots), b.num_candidates) for b in batch.beams)
+        if batch.processors is not None:
+            programs.add((rows, "processors"))
+        programs.update((rows, len(b.slots), b.num_candidates, b.processed) for b in batch.beams)
         return programs
 
     def _counted(self, name: str, function: Callable) -> Callable:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.logits_processors import ProcessorRows
+
 _ARGMAX_BLOCK = 128  # columns
 _TOP_K_BLOCK = 64  # columns
 
@@ -83,6 +85,46 @@ def mark_not_finite(logits: jax.Array, logprobs: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(logits).all(axis=-1), logprobs, jnp.nan)
 
 
+def process_logits(logits: jax.Array, rows: ProcessorRows, previous: jax.Array) -> jax.Array:
+    """Changes logits, or log-probabilities, as transformers' processors do, in their order.
+
+    First the repetition penalty, then what cannot be chosen is set to -inf. Rows that ask for
+    nothing stay as they are, to the bit.
+
+    Args:
+      logits: f32[num_samples, vocab_size].
+      rows: what is asked for.
+      previous: i32[slots], tokens of the step before.
+    """
+    vocab_size = logits.shape[-1]
+    # Slot -1 indexes the last sample, and is then not used.
+    newest = jnp.where(rows.previous_slots < 0, -1, previous[rows.previous_slots])
+    seen = _bits(rows.seen, vocab_size) | (jnp.arange(vocab_size)[None] == newest[:, None])
+    penalty = rows.repetition_penalty[:, None]
+    penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    logits = jnp.where(seen, penalised, logits)
+    return jnp.where(_bits(rows.blocked, vocab_size), -jnp.inf, logits)
+
+
+def model_logprobs(
+    logits: jax.Array, tokens: jax.Array, sampled: jax.Array, rows: ProcessorRows
+) -> jax.Array:
+    """Log-probabilities of tokens under the model as it is, where processors changed the logits.
+
+    Args:
+      logits: f32[num_samples, vocab_size], as the model gave them.
+      tokens: i32, the chosen ones, padded.
+      sampled: f32[num_samples], what `sample` returned, which stays where nothing was changed.
+      rows: what was changed.
+
+    Returns:
+      f32[num_samples]; NaN as by `mark_not_finite`.
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    own = jnp.take_along_axis(logprobs, tokens[: logits.shape[0], None], axis=-1)[:, 0]
+    return mark_not_finite(logits, jnp.where(rows.active, own, sampled))
+
+
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The likeliest tokens of each row.
 
@@ -112,8 +154,42 @@ def beam_candidates(
       f32[count] scores, best first, -inf where there are not so many; i32[count], which beam each
       continues, as a place in `slots`; and i32[count], with which token.
     """
-    vocab_size = logits.shape[1]
-    totals = jax.nn.log_softmax(logits[slots], axis=-1) + scores[:, None]
+    logprobs = jax.nn.log_softmax(logits[slots], axis=-1)
+    return _best_continuations(logprobs + scores[:, None], count)
+
+
+def processed_beam_candidates(
+    logits: jax.Array,
+    slots: jax.Array,
+    scores: jax.Array,
+    rows: ProcessorRows,
+    previous: jax.Array,
+    count: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """As `beam_candidates`, by log-probabilities that processors change, as in transformers.
+
+    Args:
+      logits: f32[num_samples, vocab_size].
+      slots: i32[width], which samples are the beams.
+      scores: f32[width], sums of what the beams were chosen by; -inf where there is no beam.
+      rows: what is changed, one entry a sample.
+      previous: i32, tokens of the step before.
+      count: how many continuations; static.
+
+    Returns:
+      What `beam_candidates` does, and f32[count], the tokens' log-probabilities under the model as
+      it is.
+    """
+    logprobs = jax.nn.log_softmax(logits[slots], axis=-1)
+    own = ProcessorRows(*(leaf[slots] for leaf in rows))
+    totals = process_logits(logprobs, own, previous) + scores[:, None]
+    values, beams, tokens = _best_continuations(totals, count)
+    return values, beams, tokens, logprobs[beams, tokens]
+
+
+def _best_continuations(totals: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The largest of f32[width, vocab_size], with their places; see `beam_candidates`."""
+    vocab_size = totals.shape[1]
     # The best are in as many blocks of columns as there are best, those with the largest maxima:
     # to sort these and then their columns takes half as long as to sort all (docs/decisions.md).
     totals = totals.reshape(-1)
@@ -128,6 +204,12 @@ def beam_candidates(
     places = best[jnp.minimum(places // width, best.shape[0] - 1)] * width + places % width
     places = jnp.minimum(places, size - 1)
     return values, places // vocab_size, places % vocab_size
+
+
+def _bits(bitmaps: jax.Array | np.ndarray, count: int) -> jax.Array:
+    """bool[rows, count] of u8[rows, bytes], the lowest bit of a byte first."""
+    bits = (jnp.asarray(bitmaps)[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None]) & 1
+    return bits.reshape(bits.shape[0], -1)[:, :count].astype(bool)
 
 
 def _first_largest(logits: jax.Array) -> jax.Array:

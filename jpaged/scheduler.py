@@ -89,7 +89,7 @@ class Scheduler:
             pages of the parent, but computes the last token again, for what comes after it.
         """
         (source,), (seq,) = parent.sequences, child.sequences
-        child.cache_root = parent.cache_root
+        child.cache_root = self.cache.use_root(parent.cache_root)
         if source.status is Status.WAITING:
             self._waiting.insert(self._waiting.index(source) + 1, seq)
             return

@@ -14,6 +14,7 @@ from jpaged.params import SamplingParams
 
 if typing.TYPE_CHECKING:
     from jpaged.beam import BeamSearch
+    from jpaged.logits_processors import LogitsProcessors
     from jpaged.streams import Owner
     from jpaged.swap import SwappedGroup
 
@@ -148,14 +149,16 @@ class Request:
 
     Attributes:
       request_id: unique among live requests.
+      cache_salt: see `Engine.add_request`.
       cache_root: where its prefixes begin in the `PrefixCache`, or None if it does not use it.
       prompt_token_ids: at least one token.
-      params: how to sample and when to stop.
+      params: how to sample and when to stop, with no default left to resolve.
       seed: the seed in use, `params.seed` or a drawn one.
       stream: whether every step that adds to a sample reports it.
       sequences: the samples, in order of `sample_index`; the later ones appear when they fork. Or
         the beams.
       beam_search: what the beams are, where the request wants them.
+      processors: what changes its logits before a token is chosen, or None.
       num_forks: requests that were forked from it so far.
       owner: to whom its outputs go; None for what `Engine.step` returns.
       arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
@@ -170,18 +173,22 @@ class Request:
         seed: int,
         max_model_len: int,
         stream: bool = False,
+        cache_salt: str | None = None,
     ):
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.seed = seed
         self.stream = stream
+        self.cache_salt = cache_salt
         self.arrival_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.cache_root: int | None = None
         self.beam_search: BeamSearch | None = None
+        self.processors: LogitsProcessors | None = None
         self.num_forks = 0
         self.owner: Owner | None = None
+        assert params.max_tokens is not None, "not resolved"
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         first = Sequence(self, 0, self.max_total_tokens)
         first.num_pending_forks = params.num_samples - 1

@@ -195,7 +195,7 @@ class PagedSimulator:
         request = Request(
             str(self._num_added),
             item.prompt_token_ids,
-            params,
+            params.resolve(),
             seed=0,
             max_model_len=self.scheduler.config.max_model_len,
         )

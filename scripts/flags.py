@@ -14,18 +14,12 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from jpaged.config import EngineConfig
+from jpaged.config import CHOICES, EngineConfig
 
 # A flag defined by a call of `define_engine_flags` belongs to the script that calls it, so that
 # the script's --help shows it.
 flags.disclaim_key_flags()
 
-_CHOICES = {
-    "dtype": ("float32", "bfloat16", "float16"),
-    "reservation": ("paged", "max"),
-    "preemption": ("auto", "recompute", "swap"),
-    "backend": ("tpu", "gpu", "xla"),
-}
 _DEFAULT_CACHE_DIR = "~/.cache/jpaged/xla"
 
 
@@ -45,8 +39,8 @@ def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
         (kind,) = [t for t in _union_members(hints[field.name]) if t is not types.NoneType]
         name, text = field.name, helps[field.name]
         default: Any = field.default
-        if name in _CHOICES:
-            flags.DEFINE_enum(name, default, _CHOICES[name], text, flag_values=flag_values)
+        if name in CHOICES:
+            flags.DEFINE_enum(name, default, CHOICES[name], text, flag_values=flag_values)
             continue
         define: Any = {
             int: flags.DEFINE_integer,

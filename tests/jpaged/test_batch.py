@@ -24,7 +24,7 @@ def make_table():
 
 def make_seq(table, tokens, num_prompt_tokens, num_computed, *, seed=0, **params):
     """A sequence as it is just after it was scheduled."""
-    params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0} | params))
+    params = SamplingParams(**({"max_tokens": 8, "temperature": 0.0} | params)).resolve()
     request = Request("r", tokens[:num_prompt_tokens], params, seed=seed, max_model_len=10)
     (seq,) = request.sequences
     seq.token_ids = list(tokens)

@@ -23,7 +23,19 @@ REFUSED = [
     ("min_p", -0.01, "between 0 and 1 (0 keeps every token)"),
     ("min_p", 1.01, "between 0 and 1 (0 keeps every token)"),
     ("min_p", math.nan, "between 0 and 1 (0 keeps every token)"),
+    ("repetition_penalty", 0.0, "finite and above 0 (1 is none)"),
+    ("repetition_penalty", -1.0, "finite and above 0 (1 is none)"),
+    ("repetition_penalty", math.nan, "finite and above 0 (1 is none)"),
+    ("repetition_penalty", 1e38, "between 1e-30 and 1e+30"),
+    ("temperature", 1e38, "at most 1e+30"),
+    ("max_tokens", 2**31, "below 2**31"),
+    ("min_tokens", -1, "at least 0"),
+    ("suppress_tokens", (3, -1), "free of negative numbers"),
+    ("stop_token_ids", (3, -1), "free of negative numbers"),
     ("n", 0, "at least 1"),
+    ("n", 16385, "at most 16384"),
+    ("best_of", 16385, "at most 16384, or None"),
+    ("beam_width", 16385, "at most 16384, or None"),
     ("seed", -1, "in [0, 2**32), or None"),
     ("seed", 2**32, "in [0, 2**32), or None"),
     ("stop", ("end", ""), "free of empty strings"),
@@ -34,6 +46,11 @@ REFUSED = [
     ("length_penalty", math.nan, "finite"),
     ("early_stopping", "always", "False, True or 'never'"),
 ]
+
+OPTIONAL = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_tokens",
+    "suppress_tokens",
+)  # fmt: skip
 
 ACCEPTED = [
     ("max_tokens", 1),
@@ -62,7 +79,8 @@ ACCEPTED = [
 
 @pytest.mark.parametrize(("name", "value", "rule"), REFUSED)
 def test_a_value_outside_its_range_is_refused(name, value, rule):
-    message = f"{name}={value!r} must be {rule}"
+    none = ", or None" if name in OPTIONAL and "None" not in rule else ""
+    message = f"{name}={value!r} must be {rule}{none}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SamplingParams(**{"max_tokens": 4, name: value})
 
@@ -74,14 +92,9 @@ def test_the_edge_of_a_range_is_part_of_it(name, value):
 
 def test_every_number_has_a_rule():
     """A field added later must be ruled here, or be named as one that takes anything."""
-    unruled = {"ignore_eos", "stop_token_ids"}
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert {name for name, *_ in REFUSED} == fields - unruled
-
-
-def test_max_tokens_is_required():
-    with pytest.raises(TypeError, match="max_tokens"):
-        SamplingParams()
+    booleans = {field.name for field in dataclasses.fields(SamplingParams) if field.type is bool}
+    assert {name for name, *_ in REFUSED} == fields - booleans
 
 
 def test_the_first_broken_rule_is_reported_in_order_of_the_fields():
@@ -116,7 +129,7 @@ def test_parameters_cannot_change_once_checked():
 
 
 def test_the_defaults_sample_from_the_whole_distribution_once():
-    params = SamplingParams(max_tokens=1)
+    params = SamplingParams().resolve()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (1.0, 0, 1.0, 0.0)
     assert (params.n, params.seed, params.logprobs, params.ignore_eos) == (1, None, None, False)
     assert (params.stop, params.stop_token_ids) == ((), ())

@@ -18,7 +18,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from jpaged.admission import SchedulerConfig
-from jpaged.beam import path, start_search
+from jpaged.beam import Candidate, path, start_search
 from jpaged.page_pool import NULL_PAGE, PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
@@ -288,7 +288,7 @@ class Simulation:
         """`Engine._process`, less what only reports."""
         for (request, _), best in zip(step.beams, candidates, strict=True):
             if request.sequences[0].status is not Status.FINISHED:
-                parents = request.beam_search.advance(best)
+                parents = request.beam_search.advance([Candidate(*each) for each in best])
                 self.scheduler.advance_beams(request, parents)
         for seq, token in zip(step.samples, tokens, strict=True):
             if seq.status is Status.FINISHED or seq.request.beam_search is not None:

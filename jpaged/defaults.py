@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sampling parameters that a model asks for itself, in its generation_config.json."""
+
+from jpaged.params import SamplingParams
+from models.generation_config import GenerationConfig
+
+
+def default_params(config: GenerationConfig | None, vocab_size: int) -> SamplingParams:
+    """What stands for sampling parameters that are None; see `SamplingParams.resolve`.
+
+    Args:
+      config: the model's; None says nothing.
+      vocab_size: tokens beyond it cannot be chosen anyway, and are left out.
+
+    Returns:
+      The parameters that the model sets, the others None.
+
+    Raises:
+      ValueError: if a value is none that the parameter can have.
+    """
+    config = config or GenerationConfig()
+    least, most = config.min_new_tokens, config.max_new_tokens
+    if least is not None and most is not None:
+        least = min(least, most)  # the length ends an answer in any case
+    try:
+        return SamplingParams(
+            max_tokens=most,
+            temperature=0.0 if config.do_sample is False else config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            min_tokens=least,
+            suppress_tokens=tuple(t for t in config.suppress_tokens if 0 <= t < vocab_size) or None,
+        )
+    except ValueError as e:
+        raise ValueError(
+            f"generation_config.json: {e}; EngineConfig(generation_config='ignore'), or "
+            "--generation_config=ignore, leaves the file's settings aside"
+        ) from e

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repetition penalty, least lengths and suppressed tokens: transformers' numbers, any schedule."""
+
+import json
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jpaged import Engine, EngineConfig, SamplingParams, sampling
+from jpaged.defaults import default_params
+from jpaged.logits_processors import LogitsProcessors, idle_rows
+from models.generation_config import GenerationConfig
+from tests.jpaged.exact import EXACT, everything, run_steps
+from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_ids
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "hf"
+RECORDS = json.loads((FIXTURES / "logits_processors.json").read_text())["records"]
+
+NAMES = {"min_new_tokens": "min_tokens", "eos_token_id": "stop_token_ids"}
+PROCESSED = dict(max_tokens=20, repetition_penalty=1.8, min_tokens=6, suppress_tokens=(3, 50))
+CROWD = prompts_of((1, 2, 9, 16, 17, 33, 40))
+CROWDS_PARAMS = (
+    *(SamplingParams(temperature=0, logprobs=1, **PROCESSED) for _ in range(3)),
+    *(SamplingParams(seed=seed, logprobs=1, **PROCESSED) for seed in range(2)),
+    SamplingParams(seed=9, n=3, logprobs=1, **PROCESSED),
+    SamplingParams(beam_width=2, n=2, logprobs=1, **PROCESSED),
+)
+
+
+def params_of(record):
+    given = {NAMES.get(name, name): value for name, value in record["generate"].items()}
+    return SamplingParams(
+        max_tokens=record["max_new_tokens"],
+        n=record["num_beams"],
+        ignore_eos=True,
+        **(dict(beam_width=record["num_beams"]) if record["num_beams"] > 1 else {"temperature": 0}),
+        **given,
+    )
+
+
+class TestHuggingFace:
+    """What transformers generated with the same processors; see scripts/record_hf_processors.py."""
+
+    @pytest.mark.parametrize("case", sorted({record["case"] for record in RECORDS}))
+    def test_tokens_and_scores_are_equal(self, case):
+        records = [record for record in RECORDS if record["case"] == case]
+        engine = Engine.load(
+            FIXTURES / case, EngineConfig(max_model_len=96, num_pages=200, **EXACT)
+        )
+        outputs = engine.generate([r["prompt"] for r in records], list(map(params_of, records)))
+        for output, record in zip(outputs, records, strict=True):
+            assert [c.token_ids for c in output.outputs] == record["token_ids"], record
+            if record["scores"] is not None:
+                scores = [c.score for c in output.outputs]
+                np.testing.assert_allclose(scores, record["scores"], rtol=1e-4, atol=1e-4)
+        engine.check_invariants()
+
+
+class TestOnTheDevice:
+    def test_by_hand(self):
+        rows = idle_rows(3, 1)
+        rows.active[:2] = True
+        rows.repetition_penalty[0] = 2
+        rows.seen[0] = 0b00011  # tokens 0 and 1
+        rows.previous_slots[0] = 1  # and what slot 1 of the step before has chosen: token 4
+        rows.blocked[1] = 0b01010
+        logits = jnp.array([[3.0, -1.0, 2.0, 0.0, 5.0]] * 3)
+        got = sampling.process_logits(logits, rows, jnp.array([2, 4, 0]))
+        inf = np.inf
+        np.testing.assert_array_equal(
+            got, [[1.5, -2, 2, 0, 2.5], [3, -inf, 2, -inf, 5], [3, -1, 2, 0, 5]]
+        )
+
+    def test_a_vocabulary_that_is_no_multiple_of_8(self):
+        params = SamplingParams(suppress_tokens=(0, 7, 8, 16)).resolve()
+        blocked = LogitsProcessors(params, (), 17).blocked(0)
+        got = np.asarray(sampling._bits(blocked[None], 17))
+        assert np.flatnonzero(got[0]).tolist() == [0, 7, 8, 16]
+
+
+class TestEngine:
+    def test_what_can_be_chosen(self):
+        engine = tiny_engine(**EXACT)
+        plain = engine.generate(CROWD, SamplingParams(max_tokens=20, temperature=0))
+        common = sorted({t for (tokens,) in token_ids(plain) for t in tokens})
+        outputs = engine.generate(
+            CROWD,
+            SamplingParams(
+                max_tokens=20,
+                temperature=0,
+                stop_token_ids=common[::2],
+                min_tokens=7,
+                suppress_tokens=common[1::2],
+            ),
+        )
+        for (tokens,) in token_ids(outputs):
+            assert not set(tokens) & set(common[1::2])
+            assert not set(tokens[:7]) & set(common[::2])
+            assert len(tokens) >= 8
+
+    def test_a_least_length_without_effect_changes_nothing(self):
+        engine = tiny_engine(**EXACT)
+        want = engine.generate(CROWD, SamplingParams(max_tokens=9, seed=1, logprobs=1))
+        got = engine.generate(
+            CROWD, SamplingParams(max_tokens=9, seed=1, logprobs=1, min_tokens=9, ignore_eos=True)
+        )
+        assert everything(got) == everything(want)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.3])
+    def test_logprobs_are_those_of_the_model(self, temperature):
+        """Each token's log-probability is what a plain request has for it after the same tokens."""
+        engine = tiny_engine(**EXACT)
+        params = SamplingParams(temperature=temperature, seed=3, logprobs=97, **PROCESSED)
+        (output,) = engine.generate([CROWD[2]], params)
+        (sample,) = output.outputs
+        forced = CROWD[2] + sample.token_ids
+        for place in (0, 5, 19):
+            prompt = forced[: len(CROWD[2]) + place]
+            (plain,) = engine.generate([prompt], SamplingParams(max_tokens=1, logprobs=97))
+            model = plain.outputs[0].logprobs[0]
+            token = sample.token_ids[place]
+            assert sample.logprobs[place][token] == pytest.approx(model[token], abs=1e-4)
+            assert sample.logprobs[place] == pytest.approx(model, abs=1e-4)
+        total = sum(p[t] for p, t in zip(sample.logprobs, sample.token_ids, strict=True))
+        assert sample.cumulative_logprob == pytest.approx(total, abs=1e-4)
+
+    def test_a_beam_has_a_score_and_the_models_logprob(self):
+        engine = tiny_engine(**EXACT)
+        params = SamplingParams(beam_width=3, n=3, logprobs=97, **PROCESSED)
+        for beam in engine.generate([CROWD[3]], params)[0].outputs:
+            total = sum(p[t] for p, t in zip(beam.logprobs, beam.token_ids, strict=True))
+            assert beam.cumulative_logprob == pytest.approx(total, abs=1e-3)
+            assert beam.score * 20 < total - 1e-3  # some of its tokens are repeated
+
+    def test_no_other_request_is_touched(self):
+        engine = tiny_engine(**EXACT)
+        plain = SamplingParams(max_tokens=12, seed=5, logprobs=2)
+        want = [everything(engine.generate([prompt], plain)) for prompt in CROWD[:3]]
+        mixed = [plain, SamplingParams(seed=1, **PROCESSED)] * 3
+        prompts = [prompt for prompt in CROWD[:3] for _ in range(2)]
+        outputs = engine.generate(prompts, mixed)
+        assert [everything([output]) for output in outputs[::2]] == want
+
+    def test_unused_it_compiles_and_costs_nothing(self):
+        engine = tiny_engine(**EXACT)
+        engine.generate([CROWD[2]], SamplingParams(max_tokens=4))
+        names = ("_process", "_model_logprobs", "_processed_beam_candidates")
+        assert [getattr(engine._runner, name)._cache_size() for name in names] == [0, 0, 0]
+        engine.generate([CROWD[2]], SamplingParams(max_tokens=4, repetition_penalty=2.0))
+        assert [getattr(engine._runner, name)._cache_size() for name in names] != [0, 0, 0]
+
+    def test_everything_suppressed_is_refused(self):
+        engine = tiny_engine(**EXACT)
+        with pytest.raises(ValueError, match="leave none of the 97 tokens of the vocabulary"):
+            engine.add_request([1], SamplingParams(suppress_tokens=range(97)))
+        most = dict(suppress_tokens=range(96), stop_token_ids=[96], max_tokens=4)
+        with pytest.raises(ValueError, match=r"request 'a': .*before min_tokens=2"):
+            engine.add_request([1], SamplingParams(min_tokens=2, **most), "a")
+        (output,) = engine.generate([[1]], SamplingParams(**most))
+        assert output.outputs[0].token_ids == [96]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What comes out of each request of the crowd by itself."""
+    engine = tiny_engine(**EXACT)
+    return [
+        everything(engine.generate([prompt], params))
+        for prompt, params in zip(CROWD, CROWDS_PARAMS, strict=True)
+    ]
+
+
+class TestSchedule:
+    """A token depends on its request's own tokens: also on one that only the device knows yet."""
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {},
+            dict(num_pages=24),
+            dict(num_pages=24, preemption="swap"),
+            dict(prefix_cache=False, page_size=2),
+        ],
+        ids=str,
+    )
+    def test_in_a_crowd_and_preempted(self, config, alone):
+        engine = tiny_engine(**(EXACT | config))
+        for _ in range(2):  # the second time, prefixes are known
+            outputs = engine.generate(CROWD, CROWDS_PARAMS)
+            assert [everything([output]) for output in outputs] == alone
+        if "num_pages" in config:
+            assert engine.stats().totals.num_preemptions > 0
+        engine.check_invariants()
+
+    def test_forks_know_what_came_before(self):
+        engine = tiny_engine(**EXACT)
+        params = SamplingParams(temperature=0, **PROCESSED)
+        parent = engine.add_request(CROWD[2], params, stream=True)
+        for _ in range(5):
+            engine.step()
+        (child,) = engine.fork(parent, params=params)
+        done = run_steps(engine)
+        # Greedy, with the same history: the same answer.
+        assert token_ids([done[child]]) == token_ids([done[parent]])
+
+
+class TestDefaults:
+    FILE = GenerationConfig(
+        do_sample=True,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.01,
+        repetition_penalty=1.5,
+        min_new_tokens=3,
+        max_new_tokens=11,
+        suppress_tokens=(4, 5),
+    )
+
+    def test_the_files_values_stand_for_none(self):
+        got = SamplingParams().resolve(default_params(self.FILE, 97), room=50)
+        assert got == SamplingParams(
+            temperature=0.5, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=1.5, min_tokens=3,
+            max_tokens=11, suppress_tokens=(4, 5),
+        )  # fmt: skip
+
+    def test_own_values_win_also_where_they_are_neutral(self):
+        own = SamplingParams(
+            temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_tokens=0,
+            max_tokens=50, suppress_tokens=(),
+        )  # fmt: skip
+        assert own.resolve(default_params(self.FILE, 97), room=9) == own
+
+    def test_without_a_file_they_are_neutral(self):
+        assert SamplingParams().resolve(room=50) == SamplingParams(
+            temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_tokens=0,
+            max_tokens=50, suppress_tokens=(),
+        )  # fmt: skip
+
+    def test_do_sample_false_is_greedy(self):
+        file = default_params(GenerationConfig(do_sample=False, temperature=0.6), 97)
+        assert SamplingParams().resolve(file).temperature == 0
+        assert SamplingParams(temperature=0.3).resolve(file).temperature == 0.3
+
+    def test_beams_take_no_filters_from_it(self):
+        got = SamplingParams(beam_width=2).resolve(default_params(self.FILE, 97))
+        assert (got.temperature, got.top_k, got.top_p, got.min_p) == (1.0, 0, 1.0, 0.0)
+        assert (got.repetition_penalty, got.min_tokens, got.max_tokens) == (1.5, 3, 11)
+
+    @pytest.mark.parametrize(
+        ("own", "want"),
+        [
+            (dict(max_tokens=2), (2, 2)),
+            (dict(min_tokens=20), (20, 20)),
+            (dict(min_tokens=5), (5, 11)),
+        ],
+    )
+    def test_lengths_agree(self, own, want):
+        got = SamplingParams(**own).resolve(default_params(self.FILE, 97), room=50)
+        assert (got.min_tokens, got.max_tokens) == want
+
+    def test_the_engine_takes_them_and_ignores_what_its_vocabulary_lacks(self):
+        file = GenerationConfig(do_sample=False, max_new_tokens=5, suppress_tokens=(7, 97, -1))
+        engine = Engine(TINY, tiny_params(), EngineConfig(max_model_len=64, **EXACT), None, file)
+        want = SamplingParams(max_tokens=5, temperature=0, suppress_tokens=(7,))
+        outputs = engine.generate(CROWD[:2], SamplingParams())
+        assert token_ids(outputs) == token_ids(tiny_engine(**EXACT).generate(CROWD[:2], want))
+
+    def test_what_is_no_parameter_is_refused_when_the_engine_is_made(self):
+        with pytest.raises(ValueError, match=r"generation_config\.json: temperature=1e\+31 must be"):
+            Engine(TINY, tiny_params(), None, None, GenerationConfig(temperature=1e31))
+
+    def test_max_tokens_is_what_max_model_len_leaves(self):
+        (output,) = tiny_engine(**EXACT, max_model_len=30).generate([[1] * 10], SamplingParams())
+        assert len(output.outputs[0].token_ids) == 20
+
+    @pytest.mark.parametrize("mode", ["model", "ignore"])
+    def test_loaded_with_the_model(self, mode, tmp_path):
+        case = FIXTURES / RECORDS[0]["case"]
+        for path in case.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "generation_config.json").write_text(
+            json.dumps({"repetition_penalty": 1.9, "do_sample": False, "max_new_tokens": 4})
+        )
+        engine = Engine.load(
+            tmp_path, EngineConfig(max_model_len=96, generation_config=mode, **EXACT)
+        )
+        assert (engine.default_params == SamplingParams()) == (mode == "ignore")
+        if mode == "model":
+            assert engine.default_params.repetition_penalty == 1.9
+            (output,) = engine.generate([[5, 6, 7]], SamplingParams())
+            assert len(output.outputs[0].token_ids) == 4
