@@ -23,7 +23,10 @@ _RULES = {
     "max_num_seqs": at_least(1),
     "max_num_batched_tokens": at_least(1),
     "max_model_len": at_least(2),
-    "swap_bytes": (Rule("at least 0", lambda count: count >= 0),),
+    "swap_bytes": (
+        Rule("at least 0", lambda count: count >= 0),
+        Rule("below 2**63", lambda count: count < 2**63),
+    ),
     "swap_bytes_per_s": _FINITE,
     "flops_per_s": _FINITE,
 } | {name: one_of(*choices) for name, choices in CHOICES.items()}

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 
 import pallas_kernels
+from jpaged.checks import INT32_MAX
 from jpaged.config import EngineConfig
 from models.config import ModelConfig
 
@@ -70,7 +71,7 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
 
     Raises:
       ValueError: if max_model_len exceeds what the model was made for, or free memory does not hold
-        even one page.
+        what is asked for: the pool, even one page of it, swapped pages, or the largest step.
     """
     max_model_len = config.max_model_len or model_config.max_position_embeddings
     if max_model_len > model_config.max_position_embeddings:
@@ -91,22 +92,84 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
         )
         return PoolPlan(shape, _pool_dtype(config), max_model_len, pages_per_seq, reason)
 
-    if config.num_pages is not None:
-        return plan(config.num_pages, "as asked (num_pages)")
-    most = 1 + config.max_num_seqs * pages_per_seq
     free_bytes, source = _free_memory()
+    _check_step(config, model_config, max_model_len, pages_per_seq, free_bytes, source)
+    if config.num_pages is not None:
+        asked = plan(config.num_pages, "as asked (num_pages)")
+        _check_pool(config, asked, free_bytes, source)
+        return asked
+    most = 1 + config.max_num_seqs * pages_per_seq
     page_bytes = plan(1, "").page_bytes
     fits = int(free_bytes * config.memory_fraction) // page_bytes
     share = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
     if fits >= most:
         needed = f"{config.max_num_seqs} sequences of {max_model_len} tokens need no more"
-        return plan(most, f"{needed}; within {share}")
-    if fits < 2:
+        found = plan(most, f"{needed}; within {share}")
+    elif fits >= 2:
+        found = plan(fits, share)
+    else:
         raise ValueError(
             f"{share} holds {fits} pages of {page_bytes} bytes, and 2 are the least; lower "
             "page_size or raise memory_fraction"
         )
-    return plan(fits, share)
+    _check_pool(config, found, free_bytes, source)
+    return found
+
+
+def _check_pool(config: EngineConfig, plan: PoolPlan, free_bytes: int, source: str) -> None:
+    """Refuses a pool, or host memory for swapped pages, that could not be allocated."""
+    pool_bytes = plan.num_pages * plan.page_bytes
+    if pool_bytes > free_bytes:
+        raise ValueError(
+            f"num_pages={plan.num_pages} pages of {plan.page_bytes} bytes take {_gib(pool_bytes)}, "
+            f"more than the {_gib(free_bytes)} of {source}; lower num_pages or page_size"
+        )
+    if plan.num_pages * config.page_size > INT32_MAX:
+        raise ValueError(
+            f"num_pages={plan.num_pages} pages of page_size={config.page_size} tokens have "
+            f"{plan.num_pages * config.page_size} cells, and 32-bit indices reach {INT32_MAX}; "
+            "lower one of them"
+        )
+    host_bytes = psutil.virtual_memory().available
+    if jax.default_backend() == "cpu":
+        host_bytes -= pool_bytes
+    if config.swap_bytes is not None and config.swap_bytes > host_bytes:
+        raise ValueError(
+            f"swap_bytes={config.swap_bytes} exceeds the {_gib(host_bytes)} of host memory that "
+            "are available beside the pool; lower it"
+        )
+
+
+def _check_step(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    max_model_len: int,
+    pages_per_seq: int,
+    free_bytes: int,
+    source: str,
+) -> None:
+    """Refuses budgets of which the largest step could not be run, by the least that it takes."""
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if not config.deterministic:
+        tokens = min(tokens, seqs * max_model_len)
+    for what, count, bytes_each in (
+        (f"the page tables of max_num_seqs={seqs} sequences", seqs, 4 * pages_per_seq),
+        (f"the logits of max_num_seqs={seqs} samples", seqs, 4 * model_config.vocab_size),
+        (
+            f"the hidden states of max_num_batched_tokens={config.max_num_batched_tokens} tokens",
+            tokens,
+            default_dtype(config).itemsize * model_config.hidden_size,
+        ),
+    ):
+        if count * bytes_each > free_bytes:
+            raise ValueError(
+                f"{what} take {_gib(count * bytes_each)}, more than the {_gib(free_bytes)} of "
+                f"{source}; lower it"
+            )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def default_dtype(config: EngineConfig) -> np.dtype:
