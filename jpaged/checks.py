@@ -16,6 +16,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 INT32_MAX = 2**31 - 1
 
 _KINDS = {
@@ -134,7 +136,7 @@ def integers(values: Any, most: int = 2**24) -> list[int]:
         raise TypeError(f"a list of integers, not {_article(type(values).__name__)}")
     if len(values) > most:
         raise TypeError(f"a list of at most {most} integers, not of {len(values)}")
-    found: list[Any] = values.tolist() if is_array else list(values)
+    found: list[Any] = np.asarray(values).tolist() if is_array else list(values)
     if all(type(value) is int for value in found):
         return found
     plain: list[int] = []

@@ -119,7 +119,7 @@ class SamplingParams:
         for name in ("best_of", "beam_width"):
             value = getattr(self, name)
             if value is not None and value < self.n:
-                raise ValueError(f"{name}={value} must be at least n={self.n}, or None")
+                raise ValueError(f"{name}={shown(value)} must be at least n={self.n}, or None")
         if (self.min_tokens or 0) > (self.max_tokens or INT32_MAX):
             raise ValueError(
                 f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"

@@ -269,4 +269,4 @@ class RequestMaker:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Number | np.generic) or getattr(value, "shape", None) == ()
+    return isinstance(value, numbers.Number | np.generic)

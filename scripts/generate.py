@@ -20,6 +20,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -46,13 +47,32 @@ _PROMPTS_FILE = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_enum(
     "output", "text", ["text", "json"], "json prints one object a request, one a line."
 )
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate for a prompt.")
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "Divides the logits; 0 is greedy. None takes 0.7, or 1 with --beam_width."
+# None of the next ones takes what the model's generation_config.json says.
+_FILE = "None takes the model's generation_config.json, else "
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", None, f"Most tokens to generate for a prompt. {_FILE}128."
 )
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens up to this probability.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Keep tokens this fraction as likely as the likeliest.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, f"Divides the logits; 0 is greedy. {_FILE}0.7; 1 with --beam_width."
+)
+_TOP_K = flags.DEFINE_integer("top_k", None, f"Keep the k likeliest tokens; 0 keeps all. {_FILE}0.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, f"Keep the likeliest tokens up to this probability. {_FILE}1."
+)
+_MIN_P = flags.DEFINE_float(
+    "min_p", None, f"Keep tokens this fraction as likely as the likeliest. {_FILE}0."
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty",
+    None,
+    f"Above 1: makes tokens less likely that prompt or answer have already. {_FILE}1.",
+)
+_MIN_TOKENS = flags.DEFINE_integer(
+    "min_tokens", None, f"Choose no token that ends an answer before so many. {_FILE}0."
+)
+_SUPPRESS_TOKENS = flags.DEFINE_multi_integer(
+    "suppress_tokens", None, f"A token that is never chosen; may be repeated. {_FILE}none."
+)
 _N = flags.DEFINE_integer("n", 1, "Samples to draw from each prompt, or best beams to print.")
 _BEST_OF = flags.DEFINE_integer(
     "best_of", None, "Draw so many samples and print the n likeliest a token."
@@ -94,15 +114,15 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
     _log_to_stderr()
     with _usage_errors():
-        temperature = _TEMPERATURE.value
-        if temperature is None:
-            temperature = 0.7 if _BEAM_WIDTH.value is None else 1.0
         params = SamplingParams(
             max_tokens=_MAX_TOKENS.value,
-            temperature=temperature,
+            temperature=_TEMPERATURE.value,
             top_k=_TOP_K.value,
             top_p=_TOP_P.value,
             min_p=_MIN_P.value,
+            repetition_penalty=_REPETITION_PENALTY.value,
+            min_tokens=_MIN_TOKENS.value,
+            suppress_tokens=tuple(_SUPPRESS_TOKENS.value or ()) or None,
             n=_N.value,
             best_of=_BEST_OF.value,
             beam_width=_BEAM_WIDTH.value,
@@ -117,6 +137,7 @@ def main(argv: list[str]) -> None:
         prompts = _read_prompts()
         enable_compilation_cache()
         engine = Engine.load(_MODEL.value or _DEMO, engine_config_from_flags())
+        params = _with_fallbacks(params, engine.default_params)
         if engine.tokenizer is None:
             prompts = [_token_ids(prompt) for prompt in prompts]
     interrupted = False
@@ -142,6 +163,17 @@ def main(argv: list[str]) -> None:
     print(_summary(outputs, engine.stats(), fullest.stats), file=sys.stderr)
     if interrupted:
         sys.exit(130)
+
+
+def _with_fallbacks(params: SamplingParams, defaults: SamplingParams) -> SamplingParams:
+    """Where neither flags nor the model say: answers that are neither dull nor endless."""
+    values: dict[str, Any] = {}
+    if params.max_tokens is None and defaults.max_tokens is None:
+        values["max_tokens"] = max(128, params.min_tokens or defaults.min_tokens or 0)
+    sampled = params.beam_width is None
+    if sampled and params.temperature is None and defaults.temperature is None:
+        values["temperature"] = 0.7
+    return dataclasses.replace(params, **values)
 
 
 class _Fullest:

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages that are found again change what is computed, and nothing that comes out."""
 
-import pytest
+import collections
 
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jpaged.page_pool import PagePool
+from jpaged.prefix_cache import PrefixCache
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps, with_prefix
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_ids
 
@@ -130,3 +136,83 @@ class TestPrefixCache:
         assert engine.stats().num_cached_pages == 0
         assert everything(engine.generate([prompt], drawn())) == want
         assert engine.stats().totals.num_hit_tokens == 0
+
+
+class TestSalts:
+    def test_a_salt_a_request_leaves_nothing(self):
+        engine = tiny_engine(**EXACT, num_pages=6)
+        for number in range(40):
+            engine.add_request(prompts_of([20])[0], drawn(max_tokens=1), cache_salt=f"user{number}")
+            run_steps(engine)
+            assert len(engine._scheduler.cache._roots) <= 5
+        engine.reset_prefix_cache()
+        assert not engine._scheduler.cache._roots
+
+    def test_a_live_request_keeps_its_root_and_an_aborted_one_does_not(self):
+        engine = tiny_engine(**EXACT)
+        (prompt,) = prompts_of([5])  # less than a page
+        first = engine.add_request(prompt, drawn(), cache_salt="a")
+        engine.step()
+        (fork,) = engine.fork(first)
+        assert list(engine._scheduler.cache._roots) == ["a"]
+        engine.abort(first)
+        assert list(engine._scheduler.cache._roots) == ["a"]
+        engine.check_invariants()
+        engine.abort(fork)
+        assert not engine._scheduler.cache._roots
+        engine.check_invariants()
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.data())
+    def test_beside_a_model_that_looks_at_everything(self, data):
+        """Salts that have a root are those of live requests, and of prefixes that begin there."""
+        pool = PagePool(7)
+        cache = PrefixCache(pool)
+        live: list[tuple[str, int, list[int]]] = []  # salt, root, pages in use
+        firsts: dict[int, str] = {}  # addressed first pages, with their salt
+        pool_evicts = pool.on_evict
+
+        def on_evict(page):
+            firsts.pop(page, None)
+            pool_evicts(page)
+
+        pool.on_evict = on_evict
+        for _ in range(data.draw(st.integers(1, 25))):
+            action = data.draw(st.sampled_from(("begin", "grow", "end", "clear")))
+            if action == "begin":
+                salt = data.draw(st.sampled_from("abc"))
+                live.append((salt, cache.root(salt), []))
+            elif action == "grow" and live and pool.num_free_pages:
+                salt, root, pages = data.draw(st.sampled_from(live))
+                (page,) = pool.allocate(1)
+                known = cache.add(
+                    pages[-1] if pages else root, (data.draw(st.integers(0, 1)),), page
+                )
+                if known != page:
+                    pool.share([known])
+                    pool.release(page)
+                elif not pages:
+                    firsts[page] = salt
+                pages.append(known)
+            elif action == "end" and live:
+                salt, root, pages = live.pop(data.draw(st.integers(0, len(live) - 1)))
+                for page in reversed(pages):
+                    pool.release(page)
+                cache.release_root(root)
+            elif action == "clear" and not any(pages for _, _, pages in live):
+                cache.clear()
+                firsts.clear()
+                # Live requests keep roots that nobody else gets.
+                live = [(salt, root, pages) for salt, root, pages in live]
+                gone = {root for _, root, _ in live}
+                assert not gone & set(cache._roots.values())
+                for _, root, _ in live:
+                    cache.release_root(root)
+                live.clear()
+            cache.check_invariants()
+            cache.check_roots(root for _, root, _ in live)
+            assert set(cache._roots) == {salt for salt, *_ in live} | set(firsts.values())
+            of_salt = collections.defaultdict(set)
+            for salt, root, _ in live:
+                of_salt[salt].add(root)
+            assert all(len(roots) == 1 for roots in of_salt.values())

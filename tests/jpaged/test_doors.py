@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong values at the library's doors: one line that names value and rule, and no harm done."""
+
+import array
+import collections
+import dataclasses
+import decimal
+import fractions
+import math
+import typing
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+from jpaged import EngineConfig, SamplingParams
+from jpaged.checks import shown
+from jpaged.config import CHOICES
+from tests.jpaged.exact import EXACT, run_steps
+from tests.jpaged.tiny import prompts_of, tiny_engine
+
+
+class Hostile:
+    """Raises whatever is asked of it."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+    def __repr__(self):
+        raise RuntimeError("repr")
+
+    def __index__(self):
+        raise KeyError("index")
+
+    def __float__(self):
+        raise OSError("float")
+
+    def __len__(self):
+        raise ZeroDivisionError
+
+
+# Nothing that any field takes, beside texts, numbers and lists of these.
+STRANGE = (
+    b"4",
+    bytearray(b"4"),
+    memoryview(b"44"),
+    {},
+    {"a": 1},
+    {1: 2}.keys(),
+    object(),
+    object,
+    len,
+    (i for i in (1, 2)),
+    1j,
+    np.complex64(1),
+    decimal.Decimal(1),
+    np.array([[1, 2]]),
+    np.array([1.5]),
+    np.array(["a"]),
+    np.array(None),
+    np.datetime64(1, "s"),
+    jnp.ones((1, 1)),
+    [[1]],
+    [None],
+    ["a", 1],
+    [2.0],
+    [True],
+    Hostile(),
+    NotImplemented,
+    ...,
+)
+NO_NUMBER = (*STRANGE, "4", "0.7", "nan", "", [1], (1,), ["a"], np.array([1]), range(3))
+NO_INTEGER = (*NO_NUMBER, True, False, np.True_, jnp.array(True), 2.5, 4.0, np.float32(4), math.nan)
+NO_INTEGER += (math.inf, jnp.float32(2), fractions.Fraction(4), fractions.Fraction(1, 2))
+WRONG = {
+    int: (*NO_INTEGER, -(10**400), 10**400, 10**5000, -1, -(2**63), 2**63, np.int64(-5)),
+    float: (*NO_NUMBER, True, np.False_, math.nan, math.inf, -math.inf, 10**400, np.float64("nan")),
+    bool: (*NO_NUMBER, 2.5, math.nan, "false", "true", "yes", 0, 1, 2, 0.0, 1.0, np.int8(1)),
+    str: (*(v for v in NO_INTEGER if not isinstance(v, str)), 3, "\ud800", "no such choice"),
+    tuple[int, ...]: (*STRANGE, "ab", "12", 3, 2.5, True, [1, -1], [10**400, "a"], range(10**9)),
+    tuple[str, ...]: (*STRANGE, 3, 2.5, True, [""], "", ["a", ""], ["\udc00"], [b"a"], range(3)),
+}
+
+
+def members(hint):
+    return [t for t in typing.get_args(hint) or (hint,) if t is not type(None)]
+
+
+def wrong_fields(cls):
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        kinds = [hint] if typing.get_origin(hint) is tuple else members(hint)
+        for value in WRONG[kinds[0]]:
+            if len(kinds) == 1 or not any(isinstance(value, k) for k in kinds if type(k) is type):
+                yield field.name, value
+        if kinds == [str] and field.name not in CHOICES:
+            raise AssertionError(f"{field.name} takes any text: say so here")
+
+
+RULES = (
+    "must be", "must exceed", "no meaning", "is empty", "outside the vocabulary", "no room",
+    "half of a surrogate", "do not pair",
+)  # fmt: skip
+
+
+def refused(make, names):
+    """Makes something; returns what was made, or None after a good refusal."""
+    try:
+        return make()
+    except ValueError as e:
+        message = str(e)
+        assert "\n" not in message and len(message) < 400, message
+        assert any(name in message for name in names), message
+        assert any(rule in message for rule in RULES), message
+        return None
+
+
+class TestFields:
+    @pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
+    def test_wrong_types_and_ranges(self, cls):
+        tried, taken = 0, []
+        for name, value in wrong_fields(cls):
+            made = refused(lambda n=name, v=value: cls(**{n: v}), [f"{name}="])
+            tried += 1
+            if made is not None:
+                taken.append((name, value))
+        assert tried >= 300
+        # That a negative one is a number like others.
+        assert taken in ([], [("length_penalty", -1)])
+
+    @pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
+    def test_none_is_the_default_of_every_field(self, cls):
+        names = [field.name for field in dataclasses.fields(cls)]
+        assert cls(**dict.fromkeys(names)) == cls()
+
+    @pytest.mark.parametrize(
+        ("given", "plain"),
+        [
+            (np.int64(3), 3), (np.uint8(3), 3), (jnp.int32(3), 3), (np.array(3), 3),
+            (np.float32(0.5), 0.5), (np.float16(0.5), 0.5), (jnp.float32(0.5), 0.5),
+            (jnp.bfloat16(0.5), 0.5), (np.array(0.5), 0.5), (fractions.Fraction(1, 2), 0.5),
+        ],
+        ids=repr,
+    )  # fmt: skip
+    def test_scalars_are_the_numbers_that_they_are(self, given, plain):
+        name = "top_k" if isinstance(plain, int) else "temperature"
+        got = getattr(SamplingParams(**{name: given}), name)
+        assert got == plain and type(got) is type(plain)
+        got = SamplingParams(temperature=given).temperature
+        assert got == plain and type(got) is float
+
+    def test_texts_and_lists_of_other_kinds_become_plain(self):
+        class Text(str):
+            def __str__(self):
+                return "another"
+
+        params = SamplingParams(
+            stop=[Text("a")], stop_token_ids=np.array([3, 1]), suppress_tokens={2, 1}
+        )
+        assert (params.stop, params.stop_token_ids, params.suppress_tokens) == (
+            ("a",), (3, 1), (1, 2),
+        )  # fmt: skip
+        assert [type(text) for text in params.stop] == [str]
+        assert SamplingParams(ignore_eos=np.True_).ignore_eos is True
+
+    def test_a_message_shows_any_value_in_a_short_line(self):
+        for value in (*STRANGE, 10**5000, "x" * 10**6, [1] * 10**6, range(10**9)):
+            text = shown(value)
+            assert "\n" not in text and 0 < len(text) <= 100
+
+
+PROMPTS = (
+    *(value for value in STRANGE if not isinstance(value, type(NotImplemented))),
+    None, True, 3, 2.5, math.nan, "", [], (), range(0), np.array([], np.int32),
+    "a\ud800b", "\udfff", [1.0], [1, 2.5], [1, True], [1, None], [1, "2"], ["1"], [[1], [2]],
+    [1, [2]], [-1], [97], [10**400], [10**5000], [1, 2**31], [1, -(2**63)], (1, b"2"), {1, 2},
+    frozenset((1,)), {1: 2}, np.array([[1, 2]]), np.array([1.0]), np.array([True]), np.array(3),
+    np.array(["a"]), np.array([1, 97]), np.array([-1]), np.array([2**40]), jnp.ones(3), range(98),
+    jnp.array([[1]]), array.array("d", [1.0]), collections.deque([1.5]), [np.float32(1)],
+    [np.True_], [jnp.float32(1)], [Hostile()], [1, Hostile()], iter([1, 2]), map(int, "12"),
+    zip([1], [2], strict=True), [fractions.Fraction(1)], [decimal.Decimal(1)], [1j],
+    range(10**9), [1] * 128, [b"a"], [object()], [{}], [()], [set()],
+)  # fmt: skip
+GOOD_PROMPTS = (
+    (1, 2), range(1, 3), np.array([1, 2]), np.array([1, 2], np.uint8), jnp.array([1, 2]),
+    [np.int64(1), 2], [jnp.int32(1), np.uint16(2)], array.array("i", [1, 2]),
+    collections.deque([1, 2]), "one two",
+)  # fmt: skip
+OTHERS = (
+    ("params", (None, {}, 3, "x", SamplingParams, [SamplingParams()], Hostile(), ())),
+    ("request_id", (3, b"a", ["a"], {}, 2.5, True, ("a",), object(), "\ud800", Hostile())),
+    ("cache_salt", (3, b"a", ["a"], {}, 2.5, False, ("a",), object(), "\udfff", Hostile())),
+    ("stream", ("false", "true", 0, 1, [], "yes", 1.0, b"", np.int8(1), Hostile())),
+)
+
+
+@pytest.fixture(scope="module")
+def worded():
+    """An engine whose texts have the words "one" and "two"; others have no token."""
+    tokenizer = Tokenizer(WordLevel({"one": 1, "two": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tiny_engine(tokenizer=tokenizer, **EXACT)
+
+
+class TestRequests:
+    GOOD = SamplingParams(max_tokens=12, temperature=0.9, seed=4)
+
+    def test_wrong_requests_harm_no_other(self, worded):
+        """>= 300 of them, while a good one runs: its tokens are those that it has by itself."""
+        engine = worded
+        (prompt,) = prompts_of([9])
+        want = engine.generate([prompt], self.GOOD)[0].outputs[0].token_ids
+        good = engine.add_request(prompt, self.GOOD)
+        calls = [
+            (lambda p=p, s=s: engine.add_request(p, self.GOOD, stream=s), ["prompt", "token id"])
+            for p in PROMPTS
+            for s in (False, True)
+        ]
+        calls += [
+            (lambda p=p: engine.stream(p, self.GOOD), ["prompt", "token id"]) for p in PROMPTS
+        ]
+        for name, values in OTHERS:
+            for value in values:
+                kwargs = dict(params=self.GOOD) | {name: value}
+                calls.append((lambda k=kwargs: engine.add_request([1], **k), [f"{name}="]))
+        for k in (0, -1, 1.0, True, "1", None, 10**9, 10**400, [1], Hostile(), np.float32(1)):
+            calls.append((lambda k=k: engine.fork(good, k), ["k="]))
+        for params in (3, {}, "x", [self.GOOD], Hostile()):
+            calls.append((lambda p=params: engine.fork(good, 1, p), ["params="]))
+        for name in ("stop_token_ids", "suppress_tokens"):
+            bad = SamplingParams(max_tokens=3, **{name: [5, 97]})
+            calls.append((lambda p=bad: engine.add_request([1], p), [name]))
+        assert len(calls) >= 250
+        before = set(engine._requests)
+        for index, (call, names) in enumerate(calls):
+            assert refused(call, names) is None, index
+            assert set(engine._requests) == before, index
+            if index % 40 == 0 and len(engine._requests[good].sequences[0].token_ids) < 18:
+                engine.step()
+        done = run_steps(engine)
+        assert done[good].outputs[0].token_ids == want
+        engine.check_invariants()
+
+    def test_prompts_of_generate(self, worded):
+        tried = 0
+        wholes = (
+            *(value for value in STRANGE if type(value) not in (np.ndarray, list)),
+            [None], [2.0], [[2.0]],
+            None, 3, "one", b"one", [1, 2], (1, 2), np.array([1, 2]), [np.int64(1)],
+            [1.5, 2], [True], np.array(3), {"one"}, {"one": 1}, iter(["one"]),
+        )  # fmt: skip
+        for prompts in (
+            *wholes,
+            *([[1], prompt] for prompt in PROMPTS),
+        ):
+            assert (
+                refused(lambda p=prompts: worded.generate(p, self.GOOD), ["prompt", "token id"])
+                is None
+            ), prompts
+            tried += 1
+        for params in (None, 3, "x", {}, [None], [3], ["x"], [{}], (SamplingParams,), Hostile()):
+            assert refused(lambda p=params: worded.generate([[1]], p), ["params="]) is None
+            tried += 1
+        assert tried >= 90
+        assert not worded.has_unfinished_requests
+        assert worded.generate([], self.GOOD) == []
+
+    @pytest.mark.parametrize("prompt", GOOD_PROMPTS, ids=repr)
+    def test_prompts_of_other_types(self, prompt, worded):
+        (output,) = worded.generate([prompt], self.GOOD)
+        assert output.prompt_token_ids == [1, 2]
+        assert [type(token) for token in output.prompt_token_ids] == [int, int]
+
+    def test_a_matrix_is_a_list_of_prompts(self, worded):
+        outputs = worded.generate(np.array([[1, 2], [3, 4]]), self.GOOD)
+        assert [output.prompt_token_ids for output in outputs] == [[1, 2], [3, 4]]
+
+    @pytest.mark.parametrize("request_id", [3, None, [], {}, Hostile(), b"x"], ids=shown)
+    def test_no_live_request_has_such_an_id(self, request_id, worded):
+        for call in (worded.abort, worded.fork):
+            with pytest.raises(KeyError, match="no live request"):
+                call(request_id)
