@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import psutil
 import tokenizers
 
 from jpaged.admission import SchedulerConfig, check_fits
@@ -22,6 +23,8 @@ from models.config import ModelConfig
 # Text, or token ids: a sequence of integers, or a NumPy array of one dimension.
 Prompt = str | Sequence[int] | np.ndarray
 
+# Of a sample's list of tokens on the host, at least.
+_BYTES_PER_TOKEN = 8
 _FORKS = (*at_least(1), Rule(f"at most {MAX_NUM_SAMPLES}", lambda k: k <= MAX_NUM_SAMPLES))
 
 
@@ -109,6 +112,7 @@ class RequestMaker:
         seed = params.seed if params.seed is not None else secrets.randbits(32)
         request = self._new(request_id, token_ids, params, seed, stream, cache_salt)
         check_fits(request, self._config, self._table)
+        _check_host_memory(request)
         return request
 
     def fork(
@@ -266,6 +270,21 @@ class RequestMaker:
     def _resolved(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         room = max(self._config.max_model_len - num_prompt_tokens, 1)
         return params.resolve(self._defaults, room)
+
+
+def _check_host_memory(request: Request) -> None:
+    """Refuses samples that the host could not hold when all have ended, however few run at once."""
+    count, length = request.params.num_samples, request.max_total_tokens
+    num_bytes = count * length * _BYTES_PER_TOKEN
+    if num_bytes < 2**28:
+        return  # most: the machine is not asked
+    available = psutil.virtual_memory().available
+    if num_bytes > available:
+        raise ValueError(
+            f"request {request.request_id!r}: {count} samples of up to {length} tokens take "
+            f"{num_bytes / 2**30:.1f} GiB of host memory, of which {available / 2**30:.1f} GiB are "
+            "available; lower n, best_of or max_tokens"
+        )
 
 
 def _is_number(value: object) -> bool:

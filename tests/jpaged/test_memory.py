@@ -6,9 +6,9 @@ import dataclasses
 import psutil
 import pytest
 
-from jpaged import EngineConfig, memory
+from jpaged import Engine, EngineConfig, SamplingParams, memory
 from jpaged.memory import plan_pool
-from tests.jpaged.tiny import TINY, tiny_engine
+from tests.jpaged.tiny import TINY, tiny_engine, tiny_params
 
 GIB = 2**30
 
@@ -63,6 +63,16 @@ def test_refused(config, message):
     assert message in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(ValueError):
         tiny_engine(**({"max_model_len": 256} | config))
+
+
+def test_samples_that_the_host_could_not_hold(monkeypatch):
+    long = dataclasses.replace(TINY, max_position_embeddings=2**16)
+    engine = Engine(long, tiny_params(), EngineConfig(num_pages=2**13))
+    engine.add_request([1, 2], SamplingParams(n=2**13, max_tokens=2**16))  # 4 GiB less a bit
+    with pytest.raises(ValueError, match="'b': 16384 samples of up to 65536 tokens take 8"):
+        engine.add_request([1, 2], SamplingParams(n=2**14), "b")
+    engine.abort("0")
+    assert len(engine.generate([[1]], SamplingParams(max_tokens=3, ignore_eos=True))) == 1
 
 
 def test_what_just_fits_is_taken():
