@@ -87,10 +87,13 @@ class SamplingParams:
       early_stopping: when beam search ends: True as soon as `beam_width` beams have ended; False
         when none that runs looks better now than those; "never" when none could ever be better.
       seed: makes the request reproducible, in [0, 2**32); None draws one.
-      stop: strings that end a sample; they are cut from its text.
+      stop: strings that end a sample; they are cut from its text. One that has a special token in
+        it, such as "<|im_end|>", is found also where special tokens are no text.
       stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
       ignore_eos: whether to go on after the model's end-of-sequence tokens.
       logprobs: how many likeliest tokens to report with each token; None reports none.
+      skip_special_tokens: whether the tokenizer's special tokens are left out of the text; the
+        token that ends a sample is left out in any case.
     """
 
     max_tokens: int | None = None
@@ -111,6 +114,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self):
         if isinstance(self.stop, str):

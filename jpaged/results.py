@@ -12,6 +12,7 @@ from typing import TypeVar
 import tokenizers
 
 from jpaged.beam import Candidate
+from jpaged.detokenizer import Detokenizer
 from jpaged.outputs import RequestOutput, output_of
 from jpaged.runner import StepResult
 from jpaged.scheduler import Scheduler
@@ -46,7 +47,7 @@ class ResultReader:
         """Remembers whose sequences they are, how their text is made, and the dtype of weights."""
         self.totals = totals
         self._scheduler = scheduler
-        self._tokenizer = tokenizer
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._eos_token_ids = eos_token_ids
         self._dtype = dtype
         self._texts: dict[Sample, TextStream] = {}
@@ -70,8 +71,16 @@ class ResultReader:
 
     def fork(self, parent: Sample, child: Sample) -> None:
         """Has the text of a sequence go on from that of another."""
-        if parent in self._texts:
-            self._texts[child] = self._texts[parent].copy(child.request.params.stop)
+        params = child.request.params
+        if parent not in self._texts:
+            return
+        text = self._texts[parent]
+        if params.skip_special_tokens != parent.request.params.skip_special_tokens:
+            text = self._new_text(child.request, stop=())
+            for token in child.generated_token_ids:
+                text.add(token)
+            child.text = text.text
+        self._texts[child] = text.copy(params.stop)
 
     def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""
@@ -156,9 +165,9 @@ class ResultReader:
         """Freezes a request as far as it has come; see `outputs.output_of`."""
 
         def decode(token_ids: list[int]) -> str:
-            if self._tokenizer is None:
+            if self._detokenizer is None:
                 return ""
-            text = TextStream(self._tokenizer, (), request.prompt_token_ids)
+            text = self._new_text(request, stop=())
             for token in token_ids:
                 text.add(token)
             text.flush()
@@ -190,16 +199,23 @@ class ResultReader:
 
     def _stop_reason(self, sample: Sample) -> str | None:
         reason = sample.stop_reason(self._eos_token_ids)
-        if reason == "stop" or self._tokenizer is None:
+        if reason == "stop" or self._detokenizer is None:
             return reason
         if sample not in self._texts:
-            self._texts[sample] = TextStream(
-                self._tokenizer, sample.request.params.stop, sample.request.prompt_token_ids
-            )
+            self._texts[sample] = self._new_text(sample.request, sample.request.params.stop)
         text = self._texts[sample]
         text.add(sample.token_ids[-1])
         sample.text = text.text
         return "stop" if text.stopped else reason
+
+    def _new_text(self, request: Request, stop: Sequence[str]) -> TextStream:
+        assert self._detokenizer is not None, "a model without a tokenizer has no text"
+        return TextStream(
+            self._detokenizer,
+            stop,
+            request.prompt_token_ids,
+            skip_special_tokens=request.params.skip_special_tokens,
+        )
 
     def finish(self, sample: Sample, reason: str) -> None:
         """Ends a sequence, with what its text has held back."""

@@ -307,6 +307,60 @@ class TestText:
         assert all(b.startswith(a) for a, b in itertools.pairwise(seen))
         assert seen[-1] == text[: text.index(stops[0])]
 
+    def test_special_tokens(self, tokenizer):
+        """Left out of the text or kept, in samples, forks and beams; found as a stop string."""
+        special = Tokenizer.from_str(tokenizer.to_str())
+        special.add_special_tokens([chr(i) for i in range(ord("!"), ord("T"))])
+        engine = tiny_engine(special)
+        drawn = dict(max_tokens=30, seed=11, ignore_eos=True)
+        (whole,) = engine.generate(["xyz"], SamplingParams(skip_special_tokens=False, **drawn))
+        ids, text = whole.outputs[0].token_ids, whole.outputs[0].text
+        assert text == special.decode(ids, skip_special_tokens=False) and len(text) == 30
+        hidden = special.decode(ids)
+        assert 0 < len(hidden) < 30
+        (shown,) = engine.generate(["xyz"], SamplingParams(**drawn))
+        assert (shown.outputs[0].token_ids, shown.outputs[0].text) == (ids, hidden)
+
+        at = next(i for i, c in enumerate(text) if i > 4 and c < "T" and c not in text[:i])
+        (cut,) = engine.generate(["xyz"], SamplingParams(stop=text[at], **drawn))
+        assert cut.outputs[0].text == special.decode(ids[:at])
+        assert cut.outputs[0].token_ids == ids[: at + 1]
+        assert cut.outputs[0].finish_reason == "stop"
+
+        parent = engine.add_request("xyz", SamplingParams(**drawn), stream=True)
+        while len(engine.step()[-1:]) == 0:
+            pass
+        kept = SamplingParams(skip_special_tokens=False, **drawn)
+        (child,) = engine.fork(parent, params=kept)
+        done = {}
+        while engine.has_unfinished_requests:
+            done |= {o.request_id: o.outputs[0] for o in engine.step()}
+        assert done[child].text == special.decode(done[child].token_ids, skip_special_tokens=False)
+        assert done[parent].text == hidden
+
+        (beams,) = engine.generate(
+            ["xyz"],
+            SamplingParams(max_tokens=30, beam_width=2, ignore_eos=True, skip_special_tokens=False),
+        )
+        for beam in beams.outputs:
+            assert beam.text == special.decode(beam.token_ids, skip_special_tokens=False)
+
+    def test_a_prompt_that_ends_inside_a_character(self):
+        tokens = [f"<0x{byte:02X}>" for byte in (0xC3, *range(0xA0, 0xC0))]
+        vocab = {token: i for i, token in enumerate(tokens * 2)}
+        vocab |= {f"{chr(ord('a') + i)}": 33 + i for i in range(TINY.vocab_size - 33)}
+        fallback = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="a"))
+        fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        engine = tiny_engine(fallback)
+        prompt = [40, vocab["<0xC3>"]]
+        outputs = engine.generate([prompt] * 8, SamplingParams(max_tokens=4))
+        for output in outputs:
+            ids = output.outputs[0].token_ids
+            whole = fallback.decode([*prompt, *ids])
+            known = fallback.decode(prompt)
+            same = known if whole.startswith(known) else known[:-1]  # the last is a mark
+            assert output.outputs[0].text == whole[len(same) :]
+
 
 class TestRefusals:
     """Bad input is refused before any work, and loses nothing."""
