@@ -47,7 +47,10 @@ class Detokenizer:
         self._special = frozenset(token.content for token in added if token.special)
         self._decoder: decoders.Decoder | None = tokenizer.decoder
         self._kind: type[_ByteText | _PieceText | _WholeText] = _WholeText
+        # What has been asked for before.
+        self._tokens: dict[int, str | None] = {}
         self._pieces: dict[str, str] = {}
+        self._bytes: dict[str, bytes] = {}
         # What is stripped from the beginning of a text: which character, how often at most.
         self.strip_char: str = ""
         self.max_strips: int = 0
@@ -77,17 +80,27 @@ class Detokenizer:
 
     def token(self, token_id: int, *, skip_special_tokens: bool) -> str | None:
         """The token as the vocabulary has it; None if it is unknown, or special and skipped."""
-        token = self._tokenizer.id_to_token(token_id)
+        token = self._token(token_id)
         return None if skip_special_tokens and token in self._special else token
 
     def special(self, token_id: int) -> str | None:
         """What a special token is written as; None for another."""
-        token = self._tokenizer.id_to_token(token_id)
+        token = self._token(token_id)
         return token if token in self._special else None
+
+    def bytes_of(self, token: str) -> bytes:
+        """The bytes of a byte-level token."""
+        if token not in self._bytes:
+            try:
+                self._bytes[token] = bytes(_BYTES[char] for char in token)
+            except KeyError:  # an added token
+                self._bytes[token] = token.encode()
+        return self._bytes[token]
 
     def byte(self, token: str) -> int | None:
         """The byte that a token spells where others are pieces of text; None for such others."""
-        match = _BYTE_TOKEN.fullmatch(token) if self._has_bytes else None
+        # Six characters, which spares most others the expression.
+        match = _BYTE_TOKEN.fullmatch(token) if len(token) == 6 and self._has_bytes else None
         return int(match[1], 16) if match else None
 
     def piece(self, token: str, *, first: bool) -> str:
@@ -99,6 +112,13 @@ class Detokenizer:
             piece = _decode(self._decoder, [_CONTEXT, token])[len(_CONTEXT) :]
             self._pieces[token] = piece
         return piece
+
+    def _token(self, token_id: int) -> str | None:
+        try:
+            return self._tokens[token_id]
+        except KeyError:
+            token = self._tokens[token_id] = self._tokenizer.id_to_token(token_id)
+            return token
 
     def decode(self, tokens: list[str]) -> str:
         """What the decoder makes of them all."""
@@ -134,7 +154,9 @@ class GrowingText:
         token = self._token(token_id)
         if token is None:
             return ""
-        text, self._prompt_tail = _less(self._add(token), self._prompt_tail)
+        text = self._add(token)
+        if self._prompt_tail:
+            text, self._prompt_tail = _less(text, self._prompt_tail)
         return text
 
     def tail(self) -> str:
@@ -170,7 +192,7 @@ class _ByteText(GrowingText):
         end = b""
         for token_id in reversed(prompt):
             if (token := self._token(token_id)) is not None:
-                end = _bytes_of(token) + end
+                end = detokenizer.bytes_of(token) + end
             if len(end) >= 3:  # an incomplete character has no more
                 break
         self._decode(end)
@@ -181,11 +203,11 @@ class _ByteText(GrowingText):
         return bool(self._incomplete)
 
     def _add(self, token: str) -> str:
-        return self._decode(_bytes_of(token))
+        return self._decode(self._detokenizer.bytes_of(token))
 
     def _decode(self, more: bytes) -> str:
         # As Rust and Unicode have it: a mark for each longest beginning of a character.
-        data = self._incomplete + more
+        data = self._incomplete + more if self._incomplete else more
         text, num_read = codecs.utf_8_decode(data, "replace", False)
         self._incomplete = data[num_read:]
         return text
@@ -272,6 +294,8 @@ class _PieceText(GrowingText):
     def _strip(self, text: str) -> tuple[str, int]:
         """Strips the beginning of the whole. Returns: the rest, and how often it may go on."""
         left = self._num_strips
+        if not left:
+            return text, 0
         while left and text.startswith(self._detokenizer.strip_char):
             text, left = text[1:], left - 1
         return text, 0 if text else left
@@ -313,14 +337,6 @@ def _less(text: str, known: str) -> tuple[str, str]:
     pairs = enumerate(zip(text, known, strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(text), len(known)))
     return text[same:], known[same:] if same == len(text) else ""
-
-
-def _bytes_of(token: str) -> bytes:
-    """The bytes of a byte-level token."""
-    try:
-        return bytes(_BYTES[char] for char in token)
-    except KeyError:  # an added token
-        return token.encode()
 
 
 def _decode(decoder: decoders.Decoder | None, tokens: list[str]) -> str:

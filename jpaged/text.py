@@ -126,6 +126,10 @@ class TextStream:
 
     def _release(self, piece: str, tail: str) -> None:
         """Adds what has become certain, and looks for stop strings in it and in what follows."""
+        if not self._stop:
+            self._certain += piece
+            self.text = self._certain
+            return
         # A stop string may straddle tokens, but cannot begin before text that was searched whole.
         search_from = max(len(self._certain) - self._longest_stop + 1, 0)
         self._certain += piece
@@ -189,8 +193,10 @@ class _BegunStop:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
+    """Length of the longest end of `text` that begins `stop`, and is shorter than it."""
+    start = max(len(text) - len(stop) + 1, 0)
+    while (start := text.find(stop[0], start)) >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start += 1
     return 0

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts' command lines share: the engine's flags, the compilation cache, bad usage."""
+"""What the scripts share: the engine's flags, the compilation cache, and how programs end."""
 
 import dataclasses
+import errno
 import inspect
 import os
 import pathlib
@@ -15,12 +16,20 @@ from typing import Any
 from absl import app, flags, logging
 
 from jpaged.config import CHOICES, EngineConfig
+from scripts import interrupts
 
 # A flag defined by a call of `define_engine_flags` belongs to the script that calls it, so that
 # the script's --help shows it.
 flags.disclaim_key_flags()
 
 _DEFAULT_CACHE_DIR = "~/.cache/jpaged/xla"
+_READER_GONE = 141  # as shells report what SIGPIPE has ended
+_OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
+_LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.ENXIO, errno.EAGAIN}
+
+
+class OutputError(Exception):
+    """Standard output cannot be written; the message says why."""
 
 
 def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -76,21 +85,28 @@ def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pat
     """Turns on JAX's persistent cache in --compilation_cache_dir, for small programs too.
 
     Returns:
-      The directory, made where it was missing; None if the flag is empty.
+      The directory, made where it was missing; None if the flag is empty, or if it was not given
+      and its default cannot be written, which is warned about.
 
     Raises:
-      app.UsageError: if the directory cannot be made.
+      app.UsageError: if the directory that was given cannot be made or written.
     """
-    directory = flag_values["compilation_cache_dir"].value
-    if not directory:
+    flag = flag_values["compilation_cache_dir"]
+    if not flag.value:
         return None
     import jax  # here, so that the flags can be used in a process without jax
 
-    path = pathlib.Path(directory).expanduser()
     try:
+        path = pathlib.Path(flag.value).expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise app.UsageError(f"--compilation_cache_dir={directory}: {e.strerror}") from e
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no such home directory
+        reason = f"--compilation_cache_dir={flag.value}: {getattr(e, 'strerror', None) or e}"
+        if flag.present:
+            raise app.UsageError(reason) from e
+        logging.warning("%s; compiled programs are not kept", reason)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     # A step is many programs, most of them small: each of them counts at the first token.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -105,9 +121,11 @@ def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Runs `main` like `app.run`; bad usage ends with one line and code 2, Ctrl-C with 130.
+    """Runs `main` like `app.run`, and ends without a traceback for what is no fault of the program.
 
-    Where nobody reads standard output any more, it ends quietly with 141.
+    Bad usage ends with one line and code 2, Ctrl-C with 130, a second Ctrl-C at once. Where nobody
+    reads standard output any more it ends quietly with 141, and where that cannot be written, such
+    as to a full disk, with one line and 74. Messages that standard error does not take are dropped.
 
     Only warnings are logged, unless --verbosity asks for more.
 
@@ -119,33 +137,92 @@ def run(main: Callable[[list[str]], Any]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         try:
-            result = main(argv)
-            sys.stdout.flush()
-            return result
+            interrupts.raise_once()
+            return main(argv)
         except app.UsageError as e:
             _exit_usage(e)
         except KeyboardInterrupt:
-            sys.exit(130)
-        except BrokenPipeError:
-            # Whoever read the output, such as `head`, has had enough. What is still buffered must
-            # go somewhere, or Python complains about it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
+            _exit_interrupted()
+        finally:
+            interrupts.exit_at_once()
 
-    app.run(guarded, flags_parser=_parse)
+    interrupts.exit_at_once()
+    sys.stderr = _Forgiving(sys.stderr)
+    if sys.stdout is None:
+        _exit_usage("standard output is closed, so there is nowhere to write the results")
+    try:
+        try:
+            app.run(guarded, flags_parser=_parse)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has had enough.
+        _drop_stdout()
+        sys.exit(_READER_GONE)
+    except OutputError as e:
+        _exit_lost(e)
+    except OSError as e:
+        if e.filename is not None or e.errno not in _LOST:
+            raise
+        _exit_lost(e.strerror)
+
+
+class _Forgiving:
+    """A stream for messages, which are dropped where it is closed or full."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except flags.Error as e:
+    except (flags.Error, ValueError) as e:  # some of absl's own flags raise the second
         _exit_usage(e)
 
 
-def _exit_usage(error: Exception) -> typing.NoReturn:
-    message = " ".join(str(error).split())
-    sys.stderr.write(f"{pathlib.Path(sys.argv[0]).name}: {message} (--help lists the flags)\n")
+def _exit_usage(error: object) -> typing.NoReturn:
+    _say(f"{error} (--help lists the flags)")
     sys.exit(2)
+
+
+def _exit_interrupted() -> typing.NoReturn:
+    """Leaves without taking everything down first, where another Ctrl-C would be a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        pass
+    os._exit(interrupts.CODE)
+
+
+def _exit_lost(reason: object) -> typing.NoReturn:
+    _say(f"standard output cannot be written: {reason}")
+    _drop_stdout()
+    sys.exit(_OUTPUT_LOST)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"{pathlib.Path(sys.argv[0]).name}: {' '.join(message.split())}\n")
+
+
+def _drop_stdout() -> None:
+    """What is still buffered must go somewhere, or Python complains about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _union_members(hint: Any) -> tuple[Any, ...]:

@@ -6,20 +6,30 @@
     echo "The old fisherman" | python -m scripts.generate
     python -m scripts.generate --prompt="Once upon a time" --n=4 --show_pages
 
-Prompts come from --prompt, which may be repeated, from --prompts_file, one a line, or from standard
-input. A model directory without a tokenizer takes prompts as token ids: --prompt="1 15 27". Text or
-JSON goes to standard output, everything else to standard error. Ctrl-C prints what there is and
-exits with code 130; bad input exits with code 2.
+Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
+from standard input. A model directory without a tokenizer takes prompts as token ids:
+--prompt="1 15 27". Text or JSON goes to standard output, everything else to standard error.
+
+Each result is written as soon as its request has ended, so the order is that in which they end:
+"prompt 3" in text counts the prompts from 1, and "request_id" in JSON from 0. What the encoding of
+standard output lacks is escaped.
+
+Ctrl-C prints what there is and exits with code 130. Bad input exits with code 2, a request that
+ended with an error with 1, standard output that cannot be written with 74, one that nobody reads
+with 141.
 """
 
+if __name__ == "__main__":
+    from scripts import interrupts
+
+    interrupts.exit_at_once()  # also while the imports take their time
+
 import contextlib
-import dataclasses
-import json
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags
@@ -34,6 +44,8 @@ from scripts.flags import (
     engine_config_from_flags,
     run,
 )
+from scripts.output import ResultWriter
+from scripts.prompts import check_text, parse_token_ids, read_prompts
 
 _DEMO = pathlib.Path(__file__).resolve().parent.parent / "models" / "demo"
 
@@ -97,7 +109,10 @@ _STOP_TOKEN_IDS = flags.DEFINE_multi_integer(
 )
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end of text.")
 _LOGPROBS = flags.DEFINE_integer(
-    "logprobs", None, "Report this many likeliest tokens with each token (--output=json)."
+    "logprobs", None, "Report this many likeliest tokens with each token."
+)
+_SKIP_SPECIAL_TOKENS = flags.DEFINE_bool(
+    "skip_special_tokens", True, "Leave the tokenizer's special tokens out of the text."
 )
 _SHOW_PAGES = flags.DEFINE_bool(
     "show_pages",
@@ -110,59 +125,92 @@ define_engine_flags()
 
 def main(argv: list[str]) -> None:
     """Reads prompts, generates, prints."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
     _log_to_stderr()
     with _usage_errors():
-        params = SamplingParams(
-            max_tokens=_MAX_TOKENS.value,
-            temperature=_TEMPERATURE.value,
-            top_k=_TOP_K.value,
-            top_p=_TOP_P.value,
-            min_p=_MIN_P.value,
-            repetition_penalty=_REPETITION_PENALTY.value,
-            min_tokens=_MIN_TOKENS.value,
-            suppress_tokens=tuple(_SUPPRESS_TOKENS.value or ()) or None,
-            n=_N.value,
-            best_of=_BEST_OF.value,
-            beam_width=_BEAM_WIDTH.value,
-            length_penalty=_LENGTH_PENALTY.value,
-            early_stopping={"false": False, "true": True}.get(_EARLY_STOPPING.value, "never"),
-            seed=_SEED.value,
-            stop=tuple(_STOP.value),
-            stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
-            ignore_eos=_IGNORE_EOS.value,
-            logprobs=_LOGPROBS.value,
-        )
-        prompts = _read_prompts()
+        params, prompts, model = read_flags(argv)
         enable_compilation_cache()
-        engine = Engine.load(_MODEL.value or _DEMO, engine_config_from_flags())
+        engine = Engine.load(model, engine_config_from_flags())
         params = _with_fallbacks(params, engine.default_params)
         if engine.tokenizer is None:
-            prompts = [_token_ids(prompt) for prompt in prompts]
-    interrupted = False
+            prompts = [parse_token_ids(prompt) for prompt in prompts]
+    as_json = _OUTPUT.value == "json"
+    writer = ResultWriter(prompts, engine.tokenizer, as_json=as_json)
     fullest = _Fullest(engine)
+    interrupted = False
     streams = params.num_samples == params.n and params.beam_width is None
-    if len(prompts) == 1 and streams and _OUTPUT.value == "text":
+    if len(prompts) == 1 and streams and not as_json:
         stream = _stream if params.n == 1 else _stream_samples
-        outputs, interrupted = stream(engine, prompts[0], params, fullest)
+        interrupted = stream(engine, prompts[0], params, writer, fullest)
     else:
         try:
             with _usage_errors():
-                outputs = engine.generate(
-                    prompts, params, progress=len(prompts) > 1, on_step=fullest.look
+                engine.generate(
+                    prompts,
+                    params,
+                    progress=len(prompts) > 1,
+                    on_step=fullest.look,
+                    on_output=writer.write,
                 )
         except GenerationInterrupted as e:
-            outputs, interrupted = e.outputs, True
-        for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
-            _print_output(engine, number, prompt, output)
+            interrupted = True
+            for index, output in enumerate(e.outputs):
+                if index not in writer.written:
+                    writer.write(index, output)
     if fullest.snapshot is not None:
         color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         print("The fullest step; an owner is request#sample, from 0:", file=sys.stderr)
         print(draw(fullest.snapshot, color=color), end="\n\n", file=sys.stderr)
-    print(_summary(outputs, engine.stats(), fullest.stats), file=sys.stderr)
+    print(_summary(writer, engine.stats(), fullest.stats), file=sys.stderr)
     if interrupted:
-        sys.exit(130)
+        raise KeyboardInterrupt
+    if writer.num_errors:
+        sys.exit(1)
+
+
+def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path]:
+    """Returns what the flags ask for, before anything has been loaded.
+
+    Args:
+      argv: the program's name, and arguments that are no flags.
+
+    Returns:
+      Parameters, prompts and model directory.
+
+    Raises:
+      app.UsageError, ValueError: if something is missing or wrong.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
+    for stop in _STOP.value:
+        check_text("--stop", stop)
+    params = SamplingParams(
+        max_tokens=_MAX_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        top_k=_TOP_K.value,
+        top_p=_TOP_P.value,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        min_tokens=_MIN_TOKENS.value,
+        suppress_tokens=tuple(_SUPPRESS_TOKENS.value or ()) or None,
+        n=_N.value,
+        best_of=_BEST_OF.value,
+        beam_width=_BEAM_WIDTH.value,
+        length_penalty=_LENGTH_PENALTY.value,
+        early_stopping={"false": False, "true": True}.get(_EARLY_STOPPING.value, "never"),
+        seed=_SEED.value,
+        stop=tuple(_STOP.value),
+        stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
+        ignore_eos=_IGNORE_EOS.value,
+        logprobs=_LOGPROBS.value,
+        skip_special_tokens=_SKIP_SPECIAL_TOKENS.value,
+    )
+    if _MODEL.value == "":
+        raise ValueError("--model is empty; name a directory, or leave the flag out")
+    try:
+        model = _DEMO if _MODEL.value is None else pathlib.Path(_MODEL.value).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f"--model={_MODEL.value}: {e}") from e
+    return params, read_prompts(_PROMPT.value, _PROMPTS_FILE.value), model
 
 
 def _with_fallbacks(params: SamplingParams, defaults: SamplingParams) -> SamplingParams:
@@ -199,97 +247,87 @@ class _Fullest:
 
 
 def _stream(
-    engine: Engine, prompt: str | list[int], params: SamplingParams, fullest: _Fullest
-) -> tuple[list[RequestOutput], bool]:
-    """Prints one sample as it grows. Returns: its last output, and whether Ctrl-C ended it."""
-    outputs: list[RequestOutput] = []
-    shown = 0
+    engine: Engine,
+    prompt: str | list[int],
+    params: SamplingParams,
+    writer: ResultWriter,
+    fullest: _Fullest,
+) -> bool:
+    """Prints one sample as it grows. Returns: whether Ctrl-C ended it."""
+    last: RequestOutput | None = None
+    shown, interrupted = 0, False
+    with _usage_errors():
+        engine.add_request(prompt, params, stream=True)
     try:
-        with _usage_errors():
-            engine.add_request(prompt, params, stream=True)
-        _write(_text(prompt))
+        writer.text(writer.prompt_text(0))
         while engine.has_unfinished_requests:
             grown = engine.step()
             fullest.look()
-            for output in grown:
-                outputs = [output]
-                text = _completion_text(engine, output, 0)
-                _write(text[shown:])
+            for last in grown:
+                text = writer.completion_text(last.outputs[0])
+                writer.text(text[shown:])
                 shown = len(text)
     except KeyboardInterrupt:
-        return outputs, True
-    finally:
-        _write("\n")
-    return outputs, False
+        interrupted = True
+    writer.text("\n")
+    if last is not None:
+        writer.write_logprobs(last.outputs[0])
+    writer.count(0, last)
+    return interrupted
 
 
 def _stream_samples(
-    engine: Engine, prompt: str | list[int], params: SamplingParams, fullest: _Fullest
-) -> tuple[list[RequestOutput], bool]:
+    engine: Engine,
+    prompt: str | list[int],
+    params: SamplingParams,
+    writer: ResultWriter,
+    fullest: _Fullest,
+) -> bool:
     """Prints samples as they end; at Ctrl-C, the others too. Returns: as `_stream` does."""
-    outputs: list[RequestOutput] = []
+    last: RequestOutput | None = None
     shown: set[int] = set()
     interrupted = False
     with _usage_errors():
         engine.add_request(prompt, params, stream=True)
     try:
         while engine.has_unfinished_requests:
-            outputs = engine.step() or outputs
+            grown = engine.step()
             fullest.look()
-            for index, completion in enumerate(outputs[0].outputs if outputs else ()):
-                if completion.finish_reason is not None and index not in shown:
-                    shown.add(index)
-                    _print_sample(engine, 1, prompt, outputs[0], index)
+            for last in grown:
+                for index, completion in enumerate(last.outputs):
+                    if completion.finish_reason is not None and index not in shown:
+                        shown.add(index)
+                        writer.write_sample(0, completion, index)
     except KeyboardInterrupt:
         interrupted = True
-    for index in range(len(outputs[0].outputs) if outputs else 0):
+    for index, completion in enumerate(last.outputs if last else ()):
         if index not in shown:
-            _print_sample(engine, 1, prompt, outputs[0], index)
-    return outputs, interrupted
+            writer.write_sample(0, completion, index)
+    writer.count(0, last)
+    return interrupted
 
 
-def _print_output(
-    engine: Engine, number: int, prompt: str | list[int], output: RequestOutput
-) -> None:
-    if _OUTPUT.value == "json":
-        _write(json.dumps(dataclasses.asdict(output), ensure_ascii=False) + "\n")
-        return
-    for index in range(len(output.outputs)):
-        _print_sample(engine, number, prompt, output, index)
-
-
-def _print_sample(
-    engine: Engine, number: int, prompt: str | list[int], output: RequestOutput, index: int
-) -> None:
-    _write(f"=== prompt {number}, sample {index + 1}\n")
-    _write(_text(prompt) + _completion_text(engine, output, index) + "\n\n")
-
-
-def _completion_text(engine: Engine, output: RequestOutput, index: int) -> str:
-    completion = output.outputs[index]
-    if engine.tokenizer is not None:
-        return completion.text
-    return "".join(f" {token}" for token in completion.token_ids)
-
-
-def _text(prompt: str | list[int]) -> str:
-    return prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
-
-
-def _summary(outputs: Sequence[RequestOutput], stats: EngineStats, fullest: EngineStats) -> str:
+def _summary(writer: ResultWriter, stats: EngineStats, fullest: EngineStats) -> str:
     """The run in a few lines.
 
     Args:
-      outputs: of all prompts.
+      writer: of all results.
       stats: at the end, for the totals.
       fullest: when most pages were in use, for what is zero at the end.
     """
     totals = stats.totals
-    firsts = [t for o in outputs if (t := o.time_to_first_token_s) is not None]
+    firsts = writer.first_token_s
     first = f"{sum(firsts) / len(firsts):.2f} s" if firsts else "none"
     page_mib = stats.page_bytes / 2**20
     used, contiguous = totals.peak_used_pages, stats.contiguous_pages
+    ended = ""
+    if writer.num_aborted or writer.num_errors:
+        ended = (
+            f"prompts: {writer.num_finished} finished, {writer.num_aborted} aborted, "
+            f"{writer.num_errors} ended with an error\n"
+        )
     return (
+        f"{ended}"
         f"pages at the fullest step: {fullest.num_used_pages} live ({fullest.num_shared_pages} "
         f"shared), {fullest.num_free_pages} free ({fullest.num_cached_pages} cached); sharing "
         f"saves {fullest.num_saved_cells} cells\n"
@@ -306,41 +344,6 @@ def _summary(outputs: Sequence[RequestOutput], stats: EngineStats, fullest: Engi
     )
 
 
-def _read_prompts() -> list[str]:
-    if _PROMPT.value and _PROMPTS_FILE.value:
-        raise ValueError("--prompt and --prompts_file exclude each other; give one of them")
-    if not all(_PROMPT.value):
-        raise ValueError("a --prompt is empty; a prompt needs at least a character")
-    if _PROMPT.value:
-        return _PROMPT.value
-    path = _PROMPTS_FILE.value
-    if path is None and sys.stdin.isatty():
-        raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
-    if path is None or path == "-":
-        name, text = "standard input", sys.stdin.read()
-    else:
-        name, text = path, pathlib.Path(path).read_text(encoding="utf-8")
-    # Not splitlines, which also cuts at form feeds and other separators inside a prompt.
-    text = text.rstrip("\n")
-    lines = text.split("\n") if text else []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise ValueError(f"{name}: line {number} is empty; a prompt needs at least a character")
-    if not lines:
-        raise ValueError(f"{name} has no prompts; put one on each line")
-    return lines
-
-
-def _token_ids(prompt: str) -> list[int]:
-    try:
-        return [int(token) for token in prompt.replace(",", " ").split()]
-    except ValueError:
-        raise ValueError(
-            f"prompt {prompt!r}: the model has no tokenizer.json, so its prompts are token ids, "
-            "such as --prompt='1 15 27'"
-        ) from None
-
-
 @contextlib.contextmanager
 def _usage_errors() -> Iterator[None]:
     """Turns the library's refusals into one line for people."""
@@ -348,13 +351,10 @@ def _usage_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise  # no fault of the usage: see `scripts.flags.run`
-    except (ValueError, OSError) as e:
+    except OSError as e:
+        raise app.UsageError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+    except ValueError as e:
         raise app.UsageError(str(e)) from e
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _log_to_stderr() -> None:

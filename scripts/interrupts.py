@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Ctrl-C does at which time of a program's life. Imports nothing that takes time."""
+
+import gc
+import os
+import signal
+import weakref
+from collections.abc import Callable
+from types import FrameType
+
+CODE = 130  # what shells report of a program that Ctrl-C has ended
+_RETRY_S = 0.01
+
+
+def exit_at_once() -> None:
+    """Has Ctrl-C end the program with code 130, at a time when there is nothing to be saved.
+
+    Where it is ignored, as in a job in the background of a shell, it stays ignored.
+    """
+    _handle(lambda signum, frame: os._exit(CODE))
+
+
+def raise_once() -> None:
+    """Has Ctrl-C raise `KeyboardInterrupt`, and a second one end the program at once."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        if _is_lost(frame):
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
+            return
+        exit_at_once()
+        raise KeyboardInterrupt
+
+    _handle(interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
+
+
+def _is_lost(frame: FrameType | None) -> bool:
+    """Whether Python would only print what is raised here: in finalizers and their like."""
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        code = frame.f_code
+        if code in callbacks or code.co_name == "__del__" or code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> None:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)

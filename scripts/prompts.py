@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts as people give them: arguments, a file, or standard input."""
+
+import codecs
+import pathlib
+import sys
+from collections.abc import Sequence
+
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
+    """Returns the prompts of --prompt, or of --prompts_file, or of standard input.
+
+    Raises:
+      ValueError: if there are none, one is empty or no text, or the file cannot be read; the
+        message is one line.
+    """
+    if given and path is not None:
+        raise ValueError("--prompt and --prompts_file exclude each other; give one of them")
+    if given:
+        for number, prompt in enumerate(given, 1):
+            if not prompt:
+                raise ValueError("a --prompt is empty; a prompt needs at least a character")
+            check_text("--prompt" if len(given) == 1 else f"--prompt number {number}", prompt)
+        return list(given)
+    if path == "":
+        raise ValueError("--prompts_file is empty; name a file, or - for standard input")
+    if path is not None and path != "-":
+        try:
+            data = pathlib.Path(path).read_bytes()
+        except OSError as e:
+            raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
+        return parse_prompts(data, path)
+    if sys.stdin is None:
+        raise ValueError(
+            "no prompt, and standard input is closed: give --prompt=... or --prompts_file=FILE"
+        )
+    if path is None and sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
+    return parse_prompts(sys.stdin.buffer.read(), "standard input")
+
+
+def parse_prompts(data: bytes, name: str) -> list[str]:
+    r"""Returns the prompts of a file in UTF-8, one a line.
+
+    Lines end with "\n" or "\r\n"; other separators, such as a form feed or a lone "\r", are part of
+    a prompt. A byte order mark, and empty lines at the end, are not.
+
+    Args:
+      data: what the file holds.
+      name: of the file, for messages.
+
+    Raises:
+      ValueError: if it is no such file; the message names the line.
+    """
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{name} is {encoding} by its byte order mark; save it as UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as e:
+        line = data.count(b"\n", 0, e.start) + 1
+        column = e.start - (data.rfind(b"\n", 0, e.start) + 1) + 1
+        raise ValueError(
+            f"{name}: line {line} is not UTF-8 (byte 0x{data[e.start]:02x} at position {column}); "
+            "save the file as UTF-8"
+        ) from None
+    text = text.replace("\r\n", "\n").rstrip("\n")
+    lines = text.split("\n") if text else []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise ValueError(f"{name}: line {number} is empty; a prompt needs at least a character")
+        if "\0" in line:
+            raise ValueError(f"{name}: line {number} has a NUL character; save the file as UTF-8")
+    if not lines:
+        raise ValueError(f"{name} has no prompts; put one on each line")
+    return lines
+
+
+def check_text(flag: str, value: str) -> None:
+    """Raises ValueError if a flag's value came from bytes that are no text."""
+    for at, char in enumerate(value):
+        if "\ud800" <= char <= "\udfff":
+            # Python keeps a byte of the command line that it cannot decode as such a character.
+            byte = ord(char) - 0xDC00
+            what = f"byte 0x{byte:02x}" if 0x80 <= byte <= 0xFF else f"lone surrogate {char!a}"
+            raise ValueError(f"{flag} is not UTF-8 ({what} at position {at + 1}); give it as UTF-8")
+
+
+def parse_token_ids(prompt: str) -> list[int]:
+    """Returns the token ids that a prompt is for a model without a tokenizer.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    try:
+        return [int(token) for token in prompt.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(
+            f"prompt {prompt!r:.80}: the model has no tokenizer.json, so its prompts are token "
+            "ids, such as --prompt='1 15 27'"
+        ) from None

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts.generate's command line at the door: each flag with each wrong value, and together."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import app, flags
+
+from scripts.flags import enable_compilation_cache
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Flags are a program's own, so this is a process of its own. `given` is a list of command lines.
+DRIVER = """
+import json, sys
+from absl import app, flags
+from absl.testing import flagsaver
+from scripts import generate
+from scripts.flags import engine_config_from_flags
+
+results = []
+for given in json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass")):
+    with flagsaver.flagsaver():
+        try:
+            params, _, _ = generate.read_flags(flags.FLAGS(["generate", *given]))
+            engine_config_from_flags()
+            results.append(["ok", repr(params)])
+        except (flags.Error, app.UsageError, ValueError, OSError) as error:  # as scripts.flags does
+            results.append(["refused", " ".join(str(error).split())])
+        except BaseException as error:
+            results.append(["broken", f"{type(error).__name__}: {error}"])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def parse():
+    def parse(lines):
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER],
+            cwd=ROOT,
+            input=json.dumps(lines, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return json.loads(done.stdout)
+
+    return parse
+
+
+INTEGERS = [
+    "max_tokens", "top_k", "n", "best_of", "beam_width", "seed", "stop_token_ids", "logprobs",
+    "page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
+    "swap_bytes",
+]  # fmt: skip
+FLOATS = [
+    "temperature", "top_p", "min_p", "length_penalty", "memory_fraction", "swap_bytes_per_s",
+    "flops_per_s",
+]  # fmt: skip
+BOOLS = [
+    "ignore_eos", "skip_special_tokens", "show_pages", "prefix_cache", "deterministic",
+    "scan_layers",
+]  # fmt: skip
+CHOICES = ["output", "early_stopping", "dtype", "reservation", "preemption", "backend"]
+NO_NUMBERS = ["", "x", "None", "null", "[]", "{}", "true", "1,2", "--", "\udcff", "1e", "½", "0x"]
+
+
+def test_each_wrong_value_of_each_flag_is_refused_by_name(parse):
+    wrong = {name: [*NO_NUMBERS, "nan", "inf", "1.5", "1e5", "9" * 5000] for name in INTEGERS}
+    wrong |= {name: [*NO_NUMBERS, "nan", "inf", "-inf", "1e400"] for name in FLOATS}
+    wrong |= {name: ["", "2", "maybe", "None", "1.0", "\udcff"] for name in BOOLS}
+    wrong |= {name: ["", "2", "None", "TEXT ", "\udcff"] for name in CHOICES}
+    for name in set(INTEGERS) - {"stop_token_ids", "top_k", "seed", "logprobs", "swap_bytes"}:
+        wrong[name] += ["0", "-1", "-" + "9" * 30]
+    for name in ("top_k", "seed"):
+        wrong[name] += ["-1", str(2**32), "9" * 30]
+    wrong["logprobs"] += ["-1"]
+    wrong["swap_bytes"] += ["-1"]
+    wrong["temperature"] += ["-1", "-1e-9"]
+    wrong["top_p"] += ["0", "-0.1", "1.01"]
+    wrong["min_p"] += ["-0.1", "1.01"]
+    wrong["memory_fraction"] += ["0", "1.01", "-1"]
+    wrong |= {"stop": ["", "\udcff", "a\udc80"], "prompt": ["", "\udcff", "\ud800"], "model": [""]}
+    wrong |= {"prompts_file": ["", "nowhere"], "flagfile": ["nowhere"], "verbosity": ["", "x"]}
+    wrong |= {"stderrthreshold": ["x", ""], "log_dirs": ["x"]}
+    cases = [(name, value) for name, values in wrong.items() for value in values]
+    # A beam search may have other fields refused first.
+    other = {"prompts_file": [], "prompt": []}
+    results = parse([[*other.get(n, ["--prompt=x"]), f"--{n}={v}"] for n, v in cases])
+    assert len(cases) > 450
+    for (name, value), (kind, message) in zip(cases, results, strict=True):
+        assert kind == "refused", (name, value, message)
+        assert name in message, (name, value, message)
+
+
+REFUSED = [
+    (["--prompt=x", "x"], "unexpected arguments ['x']"),
+    (["--prompt=x", "--", "--n=2"], "unexpected arguments ['--n=2']"),
+    (["--prompt=x", "-"], "unexpected arguments ['-']"),
+    (["--prompt=x", "--temprature=1"], "temprature"),
+    (["--prompt=x", "--temprature"], "temprature"),
+    (["--prompt=x", "--=1"], "unexpected arguments ['--=1']"),
+    (["--prompt=x", "--n"], "n"),
+    (["--prompt"], "prompt"),
+    (["--prompt=x", "--non=1"], "non"),
+    (["--prompt=x", "--noignore_eos=1"], "noignore_eos"),
+    (["--prompt=x", "--noignore_eoss"], "noignore_eoss"),
+    (["--prompt=x", "--prompts_file=y"], "exclude each other"),
+    (["--prompt=x", "--prompt="], "a --prompt is empty"),
+    (["--prompts_file=."], "Is a directory"),
+    (["--prompt=x", "--best_of=2", "--n=3"], "best_of=2 must be at least n=3"),
+    (["--prompt=x", "--beam_width=2", "--n=3"], "beam_width=2 must be at least n=3"),
+    (["--prompt=x", "--beam_width=2", "--best_of=2"], "best_of=2 has no meaning in beam search"),
+    (["--prompt=x", "--beam_width=2", "--temperature=0"], "temperature=0.0 has no meaning"),
+    (["--prompt=x", "--beam_width=2", "--top_p=0.5"], "top_p=0.5 has no meaning"),
+    (["--prompt=x", "--beam_width=2", "--min_p=0.5"], "min_p=0.5 has no meaning"),
+    (["--prompt=x", "--beam_width=2", "--stop=a"], "stop=('a',) has no meaning"),
+    (["--prompt=x", "--stop=a", "--stop="], "stop"),
+    (["--prompt=x", "--deterministic", "--max_num_batched_tokens=64"], "deterministic needs"),
+    (["--prompt=x", "--model=~nobody_of_this_name/x"], "--model=~nobody_of_this_name/x"),
+]
+
+SERVED = [
+    (["--prompt=x"], "temperature=0.7"),
+    (["--prompt=x", "--n=2", "--n=3"], "n=3"),  # of a flag that is repeated the last counts
+    (["--prompt=x", "--prompt=x"], "n=1"),
+    (["--prompt", "x", "-n", "2"], "n=2"),
+    (["--prompt=--n=2"], "n=1"),
+    (["--prompt=x", "--seed=0x10", "--top_k=1_000"], "top_k=1000"),
+    (["--prompt=x", "--noskip_special_tokens"], "skip_special_tokens=False"),
+    (["--prompt=x", "--skip_special_tokens=false"], "skip_special_tokens=False"),
+    (["--prompt=x", "--stop=a", "--stop=<|im_end|>"], "stop=('a', '<|im_end|>')"),
+    (["--prompt=x", "--beam_width=4"], "temperature=1.0"),
+    (["--prompt=x", "--early_stopping=never"], "early_stopping='never'"),
+    (["--prompt=x", "--undefok=foo", "--foo=1"], "n=1"),
+]
+
+
+def test_together(parse):
+    results = parse([line for line, _ in REFUSED + SERVED])
+    for (line, part), (kind, message) in zip(REFUSED + SERVED, results, strict=True):
+        assert kind == ("refused" if (line, part) in REFUSED else "ok"), (line, message)
+        assert part in message, (line, message)
+
+
+class TestCompilationCache:
+    def values(self, directory, *, given=True):
+        values = flags.FlagValues()
+        flags.DEFINE_string("compilation_cache_dir", str(directory), "", flag_values=values)
+        values(["program", f"--compilation_cache_dir={directory}"] if given else ["program"])
+        return values
+
+    @pytest.mark.parametrize("name", ["/proc/nothing", "/dev/null/below", "~nobody_of_this/x"])
+    def test_what_cannot_be_written(self, name, caplog):
+        with pytest.raises(app.UsageError, match="--compilation_cache_dir=") as error:
+            enable_compilation_cache(self.values(name))
+        assert "\n" not in str(error.value)
+        # A default that cannot be written is not the user's fault.
+        assert enable_compilation_cache(self.values(name, given=False)) is None
+
+    def test_a_file(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(app.UsageError, match="File exists"):
+            enable_compilation_cache(self.values(tmp_path / "file"))
+
+    def test_without_permission(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+        with pytest.raises(app.UsageError, match="Permission denied"):
+            enable_compilation_cache(self.values(tmp_path))
