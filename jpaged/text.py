@@ -30,7 +30,10 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
         tokenizer.no_padding()
         _check_template(tokenizer)
         Detokenizer(tokenizer)
-    except Exception as e:  # tokenizers raises bare Exception
+    except BaseException as e:
+        # tokenizers raises bare Exception, and where Rust panics a class that is none of it.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} is not a readable tokenizer: {reason:.300}") from e
     return tokenizer

@@ -45,7 +45,7 @@ from scripts.flags import (
     run,
 )
 from scripts.output import ResultWriter
-from scripts.prompts import check_text, parse_token_ids, read_prompts
+from scripts.prompts import decode_flag, parse_token_ids, read_prompts
 
 _DEMO = pathlib.Path(__file__).resolve().parent.parent / "models" / "demo"
 
@@ -181,8 +181,6 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
-    for stop in _STOP.value:
-        check_text("--stop", stop)
     params = SamplingParams(
         max_tokens=_MAX_TOKENS.value,
         temperature=_TEMPERATURE.value,
@@ -198,7 +196,7 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
         length_penalty=_LENGTH_PENALTY.value,
         early_stopping={"false": False, "true": True}.get(_EARLY_STOPPING.value, "never"),
         seed=_SEED.value,
-        stop=tuple(_STOP.value),
+        stop=tuple(decode_flag("--stop", stop) for stop in _STOP.value),
         stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
         ignore_eos=_IGNORE_EOS.value,
         logprobs=_LOGPROBS.value,

@@ -4,6 +4,7 @@
 import gc
 import os
 import signal
+import sys
 import weakref
 from collections.abc import Callable
 from types import FrameType
@@ -24,14 +25,15 @@ def raise_once() -> None:
     """Has Ctrl-C raise `KeyboardInterrupt`, and a second one end the program at once."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        if _is_lost(frame):
+        if sys.platform != "win32" and _is_lost(frame):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
             return
         exit_at_once()
         raise KeyboardInterrupt
 
     _handle(interrupt)
-    signal.signal(signal.SIGALRM, interrupt)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, interrupt)
 
 
 def _is_lost(frame: FrameType | None) -> bool:

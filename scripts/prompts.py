@@ -2,6 +2,7 @@
 """Prompts as people give them: arguments, a file, or standard input."""
 
 import codecs
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -24,11 +25,13 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     if given and path is not None:
         raise ValueError("--prompt and --prompts_file exclude each other; give one of them")
     if given:
-        for number, prompt in enumerate(given, 1):
-            if not prompt:
-                raise ValueError("a --prompt is empty; a prompt needs at least a character")
-            check_text("--prompt" if len(given) == 1 else f"--prompt number {number}", prompt)
-        return list(given)
+        if not all(given):
+            raise ValueError("a --prompt is empty; a prompt needs at least a character")
+        alone = len(given) == 1
+        return [
+            decode_flag("--prompt" if alone else f"--prompt number {number}", prompt)
+            for number, prompt in enumerate(given, 1)
+        ]
     if path == "":
         raise ValueError("--prompts_file is empty; name a file, or - for standard input")
     if path is not None and path != "-":
@@ -84,14 +87,23 @@ def parse_prompts(data: bytes, name: str) -> list[str]:
     return lines
 
 
-def check_text(flag: str, value: str) -> None:
-    """Raises ValueError if a flag's value came from bytes that are no text."""
-    for at, char in enumerate(value):
-        if "\ud800" <= char <= "\udfff":
-            # Python keeps a byte of the command line that it cannot decode as such a character.
-            byte = ord(char) - 0xDC00
-            what = f"byte 0x{byte:02x}" if 0x80 <= byte <= 0xFF else f"lone surrogate {char!a}"
-            raise ValueError(f"{flag} is not UTF-8 ({what} at position {at + 1}); give it as UTF-8")
+def decode_flag(flag: str, value: str) -> str:
+    """Returns a flag's value as the text that it is in UTF-8, whatever the locale.
+
+    Python keeps bytes of the command line that the locale cannot decode as lone surrogates.
+
+    Raises:
+      ValueError: if it is no UTF-8.
+    """
+    if not any("\ud800" <= char <= "\udfff" for char in value):
+        return value
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeDecodeError as e:
+        what, at = f"byte 0x{e.object[e.start]:02x}", e.start
+    except UnicodeEncodeError as e:
+        what, at = f"lone surrogate {value[e.start]!a}", e.start
+    raise ValueError(f"{flag} is not UTF-8 ({what} at position {at + 1}); give it as UTF-8")
 
 
 def parse_token_ids(prompt: str) -> list[int]:

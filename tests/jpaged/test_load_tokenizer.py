@@ -133,6 +133,23 @@ def test_a_decoder_that_crashes(tmp_path):
         load(tmp_path, json.dumps(fields).encode())
 
 
+def test_a_panic_is_a_refusal_and_ctrl_c_is_not(tmp_path, monkeypatch):
+    # Encoding with a template of an unknown token panics; `_check_template` is there to avoid it.
+    fields = json.loads(byte_level().to_str())
+    fields["post_processor"]["special_tokens"] = {}
+    broken = tokenizers.Tokenizer.from_str(json.dumps(fields))
+    monkeypatch.setattr("jpaged.text._check_template", lambda tokenizer: broken.encode("he"))
+    with pytest.raises(ValueError, match=r"tokenizer: no entry found for key"):
+        load(tmp_path, byte_level().to_str().encode())
+
+    def interrupt(tokenizer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jpaged.text._check_template", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(tmp_path)
+
+
 VALUES = [None, True, -1, 0, 1.5, 10**30, 2**32 - 1, "", "x", [], {}, [1], {"type": "x"}, "\ud800"]
 
 

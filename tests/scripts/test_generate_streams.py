@@ -14,7 +14,10 @@ import threading
 
 import pytest
 
+from jpaged.text import load_tokenizer
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+DEMO = ROOT / "models" / "demo"
 SHELL = '"$PYTHON" -m scripts.generate --compilation_cache_dir="$CACHE" --num_pages=256 --seed=1 '
 PROGRAM = [sys.executable, "-m", "scripts.generate"]
 
@@ -109,6 +112,15 @@ def test_bytes_that_are_no_text(shell):
         code, _, errors = shell(command, LANG="C.UTF-8", LC_ALL="C.UTF-8")
         assert code == 2 and len(errors.splitlines()) == 1
         assert "is not UTF-8 (byte 0xff at position 1)" in errors
+
+
+def test_utf_8_whatever_the_locale(shell):
+    code, output, _ = shell(
+        "generate --prompt='Émile 你好' --max_tokens=1 --output=json",
+        LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0",
+    )  # fmt: skip
+    ids = json.loads(output)["prompt_token_ids"]
+    assert code == 0 and load_tokenizer(DEMO).decode(ids) == "Émile 你好"
 
 
 # A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
