@@ -119,6 +119,40 @@ def test_any_tokens(name, prompt, answer, skip):
     )
 
 
+STOPS = st.lists(
+    st.sampled_from(
+        ["a", "b", " ", "\n", "\t", "é", "\x80", MARK, MARK * 2, "the", "a b", " the a"]
+    ),
+    max_size=3,
+)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@given(LISTS, STOPS, st.booleans())
+@settings(max_examples=100, deadline=None, derandomize=True)
+@example(["a", "<0x0A>", "<0xF0>"], ["\n"], True)
+@example(["<0x0A>", "<0xF0>", "<0x0A>", "the"], ["\n", "the"], True)
+def test_any_stop_strings(name, tokens, stop, skip):
+    """The text of the tokens that were taken, up to the first stop string in it."""
+    tokenizer = TOKENIZERS[name]
+    ids = [tokenizer.token_to_id(token) for token in tokens]
+    stream = TextStream(tokenizer, stop, skip_special_tokens=skip)
+    texts, taken = [], []
+    for token in ids:
+        stream.add(token)
+        texts.append(stream.text)
+        taken.append(token)
+        if stream.stopped:
+            break
+    stream.flush()
+    whole = tokenizer.decode(taken, skip_special_tokens=skip)
+    found = [at for s in stop if (at := whole.find(s)) >= 0]
+    assert stream.text == whole[: min(found, default=len(whole))]
+    assert stream.stopped == bool(found)
+    assert stream.stopped or taken == ids
+    assert all(stream.text.startswith(text) for text in texts)
+
+
 @pytest.mark.parametrize("name", ["byte level", "byte fallback of Llama 2"])
 def test_every_two_bytes_after_one(name):
     """A mark for each longest beginning of a character, or for each byte."""
