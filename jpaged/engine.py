@@ -140,8 +140,9 @@ class Engine:
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config, directory = engine_config(config), pathlib.Path(model_path).expanduser()
-        # Refuses what does not fit before the weights are read.
-        plan_pool(config, load_config(directory), resolve_backend(config.backend))
+        if (directory / "config.json").is_file():
+            # Refuses what does not fit before the weights are read.
+            plan_pool(config, load_config(directory), resolve_backend(config.backend))
         dtype = default_dtype(config)
         start = time.perf_counter()
         model_config, params = checkpoint.load(model_path, dtype)
