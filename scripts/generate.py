@@ -25,6 +25,7 @@ if __name__ == "__main__":
     interrupts.exit_at_once()  # also while the imports take their time
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib

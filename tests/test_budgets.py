@@ -2,7 +2,7 @@
 """Budgets of size, so that the code stays small enough to read in one sitting.
 
 The host side of PagedAttention is what this project explains: pool, table, sequence, scheduler and
-engine together are to be read in an evening, hence 1,750 lines, comments and blank lines included.
+engine together are to be read in an evening, hence 1,775 lines, comments and blank lines included.
 A file of more than 500 lines has a second subject that wants a file of its own; the demo corpus,
 which is tables of words and sentences, is left out. A change that breaks a budget simplifies
 something, or argues in CHANGELOG.md for the number that it puts here.
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CORE = ["page_pool.py", "page_table.py", "sequence.py", "scheduler.py", "engine.py"]
-MAX_CORE_LINES = 1750
+MAX_CORE_LINES = 1775
 MAX_FILE_LINES = 500
 
 FILES = sorted(

@@ -269,7 +269,7 @@ class TestDefaults:
         assert token_ids(outputs) == token_ids(tiny_engine(**EXACT).generate(CROWD[:2], want))
 
     def test_what_is_no_parameter_is_refused_when_the_engine_is_made(self):
-        with pytest.raises(ValueError, match=r"generation_config\.json: temperature=1e\+31 must be"):
+        with pytest.raises(ValueError, match=r"generation_config\.json: temperature=1e\+31"):
             Engine(TINY, tiny_params(), None, None, GenerationConfig(temperature=1e31))
 
     def test_max_tokens_is_what_max_model_len_leaves(self):

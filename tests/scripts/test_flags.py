@@ -125,7 +125,7 @@ REFUSED = [
 ]
 
 SERVED = [
-    (["--prompt=x"], "temperature=0.7"),
+    (["--prompt=x"], "temperature=None"),
     (["--prompt=x", "--n=2", "--n=3"], "n=3"),  # of a flag that is repeated the last counts
     (["--prompt=x", "--prompt=x"], "n=1"),
     (["--prompt", "x", "-n", "2"], "n=2"),
