@@ -19,9 +19,9 @@ ended with an error with 1, standard output that cannot be written with 74, one 
 with 141.
 """
 
-if __name__ == "__main__":
-    from scripts import interrupts
+from scripts import interrupts
 
+if __name__ == "__main__":
     interrupts.exit_at_once()  # also while the imports take their time
 
 import contextlib
@@ -153,6 +153,7 @@ def main(argv: list[str]) -> None:
                     on_output=writer.write,
                 )
         except GenerationInterrupted as e:
+            interrupts.handled()
             interrupted = True
             for index, output in enumerate(e.outputs):
                 if index not in writer.written:
@@ -267,6 +268,7 @@ def _stream(
                 writer.text(text[shown:])
                 shown = len(text)
     except KeyboardInterrupt:
+        interrupts.handled()
         interrupted = True
     writer.text("\n")
     if last is not None:
@@ -298,6 +300,7 @@ def _stream_samples(
                         shown.add(index)
                         writer.write_sample(0, completion, index)
     except KeyboardInterrupt:
+        interrupts.handled()
         interrupted = True
     for index, completion in enumerate(last.outputs if last else ()):
         if index not in shown:

@@ -11,6 +11,7 @@ from types import FrameType
 
 CODE = 130  # what shells report of a program that Ctrl-C has ended
 _RETRY_S = 0.01
+_AGAIN_S = 2.0
 
 
 def exit_at_once() -> None:
@@ -22,18 +23,30 @@ def exit_at_once() -> None:
 
 
 def raise_once() -> None:
-    """Has Ctrl-C raise `KeyboardInterrupt`, and a second one end the program at once."""
+    """Has Ctrl-C raise `KeyboardInterrupt`, and a second one end the program at once.
+
+    Libraries may swallow the exception (C code that looks something up, for instance), so it is
+    raised again after a while unless the program calls `handled`, or has ended.
+    """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        if sys.platform != "win32" and _is_lost(frame):
-            signal.setitimer(signal.ITIMER_REAL, _RETRY_S)
-            return
+        lost = _is_lost(frame)
+        if sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_S if lost else _AGAIN_S)
+            if lost:
+                return
         exit_at_once()
         raise KeyboardInterrupt
 
     _handle(interrupt)
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, interrupt)
+
+
+def handled() -> None:
+    """The program knows of Ctrl-C, so it is not raised again."""
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _is_lost(frame: FrameType | None) -> bool:

@@ -2,6 +2,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import gc, os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -73,3 +75,22 @@ except KeyboardInterrupt:
     print("raised")
 """
         assert run(body) == (0, "raised\n"), cause
+
+
+@pytest.mark.parametrize(("known", "result"), [(False, "raised again\n"), (True, "goes on\n")])
+def test_what_a_library_swallows_is_raised_again(known, result):
+    body = f"""
+interrupts._AGAIN_S = 0.2
+interrupts.raise_once()
+try:
+    ctrl_c()
+except KeyboardInterrupt:
+    if {known}:
+        interrupts.handled()
+try:
+    time.sleep(1)
+    print("goes on")
+except KeyboardInterrupt:
+    print("raised again")
+"""
+    assert run(body) == (0, result)
