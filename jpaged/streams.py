@@ -57,7 +57,7 @@ class Consumer:
           What was not taken until then; nothing comes any more.
         """
         self._abandoned.append(self.owner)
-        rest, self.mailbox = self.mailbox, {}
+        rest, self.mailbox = dict(self.mailbox), {}  # the engine still fills the old one
         return rest
 
 
