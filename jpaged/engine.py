@@ -34,7 +34,7 @@ from jpaged.streams import Generation, Owner, RequestStream
 from jpaged.text import load_tokenizer
 from jpaged.viewer import PoolSnapshot
 from models import checkpoint
-from models.config import ModelConfig, load_config
+from models.config import ModelConfig
 from models.generation_config import GenerationConfig, load_generation_config
 from pallas_kernels.dispatch import resolve_backend
 
@@ -140,15 +140,15 @@ class Engine:
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config, directory = engine_config(config), pathlib.Path(model_path).expanduser()
-        if (directory / "config.json").is_file():
-            # Refuses what does not fit before the weights are read.
-            plan_pool(config, load_config(directory), resolve_backend(config.backend))
-        dtype = default_dtype(config)
+        backend, dtype = resolve_backend(config.backend), default_dtype(config)
         start = time.perf_counter()
-        model_config, params = checkpoint.load(model_path, dtype)
+        # What can be refused is, before the weights are read.
         tokenizer, defaults = load_tokenizer(directory), None
         if config.generation_config == "model":
             defaults = load_generation_config(directory)
+        model_config, params = checkpoint.load(
+            directory, dtype, lambda model_config: plan_pool(config, model_config, backend)
+        )
         logger.info(
             "loaded %s: %.1f M parameters as %s in %.2f s",
             model_path,

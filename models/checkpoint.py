@@ -30,7 +30,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,12 +53,18 @@ _TIED = ("embedding", "lm_head")
 _LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
 
 
-def load(directory: str | pathlib.Path, dtype: jnp.dtype) -> tuple[ModelConfig, Params]:
+def load(
+    directory: str | pathlib.Path,
+    dtype: jnp.dtype,
+    before_reading: Callable[[ModelConfig], object] = lambda config: None,
+) -> tuple[ModelConfig, Params]:
     """Loads a model directory, whichever form its weights have.
 
     Args:
       directory: holds config.json and the weights.
       dtype: every parameter is converted to it as it is read, one tensor at a time.
+      before_reading: called when config.json and the files have been found to fit each other, to
+        refuse the model before it takes time and memory.
 
     Returns:
       The config and the parameter tree of `Decoder(config)`. A tied config beside a different head
@@ -78,14 +84,14 @@ def load(directory: str | pathlib.Path, dtype: jnp.dtype) -> tuple[ModelConfig, 
     config = load_config(directory)
     orbax = directory / _ORBAX_DIR
     if not orbax.is_dir():
-        params = _load_safetensors(directory, config, dtype)
+        params = _load_safetensors(directory, config, dtype, before_reading)
     else:
         for other in sorted(directory.glob("*.safetensors"))[:1]:
             raise CheckpointError(
                 f"{str(directory)!r} holds weights twice, in {_ORBAX_DIR}/ (Orbax) and in "
                 f"{shown(other.name)}: move one of them out"
             )
-        params = _load_orbax(orbax, config, dtype)
+        params = _load_orbax(orbax, config, dtype, before_reading)
     return _tie(config, params)
 
 
@@ -120,7 +126,12 @@ def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     return dataclasses.replace(config, tie_word_embeddings=False), params | {"lm_head": head}
 
 
-def _load_orbax(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) -> Params:
+def _load_orbax(
+    directory: pathlib.Path,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    before_reading: Callable[[ModelConfig], object],
+) -> Params:
     directory = directory.resolve()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
@@ -137,6 +148,7 @@ def _load_orbax(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) 
         _check_size(str(directory), config, stored)
         wanted = _wanted_shapes(config, {path: path for path in stored})
         _check_tensors(str(directory), wanted, stored)
+        before_reading(config)
         target: Params = {}
         for path, shape in wanted.items():
             _insert(target, path, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
@@ -156,13 +168,19 @@ def _damage_of_orbax(directory: pathlib.Path) -> Iterator[None]:
         ) from e
 
 
-def _load_safetensors(directory: pathlib.Path, config: ModelConfig, dtype: jnp.dtype) -> Params:
+def _load_safetensors(
+    directory: pathlib.Path,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    before_reading: Callable[[ModelConfig], object],
+) -> Params:
     stored = stored_tensors(directory)
     _check_dtypes(stored, safetensors_files.DTYPES)
     _check_size(str(directory), config, stored)
     # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
     shapes = _wanted_shapes(config, stored)
     _check_tensors(str(directory), {tensor_name(path): shapes[path] for path in shapes}, stored)
+    before_reading(config)
 
     params: Params = {}
     by_file: dict[pathlib.Path, list[str]] = {}
