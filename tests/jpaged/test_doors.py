@@ -279,7 +279,11 @@ class TestRequests:
         outputs = worded.generate(np.array([[1, 2], [3, 4]]), self.GOOD)
         assert [output.prompt_token_ids for output in outputs] == [[1, 2], [3, 4]]
 
-    @pytest.mark.parametrize("request_id", [3, None, [], {}, Hostile(), b"x"], ids=shown)
+    @pytest.mark.parametrize(
+        "request_id",
+        [3, None, [], {}, Hostile(), b"x"],
+        ids=["int", "None", "list", "dict", "hostile", "bytes"],  # no address: workers compare ids
+    )
     def test_no_live_request_has_such_an_id(self, request_id, worded):
         for call in (worded.abort, worded.fork):
             with pytest.raises(KeyError, match="no live request"):
