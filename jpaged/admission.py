@@ -86,8 +86,7 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
     longest = seq.max_total_tokens - 1
     if config.reservation == "max":
         longest = config.max_model_len
-    # Beams share the full pages of the prompt at least.
-    shared = seq.num_prompt_tokens // table.page_size if width > 1 else 0
+    shared = _num_shared_pages(table, seq.num_prompt_tokens, width)
     needed = shared + width * (-(-longest // table.page_size) - shared)
     usable = table.pool.num_usable_pages
     if needed > usable:
@@ -98,3 +97,18 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
             f"{more} more{each} need {needed} pages of {table.page_size} tokens, but the pool "
             f"has {usable}; lower max_tokens or raise num_pages"
         )
+
+
+def max_tokens_in(table: PageTable, num_prompt_tokens: int, width: int = 1) -> int:
+    """Tokens, prompt and generated ones, of a sequence or `width` beams alone in the pool.
+
+    What `check_fits` takes at most.
+    """
+    shared = _num_shared_pages(table, num_prompt_tokens, width)
+    own = (table.pool.num_usable_pages - shared) // width
+    return (shared + own) * table.page_size + 1  # the last token needs no cell
+
+
+def _num_shared_pages(table: PageTable, num_prompt_tokens: int, width: int) -> int:
+    """Beams share the full pages of the prompt at least."""
+    return num_prompt_tokens // table.page_size if width > 1 else 0

@@ -55,16 +55,17 @@ class LogitsProcessors:
         self.repetition_penalty = params.repetition_penalty
         self.num_bytes = -(-vocab_size // 8)
         self._min_tokens = params.min_tokens
-        suppressed = set(params.suppress_tokens or ())
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        early = suppressed | (stops if params.min_tokens else set())
-        if len(early) >= vocab_size:
+        self._suppressed = frozenset(params.suppress_tokens or ())
+        self._early = self._suppressed | (stops if params.min_tokens else frozenset())
+        if len(self._early) >= vocab_size:
+            early = f" and, before min_tokens={params.min_tokens}, the stop tokens"
             raise ValueError(
-                f"suppress_tokens and, before min_tokens={params.min_tokens}, the stop tokens "
-                f"leave none of the {vocab_size} tokens of the vocabulary to choose"
+                f"suppress_tokens{early if params.min_tokens else ''} leave none of the "
+                f"{vocab_size} tokens of the vocabulary to choose"
             )
-        self._early = self._bitmap(early) if early else None
-        self._later = self._bitmap(suppressed) if suppressed else None
+        # Made when they are needed: a request that waits has none.
+        self._blocked: dict[frozenset[int], np.ndarray] = {}
         # By sample: how many of its tokens are in the bitmap.
         self._seen: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -79,7 +80,10 @@ class LogitsProcessors:
 
     def blocked(self, num_generated: int) -> np.ndarray | None:
         """Tokens that cannot be chosen after so many generated ones; None if all can."""
-        return self._early if num_generated < self._min_tokens else self._later
+        tokens = self._early if num_generated < self._min_tokens else self._suppressed
+        if tokens and tokens not in self._blocked:
+            self._blocked[tokens] = self._bitmap(tokens)
+        return self._blocked.get(tokens)
 
     def seen(self, seq: sequence.Sequence) -> np.ndarray:
         """The tokens of a sequence that the host knows."""

@@ -59,8 +59,8 @@ class SamplingParams:
     filter's edge is kept whole. Log-probabilities are reported as the model has them.
 
     Attributes:
-      max_tokens: most tokens to generate, >= 1; None is the model's default (as many as
-        max_model_len leaves).
+      max_tokens: most tokens to generate, >= 1; None is the model's default (no limit), as far as
+        max_model_len and the pool have room for it.
       temperature: divides the logits; 0 is greedy. None is the model's default (1), greedy where
         its do_sample is false.
       top_k: keep the k likeliest tokens; 0 keeps all. None is the model's default (0).
@@ -144,14 +144,14 @@ class SamplingParams:
 
         Args:
           defaults: the model's; see `jpaged.defaults`.
-          room: most tokens to generate where nobody says.
+          room: most tokens to generate where the request does not say.
         """
         defaults = defaults or SamplingParams()
         sampling = {name: getattr(defaults, name) for name in _SAMPLING_ONLY}
         if self.beam_width is not None:
             sampling = dict[str, Any].fromkeys(sampling)
         # What a model asks for gives way to what a request asks for.
-        longest = max(defaults.max_tokens or room, self.min_tokens or 1)
+        longest = max(min(defaults.max_tokens or room, room), self.min_tokens or 1)
         shortest = min(defaults.min_tokens or 0, self.max_tokens or longest)
         own = {
             name: (getattr(self, name), default, neutral)

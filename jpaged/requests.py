@@ -11,13 +11,14 @@ import numpy as np
 import psutil
 import tokenizers
 
-from jpaged.admission import SchedulerConfig, check_fits
+from jpaged.admission import SchedulerConfig, check_fits, max_tokens_in
 from jpaged.beam import start_search
 from jpaged.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
 from jpaged.logits_processors import LogitsProcessors
 from jpaged.page_table import PageTable
 from jpaged.params import MAX_NUM_SAMPLES, SamplingParams
 from jpaged.sequence import Request, fork_seed
+from jpaged.text import is_fault
 from models.config import ModelConfig
 
 # Text, or token ids: a sequence of integers, or a NumPy array of one dimension.
@@ -261,15 +262,25 @@ class RequestMaker:
                 "surrogate pair, which is no text"
             )
         else:
-            token_ids = self._tokenizer.encode(str.__str__(prompt)).ids
+            try:
+                token_ids = self._tokenizer.encode(str.__str__(prompt)).ids
+            except BaseException as e:
+                if not is_fault(e):
+                    raise
+                raise ValueError(
+                    f"{where}: the tokenizer cannot encode prompt={shown(prompt)}: {shown(str(e))}"
+                ) from e
         if not token_ids:
             text = isinstance(prompt, str)
             raise ValueError(f"{where}: prompt={shown(prompt)} has no tokens" if text else empty)
         return token_ids
 
     def _resolved(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        room = max(self._config.max_model_len - num_prompt_tokens, 1)
-        return params.resolve(self._defaults, room)
+        """With the defaults; where nobody says how long, as long as the request has room."""
+        most = self._config.max_model_len
+        if self._config.reservation == "paged":
+            most = min(most, max_tokens_in(self._table, num_prompt_tokens, params.beam_width or 1))
+        return params.resolve(self._defaults, max(most - num_prompt_tokens, 1))
 
 
 def _check_host_memory(request: Request) -> None:

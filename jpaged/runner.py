@@ -18,6 +18,7 @@ from jpaged import sampling
 from jpaged.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.beam import Candidate
 from jpaged.host_pages import HostPages
+from jpaged.logits_processors import idle_rows
 from jpaged.memory import PoolPlan
 from models.inputs import PagedInputs
 from models.sharding import placements
@@ -251,6 +252,7 @@ class ModelRunner:
         shapes: Iterable[StepShape],
         num_logprobs: int = 0,
         beams: Iterable[BeamBatch] = (),
+        processors: bool = False,
     ) -> None:
         """Compiles steps of the given shapes, and every size of page copy, ahead of need.
 
@@ -258,11 +260,16 @@ class ModelRunner:
           shapes: what to compile; later steps of other shapes count as unplanned.
           num_logprobs: also compile the report of this many likeliest tokens.
           beams: also compile beam searches of these widths and numbers of candidates.
+          processors: also compile what changes logits before tokens are chosen.
         """
         beams, tokens = tuple(beams), self._tokens
         for shape in shapes:
             batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs)
             self.run(dataclasses.replace(batch, beams=beams))
+            if processors:
+                rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8))
+                processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
+                self.run(dataclasses.replace(batch, beams=processed, processors=rows))
         self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count = 1

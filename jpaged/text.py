@@ -31,12 +31,19 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
         _check_template(tokenizer)
         Detokenizer(tokenizer)
     except BaseException as e:
-        # tokenizers raises bare Exception, and where Rust panics a class that is none of it.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+        if not is_fault(e):
             raise
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} is not a readable tokenizer: {reason:.300}") from e
     return tokenizer
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether something went wrong, as opposed to an interrupt.
+
+    tokenizers raises bare Exception, and where Rust panics a class that is none of it.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _check_template(tokenizer: tokenizers.Tokenizer) -> None:

@@ -288,3 +288,13 @@ class TestRequests:
         for call in (worded.abort, worded.fork):
             with pytest.raises(KeyError, match="no live request"):
                 call(request_id)
+
+    def test_a_prompt_that_the_tokenizer_cannot_encode(self):
+        """A model of words without its unknown token: tokenizers raises a bare Exception."""
+        tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = WhitespaceSplit()
+        engine = tiny_engine(tokenizer)
+        engine.add_request("a b", SamplingParams(max_tokens=2, temperature=0), "good")
+        with pytest.raises(ValueError, match=r"cannot encode prompt='a c': .*\[UNK\]"):
+            engine.add_request("a c", SamplingParams(max_tokens=2))
+        assert [o.outputs[0].finish_reason for o in run_steps(engine).values()] == ["length"]

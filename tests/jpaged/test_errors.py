@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from jpaged import SamplingParams
+from jpaged.results import ResultReader
 from jpaged.sampling import SamplingRows, mark_not_finite, sample
 from jpaged.text import TextStream
 from models.decoder import Decoder
@@ -251,14 +252,23 @@ class TestIsolation:
     @pytest.mark.parametrize("fault", [ValueError, MemoryError, PanicException])
     @pytest.mark.parametrize("where", ["add", "flush"])
     def test_text(self, spoken, right, monkeypatch, where, fault):
-        function = getattr(TextStream, where)
-        faulty = spoken.tokenizer.encode("faulty").ids[-4:]
+        function, new_text = getattr(TextStream, where), ResultReader._new_text
+        faulty, texts = spoken.tokenizer.encode("faulty").ids, []
+
+        def noted(self, request, stop):
+            text = new_text(self, request, stop)
+            if request.prompt_token_ids == faulty:
+                texts.append([text, 0])
+            return text
 
         def planted(self, *args):
-            if self._token_ids[:4] == faulty and len(self._token_ids) > 7:
-                raise fault("planted")
+            for note in texts:
+                note[1] += note[0] is self
+                if note[0] is self and (where == "flush" or note[1] > 4):
+                    raise fault("planted")
             return function(self, *args)
 
+        monkeypatch.setattr(ResultReader, "_new_text", noted)
         monkeypatch.setattr(TextStream, where, planted)
         outputs = spoken.generate([*self.PROMPTS], CROWD)
         assert everything(outputs)[::2] == right[::2]
@@ -276,9 +286,11 @@ class TestIsolation:
     def test_stop_strings_log_probabilities_and_parameters(self, spoken, right):
         """Wrong types that slipped past every check."""
         for name, value in (("stop_token_ids", 3), ("ignore_eos", Faulty())):
-            params = drawn(1, n=2)
-            object.__setattr__(params, name, value)
-            outputs = spoken.generate([*self.PROMPTS], [CROWD[0], params, CROWD[2]])
+            requests = zip(self.PROMPTS, CROWD, strict=True)
+            ids = [spoken.add_request(prompt, params) for prompt, params in requests]
+            object.__setattr__(spoken._requests[ids[1]].params, name, value)
+            done = run_steps(spoken)
+            outputs = [done[request_id] for request_id in ids]
             assert everything(outputs)[::2] == right[::2]
             if name == "stop_token_ids":
                 assert {c.finish_reason for c in outputs[1].outputs} == {"error"}

@@ -276,6 +276,21 @@ class TestDefaults:
         (output,) = tiny_engine(**EXACT, max_model_len=30).generate([[1] * 10], SamplingParams())
         assert len(output.outputs[0].token_ids) == 20
 
+    @pytest.mark.parametrize("own", [{}, {"max_new_tokens": 2048}])
+    def test_a_length_that_the_request_did_not_ask_for_fits_the_pool(self, own):
+        """Two pages of 16 cells: 10 tokens of the prompt, 22 more, and one without a cell."""
+        engine = Engine(
+            TINY,
+            tiny_params(),
+            EngineConfig(**EXACT | {"num_pages": 3, "page_size": 16}),
+            generation_config=GenerationConfig(**own),
+        )
+        (output,) = engine.generate([[1] * 10], SamplingParams(ignore_eos=True))
+        assert len(output.outputs[0].token_ids) == 23
+        (output,) = engine.generate([[1] * 10], SamplingParams(beam_width=2, ignore_eos=True))
+        # A page each, no full one shared: 10 + 6 cells, and one token without a cell.
+        assert len(output.outputs[0].token_ids) == 7
+
     @pytest.mark.parametrize("mode", ["model", "ignore"])
     def test_loaded_with_the_model(self, mode, tmp_path):
         case = FIXTURES / RECORDS[0]["case"]

@@ -134,7 +134,7 @@ SERVED = [
     (["--prompt=x", "--noskip_special_tokens"], "skip_special_tokens=False"),
     (["--prompt=x", "--skip_special_tokens=false"], "skip_special_tokens=False"),
     (["--prompt=x", "--stop=a", "--stop=<|im_end|>"], "stop=('a', '<|im_end|>')"),
-    (["--prompt=x", "--beam_width=4"], "temperature=1.0"),
+    (["--prompt=x", "--beam_width=4"], "beam_width=4"),
     (["--prompt=x", "--early_stopping=never"], "early_stopping='never'"),
     (["--prompt=x", "--undefok=foo", "--foo=1"], "n=1"),
 ]

@@ -159,7 +159,7 @@ def wait_for(pipe, sign):
     ("moment", "times"),
     [
         (b"absl", 1),
-        (b"jax._src.core", 1),
+        (b"jax.numpy", 1),
         (b"scripts.prompts", 1),
         (b"jpaged.engine: loaded", 2),
         (b"page pool", 1),
