@@ -3,12 +3,13 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from jpaged.beam import BeamSearch
-from jpaged.logits_processors import ProcessorRows, processor_rows
+from jpaged.checks import Rule, at_least, checked, instance_of, shown
+from jpaged.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
 from jpaged.sequence import Request, Sequence
@@ -214,6 +215,54 @@ def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBa
     search = BeamSearch(params, 1, eos_token_ids)
     slots = np.zeros(search.width, np.int32)
     return BeamBatch(slots, slots.astype(np.float32) - np.inf, search.num_candidates)
+
+
+def warm_up_plan(
+    buckets: ShapeBuckets,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+    defaults: SamplingParams,
+    shapes: Collection[StepShape] | None,
+    num_logprobs: int,
+    searches: Collection[SamplingParams],
+) -> dict[str, Any]:
+    """What there is to compile ahead of need; see `Engine.warm_up`.
+
+    Args:
+      buckets: the shapes that steps have.
+      vocab_size: the model's.
+      eos_token_ids: likewise.
+      defaults: the model's own sampling parameters.
+      shapes: as in `Engine.warm_up`, like the rest.
+      num_logprobs: likewise.
+      searches: likewise.
+
+    Returns:
+      Arguments of `ModelRunner.warm_up`.
+
+    Raises:
+      ValueError: if one of the last three cannot be.
+    """
+    most = Rule(f"at most {vocab_size}, the vocabulary", vocab_size.__ge__)
+    num_logprobs = checked("num_logprobs", num_logprobs, int, (*at_least(0), most))
+    possible = buckets.all_shapes()
+    shapes = possible if shapes is None else shapes
+    for name, value in (("shapes", shapes), ("searches", searches)):
+        if isinstance(value, str) or not isinstance(value, Collection):
+            raise ValueError(f"{name}={shown(value)} must be a list")
+    for shape in shapes:
+        if instance_of("shapes", shape, StepShape) not in possible:
+            raise ValueError(f"shapes={shape} must be shapes that steps of this engine have")
+    for params in searches:
+        if instance_of("searches", params, SamplingParams).beam_width is None:
+            raise ValueError(f"searches={shown(params)} must be SamplingParams with a beam_width")
+    resolved = [defaults.resolve(), *(params.resolve(defaults) for params in searches)]
+    return {
+        "shapes": list(shapes),
+        "num_logprobs": num_logprobs,
+        "beams": [idle_beams(params, eos_token_ids) for params in searches],
+        "processors": any(LogitsProcessors.of(p, (), vocab_size) for p in resolved),
+    }
 
 
 def _beam_batch(request: Request, first_slot: int, processed: bool) -> BeamBatch:

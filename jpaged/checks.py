@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import numbers
 import operator
+import os
+import pathlib
 import reprlib
 import types
 import typing
@@ -109,6 +111,26 @@ def instance_of(name: str, value: Any, cls: type) -> Any:
     if not isinstance(value, cls):
         raise ValueError(f"{name}={shown(value)} must be {_article(cls.__name__)}")
     return value
+
+
+def function(name: str, value: Any) -> None:
+    """Raises ValueError if the value cannot be called."""
+    if not callable(value):
+        raise ValueError(f"{name}={shown(value)} must be a function")
+
+
+def directory(name: str, value: Any) -> pathlib.Path:
+    """The value as a path, with its "~" expanded; whether it is there is not looked at.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    try:
+        if not isinstance(value, str | os.PathLike):
+            raise TypeError
+        return pathlib.Path(value).expanduser()
+    except (TypeError, RuntimeError):
+        raise ValueError(f"{name}={shown(value)} must be the path of a directory") from None
 
 
 def integer(value: Any) -> int:

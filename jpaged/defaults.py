@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampling parameters that a model asks for itself, in its generation_config.json."""
 
+from jpaged.checks import instance_of
 from jpaged.params import SamplingParams
 from models.generation_config import GenerationConfig
 
@@ -18,7 +19,9 @@ def default_params(config: GenerationConfig | None, vocab_size: int) -> Sampling
     Raises:
       ValueError: if a value is none that the parameter can have.
     """
-    config = config or GenerationConfig()
+    if config is None:
+        config = GenerationConfig()
+    instance_of("generation_config", config, GenerationConfig)
     least, most = config.min_new_tokens, config.max_new_tokens
     if least is not None and most is not None:
         least = min(least, most)  # the length ends an answer in any case

@@ -5,14 +5,13 @@ import collections
 import itertools
 import logging
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
 
-from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, idle_beams
-from jpaged.checks import shown
+from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, warm_up_plan
+from jpaged.checks import instance_of, shown
 from jpaged.config import EngineConfig, engine_config
 from jpaged.costs import scheduler_config_of
 from jpaged.defaults import default_params
@@ -21,7 +20,7 @@ from jpaged.outputs import GenerationInterrupted, Mailbox, RequestOutput
 from jpaged.page_pool import PagePool
 from jpaged.page_table import PageTable
 from jpaged.params import SamplingParams
-from jpaged.placement import runner_of
+from jpaged.placement import read_model, runner_of
 from jpaged.recovery import Change
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
@@ -31,11 +30,9 @@ from jpaged.sequence import Request
 from jpaged.stats import Counters, EngineStats
 from jpaged.step import ScheduledStep
 from jpaged.streams import Generation, Owner, RequestStream
-from jpaged.text import load_tokenizer
 from jpaged.viewer import PoolSnapshot
-from models import checkpoint
 from models.config import ModelConfig
-from models.generation_config import GenerationConfig, load_generation_config
+from models.generation_config import GenerationConfig
 from pallas_kernels.dispatch import resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -78,6 +75,9 @@ class Engine:
           ValueError: if a setting cannot be met; the message has the value and the limit.
         """
         config = engine_config(config)
+        instance_of("model_config", model_config, ModelConfig)
+        if tokenizer is not None:
+            instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
         backend = resolve_backend(config.backend)
         self.default_params = default_params(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
@@ -139,29 +139,14 @@ class Engine:
           FileNotFoundError: if the directory or something in it is missing.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
-        config, directory = engine_config(config), pathlib.Path(model_path).expanduser()
-        backend, dtype = resolve_backend(config.backend), default_dtype(config)
-        start = time.perf_counter()
-        # What can be refused is, before the weights are read.
-        tokenizer, defaults = load_tokenizer(directory), None
-        if config.generation_config == "model":
-            defaults = load_generation_config(directory)
-        model_config, params = checkpoint.load(
-            directory, dtype, lambda model_config: plan_pool(config, model_config, backend)
-        )
-        logger.info(
-            "loaded %s: %.1f M parameters as %s in %.2f s",
-            model_path,
-            model_config.num_params / 1e6,
-            dtype.name,
-            time.perf_counter() - start,
-        )
+        config = engine_config(config)
+        model_config, params, tokenizer, defaults = read_model(model_path, config)
         return cls(model_config, params, config, tokenizer, defaults)
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do, or outputs to return."""
-        self._enter()
+        self._enter(reads=True)
         return bool(self._requests or self._outbox)
 
     def generate(
@@ -191,10 +176,11 @@ class Engine:
         """
         self._enter()
         requests = self._maker.make_all(prompts, params, iter(self._next_request_id, None))
-        generation = Generation(requests, self._abandoned)
+        generation = Generation(requests, self._abandoned, progress, on_step, on_output)
         try:
-            self._add(requests, generation.owner)
-            return generation.run(self._drive, self.stats, progress, on_step, on_output)
+            with self._change.held():
+                self._add(requests, generation.owner)
+                return generation.run(self._drive, self.stats)
         except BaseException as e:
             done = generation.close()
             if not isinstance(e, KeyboardInterrupt):
@@ -284,10 +270,12 @@ class Engine:
         parent = self._live(request_id)
         ids = iter(self._next_request_id, None)
         forks = self._maker.fork(parent, k, ids, params, stream=stream)
+        source = parent.sequences[0]
+        texts = [self._results.forked_text(source, child.sequences[0]) for child in forks]
         with self._change:
             # Each is put right behind the parent.
-            for child in reversed(forks):
-                self._results.fork(parent.sequences[0], child.sequences[0])
+            for child, text in zip(reversed(forks), reversed(texts), strict=True):
+                self._results.add_text(child.sequences[0], text)
                 self._scheduler.fork(parent, child)
                 self._requests[child.request_id] = child
         return [child.request_id for child in forks]
@@ -320,7 +308,7 @@ class Engine:
             self._planned = planned
         elif planned:
             step, batch = planned
-            self._runner.swap(step.swap_outs, step.swap_ins)
+            self._swap(step)
             self._inflight = step, self._runner.run(batch, step.copies)
             self._results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
         return self._results.read(*previous) if previous else []
@@ -371,17 +359,22 @@ class Engine:
           shapes: the steps to compile; None takes all that this engine can run.
           num_logprobs: also compile the report of this many likeliest tokens, for requests that set
             `SamplingParams.logprobs`.
-          searches: also compile the choice of beams for parameters like these.
+          searches: also compile the choice of beams for parameters like these. What changes logits
+            (a repetition penalty, for instance) is compiled if the model or one of these asks.
+
+        Raises:
+          ValueError: if an argument is none of these; nothing has changed then.
         """
         self._enter()
-        planned = self._buckets.all_shapes() if shapes is None else shapes
-        beams = [idle_beams(params, self.model_config.eos_token_ids) for params in searches]
+        model = self.model_config.vocab_size, self.model_config.eos_token_ids
+        asked = self.default_params, shapes, num_logprobs, searches
+        plan = warm_up_plan(self._buckets, *model, *asked)
         with self._change:
-            self._runner.warm_up(planned, num_logprobs, beams)
+            self._runner.warm_up(**plan)
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""
-        self._enter()
+        self._enter(reads=True)
         return EngineStats.read(
             self._scheduler,
             self._totals,
@@ -392,7 +385,7 @@ class Engine:
 
     def pool_snapshot(self) -> PoolSnapshot:
         """Returns for each page its owners ("request_id#sample") and fill. Cost: every page."""
-        self._enter()
+        self._enter(reads=True)
         return PoolSnapshot.of_requests(self._table, self._requests.values())
 
     def reset_stats(self) -> None:
@@ -425,13 +418,16 @@ class Engine:
                 self._scheduler.add(request, request.cache_salt)
                 self._requests[request.request_id] = request
 
-    def _enter(self) -> None:
-        """Begins a call from outside: the state is whole from here on."""
+    def _enter(self, *, reads: bool = False) -> None:
+        """Begins a call from outside: the state is whole from here on, but for one that reads."""
+        if reads and self._change.is_below():
+            return
         self._repair()
         self._change.check_alive()
 
     def _repair(self) -> None:
         """Makes the state anew if a change was cut short; ends what nobody waits for any more."""
+        self._change.check_caller()
         if self._change.was_cut_short():
             self._recover()
         while self._abandoned:
@@ -445,6 +441,7 @@ class Engine:
 
         Nothing is taken up again: whatever keeps the books may have been interrupted itself.
         """
+        self._change.begin_repair()
         self._make_host_state()
         for request in list(self._requests.values()):
             self._deliver(request, self._results.mark_aborted(request))
@@ -478,6 +475,7 @@ class Engine:
             return
         del self._requests[request.request_id]
         self._scheduler.cache.release_root(request.cache_root)
+        request.processors = None  # its bitmaps are as large as the vocabulary
         if not self._requests:
             # What runs ahead computes tokens of ended sequences only: nobody waits for them.
             if self._planned is not None:
@@ -485,13 +483,17 @@ class Engine:
                 self._scheduler.cache.clear()
             self._planned = self._inflight = None
 
+    def _swap(self, step: ScheduledStep) -> None:
+        compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
+        self._results.skip(compile_s, overlapped=False)
+
     def _plan_step(self) -> tuple[ScheduledStep, Batch] | None:
         if not self._scheduler.has_work:
             return None
         step = self._scheduler.schedule()
         if not step.seqs:
             self._totals.record_swaps(step)
-            self._runner.swap(step.swap_outs, step.swap_ins)
+            self._swap(step)
             return None
         self._totals.record_step(step, self._table)
         return step, build_batch(step, self._table, self._buckets)

@@ -1,16 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a model that is in memory on the device, ready to run steps."""
+"""Reads a model from disk, and puts one that is in memory on the device, ready to run steps."""
 
+import logging
+import pathlib
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tokenizers
 
+from jpaged.checks import directory
 from jpaged.config import EngineConfig
-from jpaged.memory import PoolPlan, default_dtype
+from jpaged.memory import PoolPlan, default_dtype, plan_pool
 from jpaged.runner import ModelRunner
+from jpaged.text import load_tokenizer
+from models import checkpoint
 from models.config import ModelConfig
 from models.decoder import Decoder, stack_layers
+from models.generation_config import GenerationConfig, load_generation_config
+from pallas_kernels.dispatch import resolve_backend
+
+logger = logging.getLogger(__name__)
+
+
+def read_model(
+    model_path: str | pathlib.Path, config: EngineConfig
+) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None]:
+    """Reads what a model directory holds; see `Engine.load`.
+
+    Returns:
+      Config, parameters, tokenizer and sampling settings, these unless the engine ignores them.
+    """
+    path = directory("model_path", model_path)
+    backend, dtype = resolve_backend(config.backend), default_dtype(config)
+    start = time.perf_counter()
+    # What can be refused is, before the weights are read.
+    tokenizer, defaults = load_tokenizer(path), None
+    if config.generation_config == "model":
+        defaults = load_generation_config(path)
+    model_config, params = checkpoint.load(
+        path, dtype, lambda model_config: plan_pool(config, model_config, backend)
+    )
+    logger.info(
+        "loaded %s: %.1f M parameters as %s in %.2f s",
+        model_path,
+        model_config.num_params / 1e6,
+        dtype.name,
+        time.perf_counter() - start,
+    )
+    return model_config, params, tokenizer, defaults
 
 
 def runner_of(

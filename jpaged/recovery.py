@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Knows whether an engine's state is whole, whatever interrupts what changes it."""
 
+import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 
 logger = logging.getLogger(__name__)
-
-_CUT_SHORT = 0  # no thread has this identifier
 
 
 class EngineDeadError(RuntimeError):
@@ -20,36 +20,65 @@ class Change:
 
     A change is taken for cut short until it has run to its end, so it does not matter where an
     interrupt or an error strikes: inside it, while it is entered or left, or in whatever handles
-    the interrupt before. The next call sees it, and makes the state anew.
+    the interrupt before. The next call sees it, and makes the state anew. Who is in a change is
+    known by the frame on the stack, which no interrupt leaves behind.
     """
 
     def __init__(self):
         """Nothing has changed yet."""
-        # Who is changing the state; None if it is whole.
-        self._thread: int | None = None
+        self._whole = True
+        # The function that makes the change, or repairs the state; and the one that will make more.
+        self._frame: types.FrameType | None = None
+        self._holder: types.FrameType | None = None
         self._dead_reason = ""
 
     def __enter__(self) -> None:
-        self._thread = threading.get_ident()
+        self._frame = sys._getframe(1)
+        self._whole = False
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        self._thread = None if kind is None else _CUT_SHORT
+        self._frame = None
+        self._whole = kind is None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other threads out between changes too."""
+        before, self._holder = self._holder, sys._getframe(2)
+        try:
+            yield
+        finally:
+            self._holder = before
+
+    def is_below(self) -> bool:
+        """Whether the caller runs inside a change: a signal or log handler, or a destructor."""
+        return self._frame is not None and _is_on_stack(self._frame, sys._getframe())
+
+    def check_caller(self) -> None:
+        """Raises RuntimeError if the caller is not the one whose turn it is."""
+        own = sys._getframe()
+        if self.is_below():
+            raise RuntimeError(
+                "called from inside another call of this engine, as by a signal handler, a log "
+                "handler or a destructor: do it when that call is over"
+            )
+        for frame in (self._frame, self._holder):
+            if frame is None or _is_on_stack(frame, own):
+                continue
+            others = sys._current_frames()
+            del others[threading.get_ident()]
+            if any(_is_on_stack(frame, other) for other in others.values()):
+                raise RuntimeError(
+                    "another thread is in a call of this engine, which serves one at a time: have "
+                    "one thread call it, or share a lock"
+                )
 
     def was_cut_short(self) -> bool:
-        """Whether the state must be made anew before it is used.
+        """Whether the state must be made anew before it is used."""
+        return not self._whole
 
-        Raises:
-          RuntimeError: if another thread is changing it just now.
-        """
-        thread = self._thread
-        if thread is None:
-            return False
-        if thread not in (_CUT_SHORT, threading.get_ident()) and thread in sys._current_frames():
-            raise RuntimeError(
-                "another thread is in a call of this engine, which serves one at a time: have one "
-                "thread call it, or share a lock"
-            )
-        return True
+    def begin_repair(self) -> None:
+        """The caller makes the state anew; until `settle`, calls from inside it only look."""
+        self._frame = sys._getframe(1)
 
     def settle(self, recover: Callable[[], None]) -> None:
         """The host's state is whole again; if the rest cannot be made so, the engine is dead.
@@ -66,9 +95,16 @@ class Change:
                 f"a failure ({type(e).__name__}: {e}). Make a new Engine; if that fails too, "
                 "restart the process"
             )
-        self._thread = None
+        self._frame = None
+        self._whole = True
 
     def check_alive(self) -> None:
         """Raises EngineDeadError if the engine is dead, each time with the same message."""
         if self._dead_reason:
             raise EngineDeadError(self._dead_reason)
+
+
+def _is_on_stack(frame: types.FrameType, top: types.FrameType | None) -> bool:
+    while top is not None and top is not frame:
+        top = top.f_back
+    return top is not None

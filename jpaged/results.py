@@ -20,7 +20,7 @@ from jpaged.sequence import Request, Status
 from jpaged.sequence import Sequence as Sample
 from jpaged.stats import Counters
 from jpaged.step import ScheduledStep
-from jpaged.text import TextStream
+from jpaged.text import TextStream, is_fault
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +69,31 @@ class ResultReader:
         if not overlapped:
             self._last_step_end_s += compile_s
 
-    def fork(self, parent: Sample, child: Sample) -> None:
-        """Has the text of a sequence go on from that of another."""
-        params = child.request.params
+    def forked_text(self, parent: Sample, child: Sample) -> TextStream | None:
+        """The text of a sequence that goes on from another, for `add_text`.
+
+        Raises:
+          ValueError: if it cannot be made.
+        """
         if parent not in self._texts:
-            return
-        text = self._texts[parent]
+            return None
+        text, error = _attempt(lambda: self._continued(self._texts[parent], parent, child))
+        if text is None:
+            raise ValueError(f"request {parent.request.request_id!r} cannot be forked: {error}")
+        return text
+
+    def add_text(self, sample: Sample, text: TextStream | None) -> None:
+        """Has the text of a sequence that was just forked go on."""
+        if text is not None:
+            self._texts[sample], sample.text = text, text.text
+
+    def _continued(self, text: TextStream, parent: Sample, child: Sample) -> TextStream:
+        params = child.request.params
         if params.skip_special_tokens != parent.request.params.skip_special_tokens:
             text = self._new_text(child.request, stop=())
             for token in child.generated_token_ids:
                 text.add(token)
-            child.text = text.text
-        self._texts[child] = text.copy(params.stop)
+        return text.copy(params.stop)
 
     def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""
@@ -119,18 +132,17 @@ class ResultReader:
     def _read_sample(
         self, sample: Sample, token: int, logprob: float, top: Mapping[int, float]
     ) -> None:
-        def receive() -> str | None:
+        self.totals.num_generated_tokens += 1
+        try:
             if (wanted := sample.request.params.logprobs) is not None:
                 likeliest = itertools.islice(top.items(), wanted)
                 sample.logprobs.append({token: logprob, **dict(likeliest)})
             sample.receive(token, logprob)
-            return self._stop_reason(sample)
-
-        reason, error = _attempt(receive)
-        self.totals.num_generated_tokens += 1
-        if error:
-            self._fail(sample, error)
-        elif reason:
+            reason = self._stop_reason(sample)
+        except BaseException as e:
+            self._fail(sample, _refused(e))
+            return
+        if reason:
             self.finish(sample, reason)
 
     def _read_beams(
@@ -264,8 +276,12 @@ def _attempt(function: Callable[[], _T]) -> tuple[_T | None, str]:
     try:
         return function(), ""
     except BaseException as e:
-        # What tokenizers raises when it panics is no Exception.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        logger.debug("an error that ends a request", exc_info=True)
-        return None, f"its tokens could not be processed: {type(e).__name__}: {e}"
+        return None, _refused(e)
+
+
+def _refused(error: BaseException) -> str:
+    """What went wrong with a request's data. Raises: what is an interrupt."""
+    if not is_fault(error):
+        raise error
+    logger.debug("an error that ends a request", exc_info=error)
+    return f"its tokens could not be processed: {type(error).__name__}: {error}"

@@ -230,13 +230,20 @@ class ModelRunner:
             self.num_unplanned_compilations += self.num_compilations - compiled
         return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, compile_s)
 
-    def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> None:
+    def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
         """Copies pages to host memory, and others back; after the steps before, before the next.
 
         Args:
           outs: `(page, host_page)`.
           ins: `(host_page, page)`, of earlier calls' host pages.
+
+        Returns:
+          Seconds that compiling took while no step was running; 0 mostly.
         """
+        programs = {name for name, pages in (("get_pages", outs), ("set_pages", ins)) if pages}
+        if not self._programs_run.issuperset(programs):
+            jax.block_until_ready(self._kv_pages)  # as in `run`
+        start, compiled = time.perf_counter(), self.num_compilations
         self._host_pages.settle()
         for part in _parts(outs):
             ids = _pad_pages([page for page, _ in part])
@@ -246,6 +253,8 @@ class ModelRunner:
             ids = _pad_pages([page for _, page in part])
             pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
             self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
+        self._programs_run |= programs
+        return time.perf_counter() - start if self.num_compilations > compiled else 0.0
 
     def warm_up(
         self,
@@ -282,6 +291,7 @@ class ModelRunner:
             ids = _pad_pages([])
             pages = np.asarray(self._get_pages(self._kv_pages, ids))
             self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
+            self._programs_run |= {"get_pages", "set_pages"}
         jax.block_until_ready(self._kv_pages)
         self._warm = True
 

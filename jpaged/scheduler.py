@@ -486,10 +486,10 @@ class Scheduler:
 
     def _leave_queue(self, seq: Sequence) -> None:
         """Takes a sequence off the queue that it is in and frees its pages."""
-        if seq.status is Status.RUNNING:
-            self._running.remove(seq)
-        elif seq.status is Status.WAITING:
-            self._waiting.remove(seq)
+        queues = {Status.RUNNING: self._running, Status.WAITING: self._waiting}
+        queue = queues.get(seq.status, self._draining)
+        if queue is not self._draining or seq in queue:
+            queue.remove(seq)
         if seq.swapped is not None:
             self.swap_space.leave(seq)
         self._free_pages(seq)

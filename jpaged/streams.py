@@ -9,6 +9,7 @@ from types import TracebackType
 
 import tqdm
 
+from jpaged.checks import checked, function
 from jpaged.outputs import Mailbox, RequestOutput
 from jpaged.sequence import Request
 from jpaged.stats import EngineStats
@@ -122,32 +123,51 @@ class RequestStream(Consumer, Iterator[RequestOutput]):
 class Generation(Consumer):
     """Requests that are answered together; see `Engine.generate`."""
 
-    def run(
+    def __init__(
         self,
-        drive: Callable[[], bool],
-        stats: Callable[[], EngineStats],
+        requests: Sequence[Request],
+        abandoned: collections.deque[Owner],
         progress: bool,
         on_step: Callable[[], object],
         on_output: Callable[[int, RequestOutput], object] | None,
+    ):
+        """See `Consumer`.
+
+        Args:
+          requests: likewise.
+          abandoned: likewise.
+          progress: as in `Engine.generate`, like the rest.
+          on_step: likewise.
+          on_output: likewise.
+
+        Raises:
+          ValueError: if one of the last three is of a wrong type.
+        """
+        self._progress = checked("progress", progress, bool)
+        function("on_step", on_step)
+        if on_output is not None:
+            function("on_output", on_output)
+        self._on_step, self._on_output = on_step, on_output
+        super().__init__(requests, abandoned)
+
+    def run(
+        self, drive: Callable[[], bool], stats: Callable[[], EngineStats]
     ) -> list[RequestOutput]:
         """Runs steps until all have ended.
 
         Args:
           drive: runs a step, and returns whether a request of anybody was live.
           stats: what the progress bar tells.
-          progress: as in `Engine.generate`, like the rest.
-          on_step: likewise.
-          on_output: likewise.
 
         Returns:
           The outputs, in order.
         """
-        requests = self.owner.requests
+        requests, on_output = self.owner.requests, self._on_output
         indices = {request.request_id: index for index, request in enumerate(requests)}
         num_done = 0
         with contextlib.ExitStack() as stack:
             bar = None
-            if progress:
+            if self._progress:
                 # miniters=0 redraws the bar with time, also while no request ends.
                 bar = stack.enter_context(
                     tqdm.tqdm(total=len(requests), unit="request", miniters=0)
@@ -155,7 +175,7 @@ class Generation(Consumer):
             while num_done < len(requests):
                 alive = drive()
                 assert alive or len(self.mailbox) == len(requests), "a request was lost"
-                on_step()
+                self._on_step()
                 new = list(self.mailbox.values())[num_done:]
                 num_done += len(new)
                 for output in new:
@@ -164,4 +184,7 @@ class Generation(Consumer):
                 if bar is not None:
                     bar.set_postfix_str(stats().progress_line(), refresh=False)
                     bar.update(len(new))
-        return [self.mailbox[request_id] for request_id in indices]
+        outputs = [self.mailbox[request_id] for request_id in indices]
+        # Whatever still holds one of the requests does not hold all that came of them.
+        self.owner.requests, self.owner.mailbox = (), {}
+        return outputs

@@ -6,8 +6,11 @@ import collections
 import dataclasses
 import decimal
 import fractions
+import functools
+import gc
 import math
 import typing
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +19,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from jpaged import EngineConfig, SamplingParams
+from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.batch import StepShape
 from jpaged.checks import shown
 from jpaged.config import CHOICES
 from tests.jpaged.exact import EXACT, run_steps
-from tests.jpaged.tiny import prompts_of, tiny_engine
+from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params
 
 
 class Hostile:
@@ -298,3 +302,54 @@ class TestRequests:
         with pytest.raises(ValueError, match=r"cannot encode prompt='a c': .*\[UNK\]"):
             engine.add_request("a c", SamplingParams(max_tokens=2))
         assert [o.outputs[0].finish_reason for o in run_steps(engine).values()] == ["length"]
+
+    def test_what_is_to_be_compiled(self, worded):
+        shape = worded._buckets.all_shapes()[0]
+        good = worded.add_request([1], self.GOOD)
+        for name, values in {
+            "shapes": [5, "x", [(4, 4)], [None], [StepShape(10**13, 4)], [StepShape(3, 4)], {1: 2}],
+            "num_logprobs": ["3", 2.5, -1, 98, 10**9, True, None],
+            "searches": ["x", 5, [None], SamplingParams(beam_width=2), [SamplingParams()]],
+        }.items():
+            for value in values:
+                kwargs = {"shapes": [shape], name: value}
+                assert refused(lambda k=kwargs: worded.warm_up(**k), [name]) is None, value
+        assert run_steps(worded)[good].outputs[0].finish_reason == "length"
+
+    def test_how_generate_reports(self, worded):
+        for name, values in {
+            "progress": ["false", 1, None, []],
+            "on_step": [5, None, "x"],
+            "on_output": [5, "x", [1]],
+        }.items():
+            for value in values:
+                kwargs = {name: value}
+                call = functools.partial(worded.generate, [[1]], self.GOOD, **kwargs)
+                assert refused(call, [f"{name}="]) is None, value
+        assert not worded.has_unfinished_requests
+
+    def test_what_an_engine_is_made_of(self):
+        for path in (5, None, b"x", [], "~nobody_of_this_name/x"):
+            with pytest.raises(ValueError, match=r"model_path=.* must be the path of a directory"):
+                Engine.load(path)
+        for name, value in (
+            ("model_config", None),
+            ("model_config", {}),
+            ("tokenizer", "gpt2"),
+            ("generation_config", {"top_k": 3}),
+        ):
+            given = dict(model_config=TINY, params=tiny_params()) | {name: value}
+            with pytest.raises(ValueError, match=f"{name}=.* must be a"):
+                Engine(**given)
+
+
+def test_an_idle_engine_holds_nothing_of_what_it_did():
+    engine = tiny_engine(**EXACT)
+    (output,) = engine.generate([[1, 2]], TestRequests.GOOD)
+    left = [weakref.ref(output)]
+    del output
+    request_id = engine.add_request([1, 2], TestRequests.GOOD)
+    left.append(weakref.ref(engine._requests[request_id]))
+    run_steps(engine)
+    gc.collect()
+    assert [ref() for ref in left] == [None, None]

@@ -296,6 +296,23 @@ class TestIsolation:
                 assert {c.finish_reason for c in outputs[1].outputs} == {"error"}
                 assert "TypeError" in outputs[1].outputs[0].error
 
+    def test_the_text_of_a_fork(self, spoken, right, monkeypatch):
+        """Which is made anew where special tokens are kept: refused, and nobody else is harmed."""
+
+        def planted(self, *args):
+            raise ValueError("planted")
+
+        ids = [spoken.add_request(p, s) for p, s in zip(self.PROMPTS, CROWD, strict=True)]
+        forked = spoken.add_request("hello", SamplingParams(max_tokens=12), "forked")
+        while not spoken._requests[forked].sequences[0].generated_token_ids:
+            spoken.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(TextStream, "add", planted)
+            with pytest.raises(ValueError, match=r"'forked' cannot be forked: .*planted"):
+                spoken.fork(forked, 2, SamplingParams(max_tokens=12, skip_special_tokens=False))
+        done = run_steps(spoken)
+        assert everything([done[i] for i in ids]) == right
+
     def test_the_text_of_beams(self, spoken, right, monkeypatch):
         def planted(self, *args):
             raise ValueError("planted")

@@ -2,6 +2,7 @@
 """Whatever interrupts a call, the next one finds an engine that serves, or that says why not."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -289,9 +290,10 @@ class TestChange:
         thread.start()
         entered.wait()
         with pytest.raises(RuntimeError, match="another thread is in a call of this engine"):
-            change.was_cut_short()
+            change.check_caller()
         leave.set()
         thread.join()
+        change.check_caller()
         assert not change.was_cut_short()
 
     def test_a_thread_that_died_in_it_is_not_waited_for(self):
@@ -300,6 +302,55 @@ class TestChange:
         thread.start()
         thread.join()
         assert change.was_cut_short()
+
+    def test_a_signal_handler_may_look_during_a_step(self, engine, want):
+        """Nothing is taken for cut short while it runs, but nothing may be changed in there."""
+        seen = []
+
+        def handler(signum, frame):
+            seen.append(engine.stats().num_running)
+            engine.pool_snapshot()
+            assert engine.has_unfinished_requests
+            try:
+                engine.add_request([1], CROWD[0])
+            except RuntimeError as e:
+                seen.append(str(e))
+
+        def step(*args):
+            signal.raise_signal(signal.SIGUSR1)
+            return schedule(*args)
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        schedule = engine._scheduler.schedule
+        engine._scheduler.schedule = step
+        try:
+            assert everything(engine.generate(PROMPTS, CROWD)) == want
+        finally:
+            del engine._scheduler.schedule
+            signal.signal(signal.SIGUSR1, before)
+        assert any(isinstance(s, int) for s in seen)
+        assert any("inside another call of this engine" in str(s) for s in seen)
+        engine.check_invariants()
+
+    def test_the_second_thread_is_refused_and_the_first_goes_on(self, engine, want):
+        """Between the steps of `generate` too."""
+        refused = []
+
+        def work():
+            for call in (engine.stats, lambda: engine.generate([[1]], CROWD[0]), engine.step):
+                with pytest.raises(RuntimeError, match="another thread is in a call") as e:
+                    call()
+                refused.append(e)
+
+        def on_step():
+            engine.stats()  # whose turn it is may call
+            if not refused:
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+
+        assert everything(engine.generate(PROMPTS, CROWD, on_step=on_step)) == want
+        assert len(refused) == 3
 
     def test_threads_take_turns_behind_a_lock(self, engine, want):
         lock, found = threading.Lock(), {}

@@ -276,6 +276,16 @@ class TestDefaults:
         (output,) = tiny_engine(**EXACT, max_model_len=30).generate([[1] * 10], SamplingParams())
         assert len(output.outputs[0].token_ids) == 20
 
+    def test_a_warm_up_compiles_what_the_model_asks_for(self):
+        config = EngineConfig(**EXACT, max_model_len=64)
+        own = GenerationConfig(repetition_penalty=1.3)
+        engine = Engine(TINY, tiny_params(), config, generation_config=own)
+        search = SamplingParams(beam_width=2, max_tokens=4)
+        engine.warm_up(searches=[search])
+        engine.generate(CROWD[:2], SamplingParams(max_tokens=4))
+        engine.generate(CROWD[:1], search)
+        assert engine.stats().num_unplanned_compilations == 0
+
     @pytest.mark.parametrize("own", [{}, {"max_new_tokens": 2048}])
     def test_a_length_that_the_request_did_not_ask_for_fits_the_pool(self, own):
         """Two pages of 16 cells: 10 tokens of the prompt, 22 more, and one without a cell."""

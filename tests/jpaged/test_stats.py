@@ -145,3 +145,28 @@ def test_a_cold_run_by_hand(clock, monkeypatch):
         assert clock.now - start == pytest.approx(compile_s + 4)
         assert output.latency_s == pytest.approx(compile_s + 4)
         assert output.time_to_first_token_s == pytest.approx(compile_s / 2 + 2)
+
+
+def test_compiling_what_swaps_is_no_part_of_a_step(monkeypatch):
+    """The device is waited for first, so that its work and the compilation do not overlap."""
+    engine = tiny_engine(preemption="swap", num_pages=9)
+    clock = Clock(monkeypatch)
+    runner, pages = engine._runner, engine._runner._kv_pages
+    monkeypatch.setattr(jax, "block_until_ready", lambda _: clock.wait(clock.device_done))
+
+    def get_pages(*args):
+        if not compiled:
+            compiled.append(True)
+            runner.num_compilations += 1
+            clock.now += 7
+        return pages[:, :1].swapaxes(0, 1)
+
+    compiled = []
+    runner._get_pages = get_pages
+    clock.dispatch(2)
+    start = clock.now
+    assert runner.swap([(1, 0)], []) == 7
+    assert clock.now == start + 9
+    clock.dispatch(2)
+    assert runner.swap([(1, 0)], []) == 0
+    assert clock.now == start + 9  # nothing is waited for

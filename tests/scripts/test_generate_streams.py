@@ -161,7 +161,7 @@ def wait_for(pipe, sign):
         (b"absl", 1),
         (b"jax.numpy", 1),
         (b"scripts.prompts", 1),
-        (b"jpaged.engine: loaded", 2),
+        (b"jpaged.placement: loaded", 2),
         (b"page pool", 1),
         (b"0/2", 1),
         (b" 2 running", 1),
