@@ -9,6 +9,10 @@ from models.generation_config import GenerationConfig
 def default_params(config: GenerationConfig | None, vocab_size: int) -> SamplingParams:
     """What stands for sampling parameters that are None; see `SamplingParams.resolve`.
 
+    A file that does not say do_sample is taken as if it did, as other engines do: what it says of
+    temperature and filters was meant. transformers is greedy then, and keeps the 50 likeliest
+    tokens where a file that samples has no top_k; here no field means no filter.
+
     Args:
       config: the model's; None says nothing.
       vocab_size: tokens beyond it cannot be chosen anyway, and are left out.

@@ -88,7 +88,8 @@ class SamplingParams:
         when none that runs looks better now than those; "never" when none could ever be better.
       seed: makes the request reproducible, in [0, 2**32); None draws one.
       stop: strings that end a sample; they are cut from its text. One that has a special token in
-        it, such as "<|im_end|>", is found also where special tokens are no text.
+        it, such as "<|im_end|>", is found also where special tokens are no text. A tokenizer whose
+        text is certain at its end only (see `jpaged.detokenizer`) is searched then.
       stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
       ignore_eos: whether to go on after the model's end-of-sequence tokens.
       logprobs: how many likeliest tokens to report with each token; None reports none.

@@ -78,12 +78,13 @@ def load(
     """
     directory = pathlib.Path(directory).expanduser()
     if not directory.is_dir():
-        raise FileNotFoundError(f"model directory {str(directory)!r} does not exist")
+        what = "is no directory" if directory.exists() else "does not exist"
+        raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
     if not (directory / "config.json").exists():
         raise FileNotFoundError(f"{str(directory)!r} has no config.json: not a model directory")
     config = load_config(directory)
     orbax = directory / _ORBAX_DIR
-    if not orbax.is_dir():
+    if not orbax.is_dir() or not any(orbax.iterdir()):
         params = _load_safetensors(directory, config, dtype, before_reading)
     else:
         for other in sorted(directory.glob("*.safetensors"))[:1]:

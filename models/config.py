@@ -153,7 +153,8 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     generation_path = directory / generation_config.FILE
     if not os.path.lexists(generation_path):
         return config
-    # Chat models list more stop tokens there than in config.json; transformers lets that file win.
+    # Chat models list more stop tokens there than in config.json, and that file wins. Where it has
+    # none, those of config.json count: transformers would go on to the longest length then.
     eos = read_json(generation_path).get("eos_token_id")
     ids = _token_ids(f"{generation_config.FILE}: eos_token_id", eos, config.vocab_size)
     return dataclasses.replace(config, eos_token_ids=ids) if ids else config
@@ -259,7 +260,10 @@ def _config(fields: dict[str, Any]) -> ModelConfig:
     _check_layer_types(name, given, values["num_layers"])
     vocab_size = values["vocab_size"]
     if "bos_token_id" in given:
-        values["bos_token_id"] = _token_id("bos_token_id", given["bos_token_id"], vocab_size)
+        bos = _token_ids(
+            "bos_token_id", typed("bos_token_id", given["bos_token_id"], int), vocab_size
+        )
+        values["bos_token_id"] = bos[0] if bos else None
     values["eos_token_ids"] = _token_ids("eos_token_id", fields.get("eos_token_id"), vocab_size)
     return ModelConfig(**values)
 
@@ -289,21 +293,20 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def _token_id(field: str, value: Any, vocab_size: int) -> int:
-    token_id = typed(field, value, int)
-    if not 0 <= token_id < vocab_size:
-        raise ModelConfigError(
-            f"{field}={token_id} must be a token: between 0 and {vocab_size - 1}, for vocab_size="
-            f"{vocab_size}"
-        )
-    return token_id
-
-
 def _token_ids(field: str, value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Those that can be chosen; others change nothing, as -1, which some files have for none."""
     if value is None:
         return ()
-    ids = value if isinstance(value, list) else [value]
-    return tuple(_token_id(field, token_id, vocab_size) for token_id in ids)
+    ids = [typed(field, i, int) for i in (value if isinstance(value, list) else [value])]
+    known = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    if any(token_id >= vocab_size for token_id in ids):
+        logger.warning(
+            "%s=%s: what is not below vocab_size=%d is no token, and is ignored",
+            field,
+            shown(value),
+            vocab_size,
+        )
+    return known
 
 
 def _family_name(fields: dict[str, Any]) -> str:
@@ -384,6 +387,11 @@ def _rope(fields: dict[str, Any], family: Family) -> dict[str, Any]:
         for field in _ROPE_FIELDS
         if fields.get(field)
     ]
+    original = fields.get("original_max_position_embeddings")
+    for place in places:
+        # Where transformers looks first.
+        if original is not None and place.get("rope_type", place.get("type")) == "llama3":
+            place.setdefault("original_max_position_embeddings", original)
     scalings = [_rope_scaling(place) for place in places]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise ModelConfigError(
@@ -395,7 +403,6 @@ def _rope(fields: dict[str, Any], family: Family) -> dict[str, Any]:
     if len(thetas) > 1:
         raise ModelConfigError(f"rope_theta is given as {sorted(thetas)}; keep one of them")
     scaling = scalings[0] if scalings else None
-    original = fields.get("original_max_position_embeddings")
     if (
         original is not None
         and scaling is not None

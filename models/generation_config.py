@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generation_config.json: how a model's makers want it sampled, as transformers 5 reads it."""
+"""generation_config.json: how a model's makers want it sampled; each field as in transformers 5."""
 
 import dataclasses
 import logging

@@ -144,6 +144,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
         except KeyboardInterrupt:
             _exit_interrupted()
         finally:
+            interrupts.handled()
             interrupts.exit_at_once()
 
     interrupts.exit_at_once()

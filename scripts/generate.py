@@ -29,6 +29,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -356,7 +357,9 @@ def _usage_errors() -> Iterator[None]:
     except OSError as e:
         raise app.UsageError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
     except ValueError as e:
-        raise app.UsageError(str(e)) from e
+        # Requests have numbers from 0, prompts and samples are shown to people from 1.
+        text = re.sub(r"^request '(\d+)':", lambda match: f"prompt {int(match[1]) + 1}:", str(e))
+        raise app.UsageError(text) from e
 
 
 def _log_to_stderr() -> None:

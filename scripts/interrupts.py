@@ -26,10 +26,13 @@ def raise_once() -> None:
     """Has Ctrl-C raise `KeyboardInterrupt`, and a second one end the program at once.
 
     Libraries may swallow the exception (C code that looks something up, for instance), so it is
-    raised again after a while unless the program calls `handled`, or has ended.
+    raised again after a while unless the program calls `handled`, which one that goes on must do.
     """
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGINT and _is_being_handled():
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+            return
         lost = _is_lost(frame)
         if sys.platform != "win32":
             signal.setitimer(signal.ITIMER_REAL, _RETRY_S if lost else _AGAIN_S)
@@ -47,6 +50,14 @@ def handled() -> None:
     """The program knows of Ctrl-C, so it is not raised again."""
     if sys.platform != "win32":
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _is_being_handled() -> bool:
+    """Whether the program is in an except, finally or with block because of Ctrl-C."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _is_lost(frame: FrameType | None) -> bool:

@@ -308,7 +308,7 @@ class TestDamagedFiles:
 
     def test_file_for_a_directory(self):
         file = FIXTURES / SINGLE / "model.safetensors"
-        load_fails(file, "model directory", "does not exist", error=FileNotFoundError)
+        load_fails(file, "model directory", "is no directory", error=FileNotFoundError)
 
     def test_no_config(self, copy):
         directory = copy(SINGLE)

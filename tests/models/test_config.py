@@ -503,11 +503,7 @@ FAULTS = {
         ["layer_types has 31", "num_hidden_layers=32"],
     ),
     "sparse layers": ({"mlp_layer_types": ["sparse"] * 32}, ["mlp_layer_types=['sparse', "]),
-    "stop token outside the vocabulary": (
-        {"eos_token_id": [2, 128256]},
-        ["eos_token_id=128256", "between 0 and 128255", "vocab_size=128256"],
-    ),
-    "negative first token": ({"bos_token_id": -1}, ["bos_token_id=-1", "between 0 and"]),
+    "stop token beyond 32 bits": ({"eos_token_id": [2, 2**31]}, ["eos_token_id=2147483648"]),
     "no layers": ({"num_hidden_layers": 0}, ["num_layers=0", "at least 1"]),
     "heads that do not divide": (
         {"num_key_value_heads": 7},

@@ -67,6 +67,8 @@ RIGHT = {
     ("rms_norm_eps", "1000000000000"),
     ("rope_theta", "32.5"),
     ("rope_theta", "1000000000000"),
+    ("bos_token_id", "-1"),
+    ("eos_token_id", "-1"),
     ("tie_word_embeddings", "True"),
     ("is_causal", "True"),
 }

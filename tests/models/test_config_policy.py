@@ -42,6 +42,10 @@ HARMLESS = [
     {"rope_scaling": {"unknown": None} | LLAMA3_ROPE},
     {"rope_scaling": LLAMA3_ROPE | {"type": "llama3", "partial_rotary_factor": 1}},
     {"original_max_position_embeddings": 8192},
+    {
+        "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k[:8] != "original"},
+        "original_max_position_embeddings": 8192,
+    },
     {"rope_parameters": {}, "rope_theta": None, "rope_scaling": LLAMA3_ROPE | {"rope_theta": 5e5}},
     {"architectures": None},
     {"architectures": []},
@@ -165,7 +169,19 @@ class TestFiles:
         (directory / "config.json").write_text('{"vocab_size": 151936, ' + text[1:])
         assert load_config(directory) == config_from_hf(QWEN3_0_6B)
 
-    @pytest.mark.parametrize("eos", ["2", True, [[2]], 2.0, -1, [2, 151936], 10**12, {"a": 1}])
+    @pytest.mark.parametrize(
+        ("ids", "known"), [(-1, ()), ([2, 151936], (2,)), ([-1, 7, 400_000], (7,)), (151936, ())]
+    )
+    def test_ids_that_are_no_tokens_change_nothing(self, directory, ids, known):
+        """As in transformers, whose output is the same with and without them."""
+        config = config_from_hf(QWEN3_0_6B | {"eos_token_id": ids, "bos_token_id": -1})
+        assert (config.eos_token_ids, config.bos_token_id) == (known, None)
+        assert config_from_hf(QWEN3_0_6B | {"bos_token_id": 151936}).bos_token_id is None
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        want = known or config_from_hf(QWEN3_0_6B).eos_token_ids
+        assert load_config(directory).eos_token_ids == want
+
+    @pytest.mark.parametrize("eos", ["2", True, [[2]], 2.0, 10**12, {"a": 1}])
     def test_stop_tokens_that_are_none(self, directory, eos):
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         with pytest.raises(ModelConfigError, match=r"generation_config\.json: eos_token_id="):

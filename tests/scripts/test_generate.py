@@ -187,7 +187,7 @@ def test_model_without_tokenizer_takes_token_ids(run):
         (["--prompt=x", "--dtype=int4"], "dtype"),
         (["--prompt=x", "--backend=tpu"], "its kernels run on TPUs only"),
         (["--prompt=x", "--page_size=0"], "page_size=0 must be at least 1"),
-        (["--prompt=" + "word " * 2000], "max_model_len=1024"),
+        (["--prompt=" + "word " * 2000], "prompt 1: a prompt of "),
         (["--prompt=x", "--num_pages=4", "--max_tokens=100"], "but the pool has 3"),
         (["--prompt=x", "--prompts_file=y"], "exclude each other"),
         (["--prompts_file=missing.txt"], "missing.txt"),

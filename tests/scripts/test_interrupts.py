@@ -94,3 +94,21 @@ except KeyboardInterrupt:
     print("raised again")
 """
     assert run(body) == (0, result)
+
+
+def test_what_handles_it_is_not_struck_again():
+    """The repair of an engine, for instance, may take longer than that."""
+    body = """
+interrupts._AGAIN_S = 0.2
+interrupts.raise_once()
+try:
+    ctrl_c()
+    time.sleep(9)
+except KeyboardInterrupt:
+    time.sleep(1)
+    interrupts.handled()
+    print("handled")
+time.sleep(0.5)
+print("goes on")
+"""
+    assert run(body) == (0, "handled\ngoes on\n")
