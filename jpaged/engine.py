@@ -2,10 +2,11 @@
 """The engine: requests in, text out; the one owner of the host's state."""
 
 import collections
+import contextlib
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -76,13 +77,13 @@ class Engine:
         """
         config = engine_config(config)
         instance_of("model_config", model_config, ModelConfig)
+        instance_of("params", params, Mapping)
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
         backend = resolve_backend(config.backend)
         self.default_params = default_params(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
         logger.info("page pool: %s", plan)
-
         self.model_config = model_config
         self.config = config
         self.tokenizer = tokenizer
@@ -385,7 +386,7 @@ class Engine:
 
     def pool_snapshot(self) -> PoolSnapshot:
         """Returns for each page its owners ("request_id#sample") and fill. Cost: every page."""
-        self._enter(reads=True)
+        self._enter()
         return PoolSnapshot.of_requests(self._table, self._requests.values())
 
     def reset_stats(self) -> None:
@@ -430,11 +431,11 @@ class Engine:
         self._change.check_caller()
         if self._change.was_cut_short():
             self._recover()
-        while self._abandoned:
-            for request in self._abandoned[0].requests:
-                if self._requests.get(request.request_id) is request:
-                    self._abort(request)
-            self._abandoned.popleft()
+        for owner in list(self._abandoned):
+            for request in owner.requests:
+                self._abort(request)
+            with contextlib.suppress(ValueError):  # a signal handler's call may have done it
+                self._abandoned.remove(owner)
 
     def _recover(self) -> None:
         """Aborts all requests and empties host and device; may be cut short itself, and repeated.
@@ -454,19 +455,19 @@ class Engine:
           Whether it was.
         """
         self._repair()
-        live = bool(self._requests)
-        if request is not None:
-            live = self._requests.get(request.request_id) is request
-        if live:
-            with self._change:
-                for output in self._step():
-                    self._deliver(self._requests[output.request_id], output)
+        with self._change:
+            live = bool(self._requests)
+            if request is not None:
+                live = self._requests.get(request.request_id) is request
+            for output in self._step() if live else ():
+                self._deliver(self._requests[output.request_id], output)
         return live
 
     def _abort(self, request: Request) -> None:
         with self._change:
-            self._results.abort(request)
-            self._deliver(request, self._results.output(request, finished=True))
+            if self._requests.get(request.request_id) is request:
+                self._results.abort(request)
+                self._deliver(request, self._results.output(request, finished=True))
 
     def _deliver(self, request: Request, output: RequestOutput) -> None:
         mailbox = self._outbox if request.owner is None else request.owner.mailbox

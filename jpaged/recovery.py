@@ -33,12 +33,16 @@ class Change:
         self._dead_reason = ""
 
     def __enter__(self) -> None:
+        self.check_caller()
+        if not self._whole:
+            raise RuntimeError("another thread's call of this engine was cut short: call again")
         self._frame = sys._getframe(1)
         self._whole = False
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        self._frame = None
+        # In this order: a signal handler between them finds that it is inside.
         self._whole = kind is None
+        self._frame = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -95,8 +99,8 @@ class Change:
                 f"a failure ({type(e).__name__}: {e}). Make a new Engine; if that fails too, "
                 "restart the process"
             )
-        self._frame = None
         self._whole = True
+        self._frame = None
 
     def check_alive(self) -> None:
         """Raises EngineDeadError if the engine is dead, each time with the same message."""

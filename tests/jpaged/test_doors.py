@@ -335,6 +335,7 @@ class TestRequests:
         for name, value in (
             ("model_config", None),
             ("model_config", {}),
+            ("params", None),
             ("tokenizer", "gpt2"),
             ("generation_config", {"top_k": 3}),
         ):

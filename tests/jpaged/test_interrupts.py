@@ -14,9 +14,10 @@ import pytest
 from jpaged import SamplingParams
 from jpaged.outputs import GenerationInterrupted
 from jpaged.recovery import Change, EngineDeadError
-from tests.jpaged.exact import EXACT, drawn, everything
+from tests.jpaged.exact import EXACT, drawn, everything, run_steps
 from tests.jpaged.tiny import prompts_of, tiny_engine
 
+NIGHTLY = [pytest.mark.nightly, pytest.mark.slow]
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PROMPTS = prompts_of([5, 17, 30])
 CROWD = [drawn(seed, n=2) for seed in range(3)]
@@ -65,6 +66,23 @@ class Interrupting:
             if self.left == 0:
                 raise KeyboardInterrupt
         return self._trace
+
+
+class At(Interrupting):
+    """Calls something at the n-th line instead, as a signal handler could."""
+
+    def __init__(self, line, function):
+        super().__init__(line)
+        self._function = function
+
+    def _trace(self, frame, event, argument):
+        if self.left <= 0:
+            return None
+        try:
+            return super()._trace(frame, event, argument)
+        except KeyboardInterrupt:
+            self._function()
+            return None
 
 
 @pytest.fixture(scope="module")
@@ -309,12 +327,12 @@ class TestChange:
 
         def handler(signum, frame):
             seen.append(engine.stats().num_running)
-            engine.pool_snapshot()
             assert engine.has_unfinished_requests
-            try:
-                engine.add_request([1], CROWD[0])
-            except RuntimeError as e:
-                seen.append(str(e))
+            for call in (lambda: engine.add_request([1], CROWD[0]), engine.pool_snapshot):
+                try:
+                    call()
+                except RuntimeError as e:
+                    seen.append(str(e))
 
         def step(*args):
             signal.raise_signal(signal.SIGUSR1)
@@ -351,6 +369,58 @@ class TestChange:
 
         assert everything(engine.generate(PROMPTS, CROWD, on_step=on_step)) == want
         assert len(refused) == 3
+
+    @pytest.mark.parametrize("lines", [range(1, 100), pytest.param(range(100, 900), marks=NIGHTLY)])
+    def test_a_look_at_any_line_harms_nothing(self, engine, want, lines):
+        """In the repair too, which begins with a stream that was left."""
+        for line in lines:
+            stream = engine.stream(PROMPTS[1], drawn(7, max_tokens=30))
+            next(stream)
+            stream.close()
+            with At(line, engine.stats):
+                outputs = engine.generate(PROMPTS[:1], CROWD[:1])
+            assert everything(outputs) == want[:1], line
+        engine.check_invariants()
+
+    def test_a_thread_that_comes_between_check_and_change_is_refused(self, monkeypatch):
+        """As a long tokenization lets it; the step that began meanwhile is not harmed."""
+        engine = tiny_engine(**EXACT)
+        (want,) = everything(engine.generate(PROMPTS[:1], CROWD[:1]))
+        request_id = engine.add_request(PROMPTS[0], CROWD[0])
+        make, run = engine._maker.make, engine._runner.run
+        made, go, in_step, leave = (threading.Event() for _ in range(4))
+
+        def slow_make(*args, **kwargs):
+            request = make(*args, **kwargs)
+            made.set()
+            assert go.wait(60)
+            return request
+
+        def slow_run(*args):
+            in_step.set()
+            assert leave.wait(60)
+            return run(*args)
+
+        def add():
+            with pytest.raises(RuntimeError, match="another thread is in a call") as e:
+                engine.add_request(PROMPTS[1], CROWD[1])
+            refused.append(e)
+
+        refused = []
+        monkeypatch.setattr(engine._maker, "make", slow_make)
+        monkeypatch.setattr(engine._runner, "run", slow_run)
+        first, second = threading.Thread(target=add), threading.Thread(target=engine.step)
+        first.start()
+        assert made.wait(60)
+        second.start()
+        assert in_step.wait(60)
+        go.set()
+        first.join()
+        leave.set()
+        second.join()
+        monkeypatch.undo()
+        assert refused
+        assert everything([run_steps(engine)[request_id]]) == [want]
 
     def test_threads_take_turns_behind_a_lock(self, engine, want):
         lock, found = threading.Lock(), {}
