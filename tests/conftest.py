@@ -24,7 +24,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="session")
 def _compilation_cache(tmp_path_factory):
     """Engines of one model compile once a session: most of the suite's time is compilation."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    directory = str(tmp_path_factory.mktemp("xla"))
+    jax.config.update("jax_compilation_cache_dir", directory)
+    # For the programs that tests start, unless their flags name another.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

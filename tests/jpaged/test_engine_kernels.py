@@ -6,37 +6,37 @@ import pathlib
 
 import pytest
 
-import models
 from jpaged import Engine, EngineConfig, SamplingParams
 from pallas_kernels import versions
 from pallas_kernels.conformance import interpret_gpu, interpret_tpu
 
-DEMO = pathlib.Path(models.__file__).parent / "demo"
+# Two layers: each operation of a kernel is interpreted by itself.
+MODEL = pathlib.Path(__file__).parent.parent / "fixtures" / "hf" / "llama3_rope_hd80_tied"
 # Small enough that prompts are cut into chunks, samples copy pages, and one is preempted.
 SETTINGS = {
     "page_size": 8,
-    "num_pages": 6,
+    "num_pages": 5,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 12,
     "max_model_len": 40,
 }
-PROMPTS = ["Once upon a time there was a little girl", "The old fisherman"]
+PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38], [27, 18, 28, 18]]
 
 
 KERNELS = {
     "tpu": ("tpu", interpret_tpu, "float32", 1e-3),
     "triton": ("gpu", functools.partial(interpret_gpu, (8, 0)), "float32", 1e-3),
-    # Mosaic GPU multiplies 16 bits; sums of 8 tokens' log-probabilities.
+    # Mosaic GPU multiplies 16 bits; sums of 5 tokens' log-probabilities.
     "mosaic": ("gpu", interpret_gpu, "float16", 5e-2),
 }
 
 
 def generate(backend, dtype):
     config = EngineConfig(backend=backend, dtype=dtype, scan_layers=True, **SETTINGS)
-    engine = Engine.load(DEMO, config)
+    engine = Engine.load(MODEL, config)
     params = [
-        SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True),
-        SamplingParams(max_tokens=8, temperature=0.8, n=3, seed=5, logprobs=1, ignore_eos=True),
+        SamplingParams(max_tokens=5, temperature=0, logprobs=1, ignore_eos=True),
+        SamplingParams(max_tokens=5, temperature=0.8, n=3, seed=5, logprobs=1, ignore_eos=True),
     ]
     outputs = engine.generate(PROMPTS, params)
     engine.check_invariants()
@@ -61,7 +61,7 @@ def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
         got, stats = generate(backend, dtype)
     for ours, theirs in zip(got, want, strict=True):
         for a, b in zip(ours.outputs, theirs.outputs, strict=True):
-            assert a.token_ids == b.token_ids and a.text == b.text
+            assert a.token_ids == b.token_ids
             assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=tolerance)
     assert stats.totals.num_preemptions > 0 and stats.totals.num_page_copies > 0, stats
 
@@ -70,4 +70,4 @@ def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
 def test_kernels_are_refused_where_there_is_no_such_device(backend, devices):
     message = f"backend '{backend}' on platform 'cpu': its kernels run on {devices} only"
     with pytest.raises(ValueError, match=message):
-        Engine.load(DEMO, EngineConfig(backend=backend, **SETTINGS))
+        Engine.load(MODEL, EngineConfig(backend=backend, **SETTINGS))

@@ -16,9 +16,7 @@ HF_CASE = ROOT / "tests" / "fixtures" / "hf" / "llama_gqa5_hd48_untied"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
-
+def run(cache):
     def run(*args, stdin=None):
         # A closed standard input is not a terminal, so it is never waited for.
         return subprocess.run(
@@ -98,11 +96,11 @@ def test_show_pages_draws_the_fullest_step(run):
 
 
 @pytest.mark.parametrize(("no_color", "page"), [("", "\x1b[32ma\x1b[0m"), ("1", "a")])
-def test_show_pages_on_a_terminal(tmp_path, no_color, page):
+def test_show_pages_on_a_terminal(cache, no_color, page):
     terminal, stderr = pty.openpty()
     args = ("--prompt=Once", "--max_tokens=1", "--show_pages", "--num_pages=9")
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={tmp_path}", *args],
+        [sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={cache}", *args],
         cwd=ROOT, env=os.environ | {"NO_COLOR": no_color}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=stderr, timeout=300,
     )  # fmt: skip
@@ -148,9 +146,9 @@ def start(*args):
     )
 
 
-def test_a_reader_that_leaves_early_causes_no_traceback(tmp_path):
-    cache = f"--compilation_cache_dir={tmp_path}"
-    with start("--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1", cache) as process:
+def test_a_reader_that_leaves_early_causes_no_traceback(cache):
+    args = ("--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1")
+    with start(*args, f"--compilation_cache_dir={cache}") as process:
         process.stdout.read(10)
         process.stdout.close()
         errors = process.stderr.read()
@@ -213,12 +211,12 @@ def read_until(pipe, enough):
     return seen
 
 
-def test_interrupt_prints_what_was_produced(tmp_path):
+def test_interrupt_prints_what_was_produced(cache):
     process = start(
         "--prompt=Once upon a time",
         "--ignore_eos",
         "--max_tokens=1000",
-        f"--compilation_cache_dir={tmp_path}",
+        f"--compilation_cache_dir={cache}",
     )
     # The prompt comes at once, the first word after it with the first tokens.
     first = read_until(process.stdout, lambda seen: len(seen) > len("Once upon a time"))
@@ -229,7 +227,7 @@ def test_interrupt_prints_what_was_produced(tmp_path):
     assert b"tokens/s" in err and b"Traceback" not in err
 
 
-def test_interrupt_of_many_prints_them_all(tmp_path):
+def test_interrupt_of_many_prints_them_all(cache, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Once upon a time\n" * 3)
     process = start(
@@ -237,7 +235,7 @@ def test_interrupt_of_many_prints_them_all(tmp_path):
         "--ignore_eos",
         "--max_tokens=1000",
         "--output=json",
-        f"--compilation_cache_dir={tmp_path}",
+        f"--compilation_cache_dir={cache}",
     )
     # The progress bar tells that it generates.
     seen = read_until(process.stderr, lambda seen: b"3 running" in seen)

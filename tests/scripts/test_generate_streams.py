@@ -25,11 +25,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
 def shell(cache):
     def shell(command, **env):
         """Runs generate in a shell, where streams can be closed. Returns: code, output, errors."""
