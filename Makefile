@@ -55,7 +55,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 generate: $(RUN) ## Generate text with the shipped checkpoint (PROMPT=, MAX_TOKENS=, GENERATE_ARGS=)
-	$(BIN)/python -m scripts.generate --prompt="$$PROMPT" --max_tokens=$(MAX_TOKENS) $(GENERATE_ARGS)
+	$(BIN)/jpaged generate --prompt="$$PROMPT" --max_tokens=$(MAX_TOKENS) $(GENERATE_ARGS)
 
 # A worker a core, as most of the time is compilation on one; each takes up to 4 GB.
 test: $(TEST) ## Run the whole test suite (PYTEST_ARGS='-m "not slow"' for the fast part)
@@ -73,13 +73,13 @@ format: $(DEV) ## Format the code and apply ruff's safe fixes
 	$(BIN)/python -m ruff format .
 
 bench: $(RUN) ## Measure throughput and cache use (BENCH_ARGS=)
-	$(BIN)/python -m scripts.benchmark $(BENCH_ARGS)
+	$(BIN)/jpaged benchmark $(BENCH_ARGS)
 
 demo: $(DEV) ## Train the shipped checkpoint anew (DEMO_ARGS=)
-	$(BIN)/python -m scripts.train_demo $(DEMO_ARGS)
+	$(BIN)/python -m scripts.demo.train_demo $(DEMO_ARGS)
 
 figures: $(PLOTS) ## Make docs/paper_figures.md and its plots anew
-	$(BIN)/python -m scripts.simulate --report=docs
+	$(BIN)/jpaged simulate --report=docs
 
 libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
 

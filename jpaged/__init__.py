@@ -2,23 +2,29 @@
 """PagedAttention for JAX: generation with a paged key-value cache and continuous batching."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jpaged.config import EngineConfig
     from jpaged.engine import Engine
-    from jpaged.outputs import Completion, RequestOutput
-    from jpaged.params import SamplingParams
+    from jpaged.host.config import EngineConfig
+    from jpaged.host.outputs import Completion, RequestOutput
+    from jpaged.host.params import SamplingParams
 
 _HOMES = {
-    "Completion": "jpaged.outputs",
+    "Completion": "jpaged.host.outputs",
     "Engine": "jpaged.engine",
-    "EngineConfig": "jpaged.config",
-    "RequestOutput": "jpaged.outputs",
-    "SamplingParams": "jpaged.params",
+    "EngineConfig": "jpaged.host.config",
+    "RequestOutput": "jpaged.host.outputs",
+    "SamplingParams": "jpaged.host.params",
 }
 
 __all__ = ["Completion", "Engine", "EngineConfig", "RequestOutput", "SamplingParams"]
+__version__ = "0.1.0"
+
+if not os.path.isdir(os.path.join(__path__[0], "models")):
+    # A checkout, installed or not: the other floors stand beside this folder, not in it.
+    __path__.append(os.path.dirname(__path__[0]))
 
 
 def __getattr__(name: str):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sampling parameters that a model asks for itself, in its generation_config.json."""
 
-from jpaged.checks import instance_of
-from jpaged.params import SamplingParams
-from models.generation_config import GenerationConfig
+from jpaged.host.checks import instance_of
+from jpaged.host.params import SamplingParams
+from jpaged.models.generation_config import GenerationConfig
 
 
 def default_params(config: GenerationConfig | None, vocab_size: int) -> SamplingParams:

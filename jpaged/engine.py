@@ -11,30 +11,30 @@ from typing import Any
 
 import tokenizers
 
-from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, warm_up_plan
-from jpaged.checks import instance_of, shown
-from jpaged.config import EngineConfig, engine_config
-from jpaged.costs import scheduler_config_of
 from jpaged.defaults import default_params
-from jpaged.memory import default_dtype, plan_pool
-from jpaged.outputs import GenerationInterrupted, Mailbox, RequestOutput
-from jpaged.page_pool import PagePool
-from jpaged.page_table import PageTable
-from jpaged.params import SamplingParams
+from jpaged.device.costs import scheduler_config_of
+from jpaged.device.memory import default_dtype, plan_pool
+from jpaged.device.runner import StepResult
+from jpaged.host.batch import Batch, ShapeBuckets, StepShape, build_batch, warm_up_plan
+from jpaged.host.checks import instance_of, shown
+from jpaged.host.config import EngineConfig, engine_config
+from jpaged.host.outputs import GenerationInterrupted, Mailbox, RequestOutput
+from jpaged.host.page_pool import PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Request
+from jpaged.host.stats import Counters, EngineStats
+from jpaged.host.step import ScheduledStep
+from jpaged.host.viewer import PoolSnapshot
+from jpaged.models.config import ModelConfig
+from jpaged.models.generation_config import GenerationConfig
+from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.placement import read_model, runner_of
 from jpaged.recovery import Change
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
-from jpaged.runner import StepResult
-from jpaged.scheduler import Scheduler
-from jpaged.sequence import Request
-from jpaged.stats import Counters, EngineStats
-from jpaged.step import ScheduledStep
 from jpaged.streams import Generation, Owner, RequestStream
-from jpaged.viewer import PoolSnapshot
-from models.config import ModelConfig
-from models.generation_config import GenerationConfig
-from pallas_kernels.dispatch import resolve_backend
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,8 @@ class Engine:
         """Makes an engine for a model directory, Hugging Face's or our own.
 
         Args:
-          model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json.
+          model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
+            "demo" is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:
@@ -180,7 +181,7 @@ class Engine:
         generation = Generation(requests, self._abandoned, progress, on_step, on_output)
         try:
             with self._change.held():
-                self._add(requests, generation.owner)
+                self._add(requests, generation.mailbox)
                 return generation.run(self._drive, self.stats)
         except BaseException as e:
             done = generation.close()
@@ -201,7 +202,7 @@ class Engine:
         self._enter()
         request = self._maker.make(prompt, params, self._next_request_id(), stream=True)
         stream = RequestStream(request, self._abandoned, self._drive)
-        self._add([request], stream.owner)
+        self._add([request], stream.mailbox)
         return stream
 
     def add_request(
@@ -331,8 +332,8 @@ class Engine:
             request = self._live(request_id)
         if request is not None:
             self._abort(request)
-            if request.owner is not None:
-                return request.owner.mailbox[request_id]
+            if request.mailbox is not None:
+                return request.mailbox[request_id]
         output = self._outbox[request_id]
         del self._outbox[request_id]
         return output
@@ -412,10 +413,10 @@ class Engine:
             raise KeyError(f"no live request {shown(request_id)}")
         return request
 
-    def _add(self, requests: Sequence[Request], owner: Owner | None) -> None:
+    def _add(self, requests: Sequence[Request], mailbox: Mailbox | None) -> None:
         with self._change:
             for request in requests:
-                request.owner = owner
+                request.mailbox = mailbox
                 self._scheduler.add(request, request.cache_salt)
                 self._requests[request.request_id] = request
 
@@ -470,7 +471,7 @@ class Engine:
                 self._deliver(request, self._results.output(request, finished=True))
 
     def _deliver(self, request: Request, output: RequestOutput) -> None:
-        mailbox = self._outbox if request.owner is None else request.owner.mailbox
+        mailbox = self._outbox if request.mailbox is None else request.mailbox
         mailbox[request.request_id] = output
         if not output.finished:
             return

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from jpaged.checks import directory
-from jpaged.config import EngineConfig
-from jpaged.memory import PoolPlan, default_dtype, plan_pool
-from jpaged.runner import ModelRunner
+from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
+from jpaged.device.runner import ModelRunner
+from jpaged.host.checks import directory
+from jpaged.host.config import EngineConfig
+from jpaged.models import checkpoint, find
+from jpaged.models.config import ModelConfig
+from jpaged.models.decoder import Decoder, stack_layers
+from jpaged.models.generation_config import GenerationConfig, load_generation_config
+from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.text import load_tokenizer
-from models import checkpoint
-from models.config import ModelConfig
-from models.decoder import Decoder, stack_layers
-from models.generation_config import GenerationConfig, load_generation_config
-from pallas_kernels.dispatch import resolve_backend
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def read_model(
     Returns:
       Config, parameters, tokenizer and sampling settings, these unless the engine ignores them.
     """
-    path = directory("model_path", model_path)
+    path = directory("model_path", find(model_path))
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
     # What can be refused is, before the weights are read.

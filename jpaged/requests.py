@@ -11,15 +11,15 @@ import numpy as np
 import psutil
 import tokenizers
 
-from jpaged.admission import SchedulerConfig, check_fits, max_tokens_in
-from jpaged.beam import start_search
-from jpaged.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
-from jpaged.logits_processors import LogitsProcessors
-from jpaged.page_table import PageTable
-from jpaged.params import MAX_NUM_SAMPLES, SamplingParams
-from jpaged.sequence import Request, fork_seed
+from jpaged.host.admission import SchedulerConfig, check_fits, max_tokens_in
+from jpaged.host.beam import start_search
+from jpaged.host.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
+from jpaged.host.logits_processors import LogitsProcessors
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import MAX_NUM_SAMPLES, SamplingParams
+from jpaged.host.sequence import Request, fork_seed
+from jpaged.models.config import ModelConfig
 from jpaged.text import is_fault
-from models.config import ModelConfig
 
 # Text, or token ids: a sequence of integers, or a NumPy array of one dimension.
 Prompt = str | Sequence[int] | np.ndarray

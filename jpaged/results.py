@@ -11,15 +11,15 @@ from typing import TypeVar
 
 import tokenizers
 
-from jpaged.beam import Candidate
 from jpaged.detokenizer import Detokenizer
-from jpaged.outputs import RequestOutput, output_of
-from jpaged.runner import StepResult
-from jpaged.scheduler import Scheduler
-from jpaged.sequence import Request, Status
-from jpaged.sequence import Sequence as Sample
-from jpaged.stats import Counters
-from jpaged.step import ScheduledStep
+from jpaged.device.runner import StepResult
+from jpaged.host.beam import Candidate
+from jpaged.host.outputs import RequestOutput, output_of
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Request, Status
+from jpaged.host.sequence import Sequence as Sample
+from jpaged.host.stats import Counters
+from jpaged.host.step import ScheduledStep
 from jpaged.text import TextStream, is_fault
 
 logger = logging.getLogger(__name__)

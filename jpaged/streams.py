@@ -9,10 +9,10 @@ from types import TracebackType
 
 import tqdm
 
-from jpaged.checks import checked, function
-from jpaged.outputs import Mailbox, RequestOutput
-from jpaged.sequence import Request
-from jpaged.stats import EngineStats
+from jpaged.host.checks import checked, function
+from jpaged.host.outputs import Mailbox, RequestOutput
+from jpaged.host.sequence import Request
+from jpaged.host.stats import EngineStats
 
 
 class Owner(weakref.ref["Consumer"]):

@@ -38,12 +38,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from models import safetensors_files
-from models.config import ModelConfig, config_to_hf, load_config
-from models.decoder import Decoder, Params
-from models.families import tensor_name
-from models.json_fields import shown
-from models.safetensors_files import CheckpointError, StoredTensor, reading, stored_tensors
+from jpaged.models import safetensors_files
+from jpaged.models.config import ModelConfig, config_to_hf, load_config
+from jpaged.models.decoder import Decoder, Params
+from jpaged.models.families import tensor_name
+from jpaged.models.json_fields import shown
+from jpaged.models.safetensors_files import CheckpointError, StoredTensor, reading, stored_tensors
 
 logger = logging.getLogger(__name__)
 

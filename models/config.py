@@ -9,9 +9,9 @@ import pathlib
 import typing
 from typing import Any
 
-from models import generation_config
-from models.families import FAMILIES, Family
-from models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
+from jpaged.models import generation_config
+from jpaged.models.families import FAMILIES, Family
+from jpaged.models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import pallas_kernels
-from models import layers, sharding
-from models.config import ModelConfig
-from models.inputs import PagedInputs
+from jpaged import pallas_kernels
+from jpaged.models import layers, sharding
+from jpaged.models.config import ModelConfig
+from jpaged.models.inputs import PagedInputs
 
 Params = dict[str, Any]
 

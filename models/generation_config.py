@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
+from jpaged.models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
 
 logger = logging.getLogger(__name__)
 

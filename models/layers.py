@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.config import ModelConfig, RopeScaling
+from jpaged.models.config import ModelConfig, RopeScaling
 
 # attend(q, k, v, kv_pages, layer, inputs) -> (out, kv_pages): how queries meet keys and values.
 #   q, out: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from models.families import IGNORED_TENSORS
-from models.json_fields import ModelConfigError, read_json, shown, typed
+from jpaged.models.families import IGNORED_TENSORS
+from jpaged.models.json_fields import ModelConfigError, read_json, shown, typed
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from models.config import ModelConfig, RopeScaling
+from jpaged.models.config import ModelConfig, RopeScaling
 
 _LLAMA_3_2_1B = ModelConfig(
     family="LlamaForCausalLM",

@@ -7,7 +7,7 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from models.config import ModelConfig
+from jpaged.models.config import ModelConfig
 
 # Axes of a weight [features, in] that are split, by the name of the module that holds it. Splitting
 # what a product gives needs no communication, and splitting what the next one sums over makes its

@@ -6,7 +6,7 @@ keys in lanes `[:head_dim]` and values in lanes `[head_dim:2*head_dim]` of a cel
 each row's logical pages to physical ones. See `reference.py` for the specification as code.
 """
 
-from pallas_kernels.dispatch import copy_pages, paged_attention, write_kv
-from pallas_kernels.layout import NULL_PAGE, kv_pages_shape
+from jpaged.pallas_kernels.dispatch import copy_pages, paged_attention, write_kv
+from jpaged.pallas_kernels.layout import NULL_PAGE, kv_pages_shape
 
 __all__ = ["NULL_PAGE", "copy_pages", "kv_pages_shape", "paged_attention", "write_kv"]

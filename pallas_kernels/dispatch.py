@@ -6,7 +6,7 @@ from types import ModuleType
 
 import jax
 
-from pallas_kernels import validation
+from jpaged.pallas_kernels import validation
 
 BACKENDS = ("tpu", "gpu", "xla")
 _BACKEND_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
@@ -30,7 +30,7 @@ def resolve_backend(backend: str | None) -> str:
 
 def _module(backend: str) -> ModuleType:
     """The backend's package, imported when it is first used: Pallas costs every start 0.1 s."""
-    return importlib.import_module(f"pallas_kernels.{backend}")
+    return importlib.import_module(f"jpaged.pallas_kernels.{backend}")
 
 
 def paged_attention(

@@ -60,7 +60,7 @@ def tpu_tiles(chip: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int) 
 
 
 # By generation, query heads, KV heads and head_dim: those of SmolLM2, Llama 3.x, Qwen3, Gemma 2 and
-# 3, Phi 2 and 3, bfloat16, pages of 16. Made by `python -m scripts.tune_tpu`, which says what it
+# 3, Phi 2 and 3, bfloat16, pages of 16. Made by scripts/kernels/tune_tpu.py, which says what it
 # chooses by, with jax 0.10.2 and libtpu 0.0.42.1, November 2026. Nothing here was timed on a TPU.
 TPU_ROWS: Mapping[tuple[str, int, int, int], TpuRow] = MappingProxyType(
     {

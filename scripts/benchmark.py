@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures throughput, latency and how well the page pool is used.
 
-    python -m scripts.benchmark --model=models/demo --num_requests=64
-    python -m scripts.benchmark --random_weights=smollm2-135m --prompt_len=64 --output_len=64
-    python -m scripts.benchmark --scheduler_only --prompt_len=sharegpt --output_len=sharegpt
+    jpaged benchmark --model=demo --num_requests=64
+    jpaged benchmark --random_weights=smollm2-135m --prompt_len=64 --output_len=64
+    jpaged benchmark --scheduler_only --prompt_len=sharegpt --output_len=sharegpt
 
 All requests arrive at once; their prompts are random tokens, and each generates the number of
 tokens that was drawn for it, whatever they are. A first request alone gives the cold start; then
@@ -59,22 +59,21 @@ import numpy as np
 import psutil
 from absl import app, flags
 
-from jpaged.config import EngineConfig
+from jpaged.device.memory import default_dtype
 from jpaged.engine import Engine
-from jpaged.memory import default_dtype
-from jpaged.params import SamplingParams
-from jpaged.simulator import Item
-from jpaged.text import load_tokenizer
-from models import checkpoint
-from models.decoder import Decoder
-from models.shapes import SHAPES
-from scripts.flags import (
+from jpaged.host.config import EngineConfig
+from jpaged.host.params import SamplingParams
+from jpaged.models import checkpoint, find
+from jpaged.models.decoder import Decoder
+from jpaged.models.shapes import SHAPES
+from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
     run,
 )
-from scripts.workload import (
+from jpaged.simulation.simulator import Item
+from jpaged.simulation.workload import (
     SPEC_HELP,
     Report,
     Trace,
@@ -86,8 +85,11 @@ from scripts.workload import (
     run_scheduler,
     sparkline,
 )
+from jpaged.text import load_tokenizer
 
-_MODEL = flags.DEFINE_string("model", None, "Model directory, Hugging Face's or our own.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
+)
 _RANDOM_WEIGHTS = flags.DEFINE_enum(
     "random_weights", None, sorted(SHAPES), "Random weights of this public model's shape."
 )
@@ -193,7 +195,7 @@ def _load_model(config: EngineConfig):
         name, model_config, tokenizer = f"{shape}, random weights", SHAPES[shape], None
         params = Decoder(model_config).init(jax.random.key(_WEIGHTS_SEED), dtype)
     else:
-        directory = pathlib.Path(_MODEL.value or "").expanduser()
+        directory = pathlib.Path(find(_MODEL.value or "")).expanduser()
         model_config, params = checkpoint.load(directory, dtype)
         name, tokenizer = directory.name, load_tokenizer(directory)
     return name, model_config, jax.block_until_ready(params), tokenizer

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds an implementation of the paged-attention contract to dense float64.
 
-    python -m scripts.conformance --backend=xla
-    python -m scripts.conformance --backend=tpu --interpret
-    python -m scripts.conformance --backend=gpu --interpret --gpu=a100 --dtype=bfloat16
-    python -m scripts.conformance --paged_attention=my_package.my_module:my_attention --only=decode
+    jpaged conformance --backend=xla
+    jpaged conformance --backend=tpu --interpret
+    jpaged conformance --backend=gpu --interpret --gpu=a100 --dtype=bfloat16
+    jpaged conformance --paged_attention=my_package.my_module:my_attention --only=decode
 
 Without --paged_attention, --write_kv or --copy_pages, jpaged's own functions are held to it, on
 --backend. The last line of standard output is one JSON object: `results`, one a function and case
@@ -26,10 +26,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from absl import app, flags
 
-import pallas_kernels
-from pallas_kernels import conformance
-from pallas_kernels.aot import GPU_TARGETS
-from scripts.flags import run
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance
+from jpaged.pallas_kernels.aot import GPU_TARGETS
+from jpaged.scripts.flags import run
 
 _FUNCTIONS = ("paged_attention", "write_kv", "copy_pages")
 for _name in _FUNCTIONS:

@@ -139,7 +139,7 @@ run_tests() {
 
 run_conformance() {
   local code
-  limited "$work/$1.txt" "$PYTHON" -m scripts.conformance --backend=gpu --dtype="$2"
+  limited "$work/$1.txt" "$PYTHON" -m jpaged conformance --backend=gpu --dtype="$2"
   code=$?
   keep_json "$work/$1.txt" "$out/$1.json" || return $((code ? code : 1))
   return "$code"
@@ -148,14 +148,14 @@ run_conformance() {
 run_kernels() {
   # The case in progress when the budget is over is still to end.
   local budget_s=$((end_s - $(date +%s) - 40))
-  limited "$work/kernels.txt" "$PYTHON" -m scripts.benchmark_kernels \
+  limited "$work/kernels.txt" "$PYTHON" -m scripts.kernels.benchmark_kernels \
     --budget_s="$((budget_s > 20 ? budget_s : 20))" --output_dir="$out"
 }
 
 generate() {
   local to="$1"
   shift
-  limited "$work/$to" "$PYTHON" -m scripts.generate --output=json --temperature=0 --max_tokens=48 \
+  limited "$work/$to" "$PYTHON" -m jpaged generate --output=json --temperature=0 --max_tokens=48 \
     --prompt="Once upon a time" --prompt="The old fisherman" --compilation_cache_dir= "$@"
 }
 
@@ -168,8 +168,8 @@ run_engine() {
   generate gpu.json --dtype=float32 --backend=gpu || code=$?
   generate xla.json --dtype=float32 --backend=xla || code=$?
   unset JAX_DEFAULT_MATMUL_PRECISION
-  limited "$work/host.json" "$PYTHON" -m scripts.benchmark_host || code=$?
-  limited "$work/benchmark.json" "$PYTHON" -m scripts.benchmark --random_weights=llama-3.2-1b \
+  limited "$work/host.json" "$PYTHON" -m scripts.measure.benchmark_host || code=$?
+  limited "$work/benchmark.json" "$PYTHON" -m jpaged benchmark --random_weights=llama-3.2-1b \
     --dtype=bfloat16 --num_requests=64 --prompt_len=256 --output_len=64 --max_model_len=1024 \
     --compilation_cache_dir= || code=$?
   limited "$out/engine.json" "$PYTHON" - "$work" <<'EOF' || code=$?

@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from jpaged.config import CHOICES, EngineConfig
-from scripts import interrupts
+from jpaged.host.config import CHOICES, EngineConfig
+from jpaged.scripts import interrupts
 
 # A flag defined by a call of `define_engine_flags` belongs to the script that calls it, so that
 # the script's --help shows it.

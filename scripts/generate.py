@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generates text from prompts.
 
-    python -m scripts.generate --prompt="Once upon a time"
-    python -m scripts.generate --model=DIR --prompts_file=prompts.txt --output=json > answers.jsonl
-    echo "The old fisherman" | python -m scripts.generate
-    python -m scripts.generate --prompt="Once upon a time" --n=4 --show_pages
+    jpaged generate --prompt="Once upon a time"
+    jpaged generate --model=DIR --prompts_file=prompts.txt --output=json > answers.jsonl
+    echo "The old fisherman" | jpaged generate
+    jpaged generate --prompt="Once upon a time" --n=4 --show_pages
 
 Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
 from standard input. A model directory without a tokenizer takes prompts as token ids:
@@ -19,7 +19,7 @@ ended with an error with 1, standard output that cannot be written with 74, one 
 with 141.
 """
 
-from scripts import interrupts
+from jpaged.scripts import interrupts
 
 if __name__ == "__main__":
     interrupts.exit_at_once()  # also while the imports take their time
@@ -37,22 +37,21 @@ from typing import Any
 from absl import app, flags
 
 from jpaged import Engine, RequestOutput, SamplingParams
-from jpaged.outputs import GenerationInterrupted
-from jpaged.stats import EngineStats
-from jpaged.viewer import PoolSnapshot, draw
-from scripts.flags import (
+from jpaged.host.outputs import GenerationInterrupted
+from jpaged.host.stats import EngineStats
+from jpaged.host.viewer import PoolSnapshot, draw
+from jpaged.models import find
+from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
     run,
 )
-from scripts.output import ResultWriter
-from scripts.prompts import decode_flag, parse_token_ids, read_prompts
-
-_DEMO = pathlib.Path(__file__).resolve().parent.parent / "models" / "demo"
+from jpaged.scripts.output import ResultWriter
+from jpaged.scripts.prompts import decode_flag, parse_token_ids, read_prompts
 
 _MODEL = flags.DEFINE_string(
-    "model", None, "Model directory: Hugging Face's or our own. None takes the shipped checkpoint."
+    "model", "demo", "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -205,10 +204,10 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
         logprobs=_LOGPROBS.value,
         skip_special_tokens=_SKIP_SPECIAL_TOKENS.value,
     )
-    if _MODEL.value == "":
+    if not _MODEL.value:
         raise ValueError("--model is empty; name a directory, or leave the flag out")
     try:
-        model = _DEMO if _MODEL.value is None else pathlib.Path(_MODEL.value).expanduser()
+        model = pathlib.Path(find(_MODEL.value)).expanduser()
     except RuntimeError as e:
         raise ValueError(f"--model={_MODEL.value}: {e}") from e
     return params, read_prompts(_PROMPT.value, _PROMPTS_FILE.value), model

@@ -12,8 +12,8 @@ import tokenizers
 import tqdm
 
 from jpaged import RequestOutput
-from jpaged.outputs import Completion
-from scripts.flags import OutputError
+from jpaged.host.outputs import Completion
+from jpaged.scripts.flags import OutputError
 
 _MARK = "\N{REPLACEMENT CHARACTER}"
 

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves requests without a model, and reproduces the figures of the PagedAttention paper.
+"""Serves requests without a model, and reproduces the paper's figures.
 
-    python -m scripts.simulate --prompt_len=sharegpt --output_len=sharegpt --rate=2
-    python -m scripts.simulate --policies=paged --page_size=32 --n=4 --rate=inf
-    python -m scripts.simulate --report=docs
+    jpaged simulate --prompt_len=sharegpt --output_len=sharegpt --rate=2
+    jpaged simulate --policies=paged --page_size=32 --n=4 --rate=inf
+    jpaged simulate --report=docs
 
 Policy `paged` is the real scheduler, pool and page table; `contiguous-max`, `contiguous-pow2` and
-`contiguous-oracle` reserve a block of a buddy allocator for each request, like the baselines of
-Kwon et al. 2023 (`jpaged.simulator`). A cost model of OPT-13B on an A100 says how long steps take.
+`contiguous-oracle` reserve a block of a buddy allocator for each request, like the baselines of the
+paper, Kwon et al. 2023 (`jpaged.simulation`). A cost model of OPT-13B on an A100 says how long
+steps take.
 
 The last line of standard output is one JSON object: `workload` (`prompt_len`, `output_len`, `rate`,
 `n`, `seed`, `num_requests`, `prompt_mean`, `output_mean`, `num_cut`), `num_slots`, `page_size`,
 `costs` (the fields of `CostModel`) and `runs`: for each policy the fields of
-`scripts.workload.Serving`, and `live_share`.
+`jpaged.simulation.workload.Serving`, and `live_share`.
 
 --report=DIR runs the experiments of docs/paper_figures.md and writes that file to DIR, made from
 docs/paper_figures/template.md, and to DIR/paper_figures its plots and figures (figures.json). Beams
@@ -33,11 +34,23 @@ from typing import Any
 import tqdm
 from absl import app, flags
 
-from jpaged.admission import SchedulerConfig
-from jpaged.simulator import CONTIGUOUS_POLICIES, ContiguousSimulator, CostModel, PagedSimulator
-from jpaged.swap import PreemptionCosts
-from scripts.flags import check_names, run
-from scripts.workload import SPEC_HELP, Serving, Workload, make_workload, parse_lengths, simulate
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.swap import PreemptionCosts
+from jpaged.scripts.flags import check_names, run
+from jpaged.simulation.simulator import (
+    CONTIGUOUS_POLICIES,
+    ContiguousSimulator,
+    CostModel,
+    PagedSimulator,
+)
+from jpaged.simulation.workload import (
+    SPEC_HELP,
+    Serving,
+    Workload,
+    make_workload,
+    parse_lengths,
+    simulate,
+)
 
 _POLICIES = (*CONTIGUOUS_POLICIES, "paged")
 # The 12 GiB that the paper leaves for keys and values, in tokens of 800 KiB: its 15.7 thousand.
@@ -61,7 +74,6 @@ _PREEMPTION = flags.DEFINE_enum(
 _REPORT = flags.DEFINE_string("report", None, "Directory to write the report to.")
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_DEMO = _ROOT / "models" / "demo"
 _SOURCE = _ROOT / "docs" / "paper_figures"
 _COSTS = CostModel()
 _BUDGETS = SchedulerConfig(
@@ -217,7 +229,7 @@ def serve(
       num_slots: tokens that the memory holds, of which `paged` makes as many pages as it can.
       page_size: of `paged`.
       preemption: of `paged`; host memory has room for twice the pool.
-      drain: see `scripts.workload.simulate`.
+      drain: see `jpaged.simulation.workload.simulate`.
       progress: likewise.
 
     Raises:
@@ -252,6 +264,8 @@ def make_report(directory: pathlib.Path) -> None:
         raise app.UsageError(
             "--report needs matplotlib: run `make figures`, or pip install -e '.[plots]'"
         )
+    if not _SOURCE.is_dir():
+        raise app.UsageError(f"--report is made in a checkout: there is no {_SOURCE}")
     folder = directory / "paper_figures"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,8 +339,8 @@ class _Beams:
 
     def search(self, name: str, width: int) -> dict[str, Any]:
         """Runs beam searches on prompts of the checkpoint's corpus, and says what sharing saved."""
-        from jpaged.params import SamplingParams
-        from scripts.demo_corpus import stories
+        from jpaged.host.params import SamplingParams
+        from jpaged.scripts.demo.demo_corpus import stories
 
         work = _workload(name, name, math.inf, _BEAM_REQUESTS[name], max_len=_BEAM_LEN)
         engine, texts, prompts = self._engine, stories(_SEED.value), []
@@ -357,7 +371,7 @@ class _Beams:
             max_num_batched_tokens=512,
             prefix_cache=False,
         )
-        return Engine.load(_DEMO, config)
+        return Engine.load("demo", config)
 
 
 def _rounded(value: Any) -> Any:

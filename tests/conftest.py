@@ -12,7 +12,7 @@ os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 
-from pallas_kernels.aot import TpuCompiler, find_libtpu
+from jpaged.pallas_kernels.aot import TpuCompiler, find_libtpu
 
 # To share a model between.
 jax.config.update("jax_num_cpu_devices", 2)

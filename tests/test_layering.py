@@ -1,46 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each layer imports itself and what lies below it: scripts, jpaged, models, pallas_kernels."""
+"""Imports run downward: each floor knows itself and those below it, each room those it may.
+
+The floors are scripts, jpaged, models, pallas_kernels. On jpaged's, the front (the engine and what
+it reads and writes) stands on two rooms that do not know each other: `host`, which needs no jax,
+and `device`. `simulation` is the host's side without a device.
+"""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-import pallas_kernels
-from jpaged import page_pool
+from jpaged import pallas_kernels
+from jpaged.host import page_pool
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LAYERS = ["scripts", "jpaged", "models", "pallas_kernels"]  # from the top
-FOLDERS = {*LAYERS, "tests", "docs", "constraints"}
+# What a module may import of this project, by the folder that it is in: that folder, and these.
+MAY_IMPORT = {
+    "pallas_kernels": set(),
+    "models": {"pallas_kernels"},
+    "jpaged/host": set(),
+    "jpaged/simulation": {"jpaged/host"},
+    "jpaged/device": {"jpaged/host", "models", "pallas_kernels"},
+    "jpaged": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
+    "scripts": {
+        *("jpaged", "jpaged/host", "jpaged/device", "jpaged/simulation"),
+        *("models", "pallas_kernels"),
+    },
+}
+FLOORS = ("pallas_kernels", "models", "jpaged", "scripts")
+FOLDERS = {*FLOORS, "tests", "docs", "constraints"}
 # What installing and packaging leave behind; .gitignore has them too.
 LEFTOVERS = ["build", "dist", "*.egg-info", "__pycache__", "device_check_results"]
-
-FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
-
-# The scheduler and its books must be usable where there is no jax.
-JAX_FREE = [
-    "jpaged",
-    "jpaged.page_pool",
-    "jpaged.page_table",
-    "jpaged.params",
-    "jpaged.sequence",
-    "jpaged.scheduler",
-    "jpaged.batch",
-]
+FILES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
 
-def imported_packages(source):
-    """Top-level packages that a module imports anywhere, functions and TYPE_CHECKING included."""
-    packages = set()
+def folder_of(path):
+    """The folder of `MAY_IMPORT` that a file, given from the root, is in."""
+    parts = pathlib.PurePath(path).parts
+    room = "/".join(parts[:2])
+    return room if room in MAY_IMPORT else parts[0]
+
+
+def imports_of(source):
+    """Modules that a module imports anywhere, functions and TYPE_CHECKING included."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            packages |= {alias.name.partition(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "a relative import hides its layer"
-            packages.add(node.module.partition(".")[0])
-    return packages
+            assert not node.level, "a relative import hides its floor"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_folders(source):
+    """The folders of this project that a module imports from."""
+    for name in imports_of(source):
+        first, _, rest = name.partition(".")
+        assert first not in {*FLOORS, "tests"} - {"jpaged"}, f"{name}: write jpaged.{name}"
+        if first == "jpaged":
+            path = rest.replace(".", "/")
+            yield folder_of(path if path.partition("/")[0] in FLOORS else f"jpaged/{path}")
 
 
 def test_the_imports_of_a_module_are_found_wherever_they_stand():
@@ -52,26 +74,38 @@ if TYPE_CHECKING:
 def function():
     import j
 """
-    assert imported_packages(source) == {"a", "c", "e", "h", "j"}
+    assert set(imports_of(source)) == {"a.b", "c", "e.f.g", "h.i", "j"}
+    source = "from jpaged.models.config import A\nfrom jpaged.host import b\nfrom jpaged import c"
+    assert set(imported_folders(source)) == {"models", "jpaged/host", "jpaged"}
 
 
 def test_there_is_something_to_check():
-    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(LAYERS)
+    assert {folder_of(path.relative_to(ROOT)) for path in FILES} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_run_downward(path):
-    layer = LAYERS.index(path.relative_to(ROOT).parts[0])
-    above = {*LAYERS[:layer], "tests"}
-    assert not imported_packages(path.read_text(encoding="utf-8")) & above
+    folder = folder_of(path.relative_to(ROOT))
+    found = set(imported_folders(path.read_text(encoding="utf-8")))
+    assert found <= {folder, *MAY_IMPORT[folder]}
 
 
-def test_the_books_need_no_jax():
+def test_the_host_needs_no_jax():
+    names = [
+        "jpaged",
+        *(f"jpaged.{path.stem}" for path in (ROOT / "jpaged").glob("*.py") if path.stem == "cli"),
+        *(
+            ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            for room in ("host", "simulation")
+            for path in sorted((ROOT / "jpaged" / room).rglob("*.py"))
+        ),
+    ]
+    assert len(names) > 15
     code = f"""
 import importlib, sys
-for name in {JAX_FREE!r}:
+for name in {names!r}:
     importlib.import_module(name)
-    found = [m for m in ("jax", "jaxlib", "flax", "models", "pallas_kernels") if m in sys.modules]
+    found = [m for m in ("jax", "jaxlib", "flax", "tokenizers") if m in sys.modules]
     assert not found, f"{{name}} imports {{found}}"
 from jpaged import SamplingParams
 assert "jax" not in sys.modules, "SamplingParams imports jax"
@@ -80,6 +114,28 @@ assert "jax" not in sys.modules, "SamplingParams imports jax"
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0, result.stderr
+
+
+def module_of(path):
+    """The name under which a file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] == "jpaged" else ("jpaged", *parts))
+
+
+def test_no_module_imports_itself_through_others():
+    sources = {module_of(path): path.read_text(encoding="utf-8") for path in FILES}
+    graph = {}
+    for module, source in sources.items():
+        # Of "from a.b import c", c is a module or something that a.b has.
+        names = ((name, name.rpartition(".")[0]) for name in imports_of(source))
+        found = (next((n for n in pair if n in sources), None) for pair in names)
+        graph[module] = {name for name in found if name} - {module}
+    try:
+        order = list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
+    assert len(order) == len(sources)
 
 
 def test_host_and_device_reserve_the_same_page():

@@ -6,9 +6,9 @@ a chip cannot do, says what a program takes of each memory, and writes out the s
 kernel. It does not run anything, so nothing here is a time.
 """
 
-from pallas_kernels.aot.gpu import GPU_TARGETS, GpuCompiler, GpuTarget, find_cuda_compiler
-from pallas_kernels.aot.schedule import Loop, Schedule, read_schedule
-from pallas_kernels.aot.tpu import TARGETS, Target, TpuCompiler, find_libtpu
+from jpaged.pallas_kernels.aot.gpu import GPU_TARGETS, GpuCompiler, GpuTarget, find_cuda_compiler
+from jpaged.pallas_kernels.aot.schedule import Loop, Schedule, read_schedule
+from jpaged.pallas_kernels.aot.tpu import TARGETS, Target, TpuCompiler, find_libtpu
 
 __all__ = [
     "GPU_TARGETS",

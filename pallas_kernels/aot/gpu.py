@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from pallas_kernels.aot.lowering import compile_for
+from jpaged.pallas_kernels.aot.lowering import compile_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from pallas_kernels.aot.lowering import compile_for
-from pallas_kernels.aot.schedule import Schedule, read_schedule
+from jpaged.pallas_kernels.aot.lowering import compile_for
+from jpaged.pallas_kernels.aot.schedule import Schedule, read_schedule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds any implementation of the kernels' contract, ours or a stranger's, to dense float64.
 
-    from pallas_kernels import conformance
+    from jpaged.pallas_kernels import conformance
     for result in conformance.run(paged_attention=my_attention):
         print(result)
 
@@ -11,11 +11,11 @@ entries past a sequence's end are ids of other sequences' pages. The tolerance o
 follows from the sums that lead to it and the dtypes, see `dense_attention`; it is fitted to nobody.
 """
 
-from pallas_kernels.conformance.cases import Case, make_case, poisoned_pool
-from pallas_kernels.conformance.checks import check_attention, check_copy, check_write
-from pallas_kernels.conformance.interpret import interpret_gpu, interpret_tpu
-from pallas_kernels.conformance.oracle import dense_attention, written_pool
-from pallas_kernels.conformance.report import Result, run, suite
+from jpaged.pallas_kernels.conformance.cases import Case, make_case, poisoned_pool
+from jpaged.pallas_kernels.conformance.checks import check_attention, check_copy, check_write
+from jpaged.pallas_kernels.conformance.interpret import interpret_gpu, interpret_tpu
+from jpaged.pallas_kernels.conformance.oracle import dense_attention, written_pool
+from jpaged.pallas_kernels.conformance.report import Result, run, suite
 
 __all__ = [
     "Case",

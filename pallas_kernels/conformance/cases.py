@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import kv_pages_shape
+from jpaged.pallas_kernels.layout import kv_pages_shape
 
 
 @dataclasses.dataclass

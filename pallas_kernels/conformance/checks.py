@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.conformance.cases import Case, poisoned_pool
-from pallas_kernels.conformance.oracle import dense_attention, written_pool
+from jpaged.pallas_kernels.conformance.cases import Case, poisoned_pool
+from jpaged.pallas_kernels.conformance.oracle import dense_attention, written_pool
 
 
 def check_attention(attend: Callable[..., jax.Array], case: Case) -> float:

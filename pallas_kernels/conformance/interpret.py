@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from pallas_kernels import versions
+from jpaged.pallas_kernels import versions
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def interpret_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
         or a copy does not start where a tile does.
       RuntimeError: for Mosaic GPU's kernels with jax 0.10.
     """
-    from pallas_kernels.gpu import chip
+    from jpaged.pallas_kernels.gpu import chip
 
     mosaic = capability[0] >= 9
     interpreter = versions.mosaic_interpreter() if mosaic else versions.triton_interpreter()

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.conformance.cases import Case
+from jpaged.pallas_kernels.conformance.cases import Case
 
 # A kernel's own freedom: the smallest block of keys after which it may rescale its sums, and the
 # units in the last place by which its exp and tanh may be off.

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.conformance.cases import Case, make_case
-from pallas_kernels.conformance.checks import check_attention, check_copy, check_write
+from jpaged.pallas_kernels.conformance.cases import Case, make_case
+from jpaged.pallas_kernels.conformance.checks import check_attention, check_copy, check_write
 
 _DECODE = [(1, 1), (1, 4), (1, 5), (1, 130), (1, 257), (1, 3)]
 _PREFILL = [(1, 1), (4, 4), (7, 7), (40, 40), (33, 65), (2, 130)]

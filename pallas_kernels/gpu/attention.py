@@ -8,8 +8,8 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu import work
-from pallas_kernels.gpu.chip import Chip, target_chip
+from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu.chip import Chip, target_chip
 
 
 def paged_attention(
@@ -97,4 +97,4 @@ def choose_lowering(q: jax.Array, chip: Chip) -> ModuleType:
     has_mosaic = chip.capability[0] in (9, 10)
     name = "mosaic" if has_mosaic and q.dtype != jnp.float32 else "triton"
     # Imported when it is first used: jax will drop Triton's some day.
-    return importlib.import_module(f"pallas_kernels.gpu.{name}")
+    return importlib.import_module(f"jpaged.pallas_kernels.gpu.{name}")

@@ -5,7 +5,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels import interpreting
+from jpaged.pallas_kernels import interpreting
 
 # Opt-in shared memory of a thread block, by compute capability.
 # Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -115,5 +115,5 @@ def check_platform() -> None:
         raise ValueError(
             f"backend 'gpu' on platform {jax.default_backend()!r}: its kernels run on NVIDIA GPUs "
             "only; pass backend='xla', or interpret them, slowly, within "
-            "pallas_kernels.conformance.interpret_gpu()"
+            "jpaged.pallas_kernels.conformance.interpret_gpu()"
         )

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import work
-from pallas_kernels.gpu.chip import Chip
-from pallas_kernels.gpu.mosaic_kernel import (
+from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels.gpu.mosaic_kernel import (
     BLOCK_TOKENS,
     OUT_ROW_BYTES,
     attend_tile,
     block_pages,
     pieces,
 )
-from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
+from jpaged.pallas_kernels.gpu.tensor_core import Blackwell, Hopper
 
 # What a multiprocessor keeps of its shared memory for each thread block.
 _BLOCK_SMEM_BYTES = 1024

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import versions
-from pallas_kernels.gpu import work
-from pallas_kernels.gpu.tensor_core import Blackwell, Hopper
+from jpaged.pallas_kernels import versions
+from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu.tensor_core import Blackwell, Hopper
 
 # Tokens of a block of keys: the rows of a register tile, which dead values are cleared in.
 BLOCK_TOKENS = 64

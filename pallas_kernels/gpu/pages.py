@@ -6,7 +6,7 @@
 
 import jax
 
-from pallas_kernels import reference
+from jpaged.pallas_kernels import reference
 
 copy_pages = jax.jit(reference.copy_pages)
 write_kv = jax.jit(reference.write_kv)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.gpu import work
-from pallas_kernels.gpu.chip import Chip
-from pallas_kernels.gpu.work import AttentionPlan
+from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels.gpu.work import AttentionPlan
 
 _MIN_CAPABILITY = (8, 0)
 # The first that Triton converts float8_e4m3fn for.

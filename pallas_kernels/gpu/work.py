@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.gpu.chip import Chip
-from pallas_kernels.reference import token_rows
-from pallas_kernels.worklist import expand
+from jpaged.pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels.reference import token_rows
+from jpaged.pallas_kernels.worklist import expand
 
 FIELDS = (
     "seq",  # row of the page table

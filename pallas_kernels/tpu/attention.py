@@ -12,18 +12,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.reference import token_rows
-from pallas_kernels.tpu import spans as spans_lib
-from pallas_kernels.tpu.chip import in_hbm
-from pallas_kernels.tpu.kernel import attention_kernel
-from pallas_kernels.tpu.plan import (
+from jpaged.pallas_kernels.reference import token_rows
+from jpaged.pallas_kernels.tpu import spans as spans_lib
+from jpaged.pallas_kernels.tpu.chip import in_hbm
+from jpaged.pallas_kernels.tpu.kernel import attention_kernel
+from jpaged.pallas_kernels.tpu.plan import (
     LANES,
     AttentionPlan,
     check_scalars,
     plan_attention,
     vmem_limit,
 )
-from pallas_kernels.tuning import TpuTiles
+from jpaged.pallas_kernels.tuning import TpuTiles
 
 
 # Jitted by itself as every backend's functions are: called outside jit it is one program, in which

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import interpreting
+from jpaged.pallas_kernels import interpreting
 
 
 @dataclasses.dataclass(frozen=True)

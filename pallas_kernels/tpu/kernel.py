@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.plan import LANES, AttentionPlan
-from pallas_kernels.tpu.spans import FIELDS
+from jpaged.pallas_kernels.tpu.plan import LANES, AttentionPlan
+from jpaged.pallas_kernels.tpu.spans import FIELDS
 
 # Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.
 _MASKED = -1e30

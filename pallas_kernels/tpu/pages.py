@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.layout import NULL_PAGE
-from pallas_kernels.reference import pack_cells
-from pallas_kernels.tpu.plan import (
+from jpaged.pallas_kernels.layout import NULL_PAGE
+from jpaged.pallas_kernels.reference import pack_cells
+from jpaged.pallas_kernels.tpu.plan import (
     LANES,
     SUBLANES,
     check_pool,
@@ -20,7 +20,7 @@ from pallas_kernels.tpu.plan import (
     round_up,
     vmem_limit,
 )
-from pallas_kernels.worklist import expand
+from jpaged.pallas_kernels.worklist import expand
 
 # Vector memory for strips on their way; half of them are read ahead, half are being written.
 _STRIPS_BYTES = 4 * 2**20

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tuning
-from pallas_kernels.tpu.chip import Chip, target_chip
+from jpaged.pallas_kernels import tuning
+from jpaged.pallas_kernels.tpu.chip import Chip, target_chip
 
 LANES = 128
 SUBLANES = 8

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.worklist import expand
+from jpaged.pallas_kernels.worklist import expand
 
 FIELDS = (
     "block",  # of the token axis

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels in plain XLA: the CPU's real backend, and correct on every device."""
 
-from pallas_kernels.xla.attention import paged_attention
-from pallas_kernels.xla.pages import copy_pages, write_kv
+from jpaged.pallas_kernels.xla.attention import paged_attention
+from jpaged.pallas_kernels.xla.pages import copy_pages, write_kv
 
 __all__ = ["copy_pages", "paged_attention", "write_kv"]

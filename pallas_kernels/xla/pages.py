@@ -4,8 +4,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
-from pallas_kernels.reference import pack_cells, token_positions, token_rows
+from jpaged.pallas_kernels import reference
+from jpaged.pallas_kernels.reference import pack_cells, token_positions, token_rows
 
 copy_pages = jax.jit(reference.copy_pages)
 

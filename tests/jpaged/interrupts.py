@@ -20,7 +20,7 @@ import time
 import jax
 
 from jpaged import SamplingParams
-from jpaged.outputs import GenerationInterrupted
+from jpaged.host.outputs import GenerationInterrupted
 from tests.jpaged.exact import EXACT
 from tests.jpaged.tiny import prompts_of, tiny_engine
 

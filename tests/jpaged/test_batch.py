@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.batch import ShapeBuckets, StepShape, build_batch, empty_batch
-from jpaged.page_pool import NULL_PAGE, PagePool
-from jpaged.page_table import PageTable
-from jpaged.params import SamplingParams
-from jpaged.sequence import Request
-from jpaged.step import ScheduledStep
+from jpaged.host.batch import ShapeBuckets, StepShape, build_batch, empty_batch
+from jpaged.host.page_pool import NULL_PAGE, PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.sequence import Request
+from jpaged.host.step import ScheduledStep
 
 PAGES_PER_SEQ = 5
 

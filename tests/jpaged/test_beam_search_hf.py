@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Beam search beside transformers' recorded hypotheses; see scripts/record_hf_beams.py."""
+"""Beam search beside transformers' recorded hypotheses; see scripts/fixtures/record_hf_beams.py."""
 
 import json
 import pathlib

@@ -6,8 +6,7 @@ import functools
 import numpy as np
 import pytest
 
-import pallas_kernels
-from jpaged import SamplingParams
+from jpaged import SamplingParams, pallas_kernels
 from tests.jpaged.exact import EXACT, drawn, everything
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine
 

@@ -20,9 +20,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.batch import StepShape
-from jpaged.checks import shown
-from jpaged.config import CHOICES
+from jpaged.host.batch import StepShape
+from jpaged.host.checks import shown
+from jpaged.host.config import CHOICES
 from tests.jpaged.exact import EXACT, run_steps
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params
 

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.batch import StepShape
-from jpaged.outputs import GenerationInterrupted
-from models import checkpoint
+from jpaged.host.batch import StepShape
+from jpaged.host.outputs import GenerationInterrupted
+from jpaged.models import checkpoint
 from tests import tolerances
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, token_ids
 
@@ -29,7 +29,7 @@ SMALL_POOL = dict(num_pages=14, page_size=8, max_num_batched_tokens=16, max_num_
 
 
 class TestHuggingFace:
-    """Recorded greedy continuations, token for token; see scripts/record_hf_fixtures.py."""
+    """Recorded greedy continuations, token for token; see record_hf_fixtures.py."""
 
     @pytest.mark.parametrize(
         ("case", "config"),

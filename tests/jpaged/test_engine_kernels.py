@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from pallas_kernels import versions
-from pallas_kernels.conformance import interpret_gpu, interpret_tpu
+from jpaged.pallas_kernels import versions
+from jpaged.pallas_kernels.conformance import interpret_gpu, interpret_tpu
 
 # Two layers: each operation of a kernel is interpreted by itself.
 MODEL = pathlib.Path(__file__).parent.parent / "fixtures" / "hf" / "llama3_rope_hd80_tied"

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from jpaged import SamplingParams
+from jpaged.device.sampling import SamplingRows, mark_not_finite, sample
+from jpaged.models.decoder import Decoder
 from jpaged.results import ResultReader
-from jpaged.sampling import SamplingRows, mark_not_finite, sample
 from jpaged.text import TextStream
-from models.decoder import Decoder
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jpaged import SamplingParams
-from jpaged.outputs import GenerationInterrupted
+from jpaged.host.outputs import GenerationInterrupted
 from jpaged.recovery import Change, EngineDeadError
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps
 from tests.jpaged.tiny import prompts_of, tiny_engine

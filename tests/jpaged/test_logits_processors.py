@@ -10,8 +10,8 @@ import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams, sampling
 from jpaged.defaults import default_params
-from jpaged.logits_processors import LogitsProcessors, idle_rows
-from models.generation_config import GenerationConfig
+from jpaged.host.logits_processors import LogitsProcessors, idle_rows
+from jpaged.models.generation_config import GenerationConfig
 from tests.jpaged.exact import EXACT, everything, run_steps
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_ids
 
@@ -41,7 +41,7 @@ def params_of(record):
 
 
 class TestHuggingFace:
-    """What transformers generated with the same processors; see scripts/record_hf_processors.py."""
+    """What transformers generated with the same processors; see record_hf_processors.py."""
 
     @pytest.mark.parametrize("case", sorted({record["case"] for record in RECORDS}))
     def test_tokens_and_scores_are_equal(self, case):

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams, memory
-from jpaged.memory import plan_pool
+from jpaged.device.memory import plan_pool
 from tests.jpaged.tiny import TINY, tiny_engine, tiny_params
 
 GIB = 2**30

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.page_pool import NULL_PAGE, OutOfPagesError, PagePool
+from jpaged.host.page_pool import NULL_PAGE, OutOfPagesError, PagePool
 
 
 @pytest.mark.parametrize("num_pages", [-1, 0, 1])

@@ -22,8 +22,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from jpaged.page_pool import NULL_PAGE, OutOfPagesError, PagePool
-from jpaged.page_table import PageTable
+from jpaged.host.page_pool import NULL_PAGE, OutOfPagesError, PagePool
+from jpaged.host.page_table import PageTable
 
 
 def make_table(num_usable_pages=16, page_size=4, pages_per_seq=8):

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from jpaged.params import SamplingParams
+from jpaged.host.params import SamplingParams
 
 REFUSED = [
     ("max_tokens", 0, "at least 1"),

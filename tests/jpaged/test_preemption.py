@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 
 from jpaged import SamplingParams
-from jpaged.outputs import GenerationInterrupted
+from jpaged.host.outputs import GenerationInterrupted
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps, with_prefix
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine
 
@@ -61,7 +61,7 @@ class TestPreemption:
         engine = tiny_engine(
             **EXACT, num_pages=10, preemption="auto", swap_bytes_per_s=1e9, flops_per_s=1e9
         )
-        with caplog.at_level(logging.INFO, logger="jpaged.scheduler"):
+        with caplog.at_level(logging.INFO, logger="jpaged.host.scheduler"):
             engine.generate(prompts_of([30, 30]), drawn(max_tokens=30))
         lines = [r.getMessage() for r in caplog.records if "preempted" in r.getMessage()]
         # A page: 2 layers, 2 heads, 8 slots, 32 lanes of 4 bytes, there and back.
@@ -98,12 +98,12 @@ class TestInterrupts:
     @pytest.mark.parametrize(
         "where",
         [
-            "jpaged.page_table.PageTable.append",
-            "jpaged.page_table.PageTable.free",
-            "jpaged.prefix_cache.PrefixCache.address",
-            "jpaged.scheduler.Scheduler.finish",
-            "jpaged.scheduler.Scheduler.advance_beams",
-            "jpaged.swap.SwapSpace.swap_out",
+            "jpaged.host.page_table.PageTable.append",
+            "jpaged.host.page_table.PageTable.free",
+            "jpaged.host.prefix_cache.PrefixCache.address",
+            "jpaged.host.scheduler.Scheduler.finish",
+            "jpaged.host.scheduler.Scheduler.advance_beams",
+            "jpaged.host.swap.SwapSpace.swap_out",
         ],
     )
     def test_in_the_middle_of_the_books(self, where, monkeypatch, roomy):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.page_pool import PagePool
-from jpaged.prefix_cache import PrefixCache
+from jpaged.host.page_pool import PagePool
+from jpaged.host.prefix_cache import PrefixCache
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps, with_prefix
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_ids
 

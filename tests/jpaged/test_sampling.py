@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jpaged import sampling
-from jpaged.sampling import SamplingRows
+from jpaged.device import sampling
+from jpaged.device.sampling import SamplingRows
 
 DTYPES = {
     "temperature": np.float32,

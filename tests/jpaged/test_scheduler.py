@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from jpaged.admission import RequestTooLongError, SchedulerConfig
-from jpaged.beam import start_search
-from jpaged.page_pool import PagePool
-from jpaged.page_table import PageTable
-from jpaged.params import SamplingParams
-from jpaged.scheduler import Scheduler
-from jpaged.sequence import Request, Status
+from jpaged.host.admission import RequestTooLongError, SchedulerConfig
+from jpaged.host.beam import start_search
+from jpaged.host.page_pool import PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Request, Status
 
 
 def make_scheduler(num_usable_pages=32, page_size=4, **config):
@@ -213,7 +213,7 @@ def test_preemption_takes_the_youngest_and_logs_it(caplog):
         step = scheduler.schedule()
         read(step)
     assert plan(step) == "a:1 b:1"
-    with caplog.at_level("INFO", logger="jpaged.scheduler"):
+    with caplog.at_level("INFO", logger="jpaged.host.scheduler"):
         step = scheduler.schedule()
     assert plan(step) == "a:1"
     assert [record.getMessage() for record in caplog.records] == [

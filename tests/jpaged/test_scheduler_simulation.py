@@ -17,14 +17,14 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from jpaged.admission import SchedulerConfig
-from jpaged.beam import Candidate, path, start_search
-from jpaged.page_pool import NULL_PAGE, PagePool
-from jpaged.page_table import PageTable
-from jpaged.params import SamplingParams
-from jpaged.scheduler import Scheduler
-from jpaged.sequence import Request, Status
-from jpaged.swap import PreemptionCosts
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.beam import Candidate, path, start_search
+from jpaged.host.page_pool import NULL_PAGE, PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Request, Status
+from jpaged.host.swap import PreemptionCosts
 
 
 @dataclasses.dataclass(frozen=True)

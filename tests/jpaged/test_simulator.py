@@ -10,8 +10,8 @@ import pytest
 from hypothesis import stateful
 from hypothesis import strategies as st
 
-from jpaged.admission import RequestTooLongError, SchedulerConfig
-from jpaged.simulator import (
+from jpaged.host.admission import RequestTooLongError, SchedulerConfig
+from jpaged.simulation.simulator import (
     CONTIGUOUS_POLICIES,
     BuddyAllocator,
     ContiguousSimulator,
@@ -329,5 +329,5 @@ class TestCostModel:
 
 
 def test_needs_no_jax():
-    code = "import sys, jpaged.simulator; assert 'jax' not in sys.modules"
+    code = "import sys, jpaged.simulation.simulator; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from jpaged import SamplingParams
+from jpaged.device.runner import StepResult
+from jpaged.host.stats import Counters
+from jpaged.host.step import ScheduledStep
 from jpaged.results import ResultReader
-from jpaged.runner import StepResult
-from jpaged.stats import Counters
-from jpaged.step import ScheduledStep
 from tests.jpaged.tiny import prompts_of, tiny_engine
 
 

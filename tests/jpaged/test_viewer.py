@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged import SamplingParams
-from jpaged.page_pool import OutOfPagesError, PagePool
-from jpaged.page_table import PageTable
-from jpaged.viewer import MIN_WIDTH, PageState, PoolSnapshot, draw
+from jpaged.host.page_pool import OutOfPagesError, PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.viewer import MIN_WIDTH, PageState, PoolSnapshot, draw
 from tests.jpaged.tiny import prompts_of, tiny_engine
 
 

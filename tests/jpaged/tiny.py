@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from jpaged import Engine, EngineConfig
-from models.config import ModelConfig
-from models.decoder import Decoder
+from jpaged.models.config import ModelConfig
+from jpaged.models.decoder import Decoder
 
 TINY = ModelConfig(
     family="Qwen3ForCausalLM",

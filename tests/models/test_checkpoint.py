@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import checkpoint
-from models.checkpoint import CheckpointError
-from models.config import ModelConfigError, load_config
-from models.decoder import Decoder
+from jpaged.models import checkpoint
+from jpaged.models.checkpoint import CheckpointError
+from jpaged.models.config import ModelConfigError, load_config
+from jpaged.models.decoder import Decoder
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 ALL = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
@@ -429,7 +429,7 @@ DAMAGED = {
 LOAD_EACH = """
 import json, sys
 import jax.numpy as jnp
-from models import checkpoint
+from jpaged.models import checkpoint
 for directory in sys.argv[1:]:
     try:
         checkpoint.load(directory, jnp.float32)

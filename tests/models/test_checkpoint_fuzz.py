@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import checkpoint
-from models.checkpoint import CheckpointError
-from models.config import ModelConfigError
-from models.families import tensor_name
+from jpaged.models import checkpoint
+from jpaged.models.checkpoint import CheckpointError
+from jpaged.models.config import ModelConfigError
+from jpaged.models.families import tensor_name
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import (
+from jpaged.models.config import (
     ModelConfig,
     ModelConfigError,
     RopeScaling,
@@ -18,11 +18,11 @@ from models.config import (
     config_to_hf,
     load_config,
 )
-from models.shapes import SHAPES
+from jpaged.models.shapes import SHAPES
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 
-# What scripts/record_hf_fixtures.py asked transformers for.
+# What scripts/fixtures/record_hf_fixtures.py asked transformers for.
 RECORDED = {
     "llama_gqa5_hd48_untied": ModelConfig(
         family="LlamaForCausalLM",

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.config import ModelConfig, ModelConfigError, load_config
-from models.generation_config import GenerationConfig, load_generation_config
+from jpaged.models.config import ModelConfig, ModelConfigError, load_config
+from jpaged.models.generation_config import GenerationConfig, load_generation_config
 from tests.models.test_config import LLAMA_3_1_8B
 
 BASE = LLAMA_3_1_8B | {"head_dim": 128, "transformers_weights": None}

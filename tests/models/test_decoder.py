@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import checkpoint
-from models.decoder import Decoder, stack_layers
-from models.inputs import PagedInputs
-from models.layers import linear
+from jpaged.models import checkpoint
+from jpaged.models.decoder import Decoder, stack_layers
+from jpaged.models.inputs import PagedInputs
+from jpaged.models.layers import linear
 from tests import tolerances
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"

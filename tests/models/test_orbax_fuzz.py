@@ -15,8 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from models import checkpoint
-from models.config import config_from_hf
+from jpaged.models import checkpoint
+from jpaged.models.config import config_from_hf
 from tests.models.test_checkpoint_fuzz import CONFIG, make_tensors
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ LOAD_EACH = """
 import json, sys, time
 import jax, numpy
 import jax.numpy as jnp
-from models import checkpoint
+from jpaged.models import checkpoint
 for directory in sys.stdin.read().split():
     start = time.perf_counter()
     try:

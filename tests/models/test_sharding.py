@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-import pallas_kernels
-from models import sharding
-from models.decoder import Decoder
-from models.inputs import PagedInputs
-from models.shapes import SHAPES
+from jpaged import pallas_kernels
+from jpaged.models import sharding
+from jpaged.models.decoder import Decoder
+from jpaged.models.inputs import PagedInputs
+from jpaged.models.shapes import SHAPES
 
 CONFIG = dataclasses.replace(
     SHAPES["qwen3-0.6b"],

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from models import checkpoint
-from models.config import ModelConfigError
+from jpaged.models import checkpoint
+from jpaged.models.config import ModelConfigError
 from tests.models.test_checkpoint import (
     FIXTURES,
     INDEX,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pallas_kernels.aot import Loop, read_schedule
+from jpaged.pallas_kernels.aot import Loop, read_schedule
 
 UNITS = {"MXU": 4, "VALU": 4, "VSTORE": 1, "SALU": 2}
 

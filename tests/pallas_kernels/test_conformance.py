@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels
-from pallas_kernels import conformance, reference
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance, reference
 
 XLA = {
     name: functools.partial(getattr(pallas_kernels, name), backend="xla")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels
-from pallas_kernels import conformance, versions
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance, versions
 
 BACKENDS = {
     "xla": ("xla", contextlib.nullcontext, jnp.float32),

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import pallas_kernels
-from pallas_kernels import conformance
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,11 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-import pallas_kernels
-from pallas_kernels import conformance, kv_pages_shape, versions
-from pallas_kernels.gpu import mosaic, triton
-from pallas_kernels.gpu.attention import choose_lowering
-from pallas_kernels.gpu.chip import Chip, target_chip
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance, kv_pages_shape, versions
+from jpaged.pallas_kernels.gpu import mosaic, triton
+from jpaged.pallas_kernels.gpu.attention import choose_lowering
+from jpaged.pallas_kernels.gpu.chip import Chip, target_chip
 
 ATTEND = functools.partial(pallas_kernels.paged_attention, backend="gpu")
 H100 = Chip("NVIDIA H100", (9, 0), 132, 227 * 1024)

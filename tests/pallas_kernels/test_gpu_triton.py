@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import conformance, kv_pages_shape
-from pallas_kernels.gpu import triton, work
-from pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels import conformance, kv_pages_shape
+from jpaged.pallas_kernels.gpu import triton, work
+from jpaged.pallas_kernels.gpu.chip import Chip
 
 A100 = Chip("NVIDIA A100", (8, 0), 108, 163 * 1024)
 L4 = Chip("NVIDIA L4", (8, 9), 58, 99 * 1024)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.gpu import work
-from pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu.chip import Chip
 
 ROWS, CAPACITY = 6, 40
 GARBAGE = st.sampled_from([0, 1, -1, 7, 10**6, 2**31 - 1, -(2**31)])

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pallas_kernels
-from pallas_kernels import reference
-from pallas_kernels.conformance import dense_attention, make_case
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import reference
+from jpaged.pallas_kernels.conformance import dense_attention, make_case
 from tests import tolerances
 
 IMPLEMENTATIONS = {

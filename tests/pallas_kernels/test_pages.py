@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import pallas_kernels
-from pallas_kernels import reference, versions
-from pallas_kernels.conformance import make_case, poisoned_pool, written_pool
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import reference, versions
+from jpaged.pallas_kernels.conformance import make_case, poisoned_pool, written_pool
 
 WRITES = {
     "reference": reference.write_kv,

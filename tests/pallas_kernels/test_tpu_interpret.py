@@ -13,9 +13,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-import pallas_kernels
-from pallas_kernels import conformance, tuning
-from pallas_kernels.tpu import plan
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance, tuning
+from jpaged.pallas_kernels.tpu import plan
 
 TPU = {
     name: functools.partial(getattr(pallas_kernels, name), backend="tpu")

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import kv_pages_shape, tuning
-from pallas_kernels.tpu.chip import Chip
-from pallas_kernels.tpu.plan import check_pool, check_scalars, plan_attention, vmem_limit
+from jpaged.pallas_kernels import kv_pages_shape, tuning
+from jpaged.pallas_kernels.tpu.chip import Chip
+from jpaged.pallas_kernels.tpu.plan import check_pool, check_scalars, plan_attention, vmem_limit
 
 MIB = 2**20
 SMALL, LARGE = Chip("v0", 16 * MIB, MIB), Chip("v0", 128 * MIB, MIB)

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import tuning
-from pallas_kernels.tpu import attention, pages, spans
+from jpaged.pallas_kernels import tuning
+from jpaged.pallas_kernels.tpu import attention, pages, spans
 
 ROWS = 6
 PAGE_SIZE = 8

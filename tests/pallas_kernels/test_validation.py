@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-import pallas_kernels
-from pallas_kernels import conformance, dispatch, validation, versions
-from pallas_kernels.conformance import make_case
+from jpaged import pallas_kernels
+from jpaged.pallas_kernels import conformance, dispatch, validation, versions
+from jpaged.pallas_kernels.conformance import make_case
 
 
 def array(shape, dtype=jnp.float32):

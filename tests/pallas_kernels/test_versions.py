@@ -7,7 +7,7 @@ import re
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import versions
+from jpaged.pallas_kernels import versions
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import worklist
+from jpaged.pallas_kernels import worklist
 
 expand = jax.jit(worklist.expand, static_argnames="size")
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from absl import app, flags
 
-from jpaged.admission import SchedulerConfig
-from jpaged.config import EngineConfig
-from jpaged.simulator import Item, PagedSimulator
-from models.config import config_from_hf, config_to_hf
-from models.decoder import Decoder
-from models.shapes import SHAPES
-from scripts.flags import define_engine_flags, engine_config_from_flags
-from scripts.workload import (
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.config import EngineConfig
+from jpaged.models.config import config_from_hf, config_to_hf
+from jpaged.models.decoder import Decoder
+from jpaged.models.shapes import SHAPES
+from jpaged.scripts.flags import define_engine_flags, engine_config_from_flags
+from jpaged.simulation.simulator import Item, PagedSimulator
+from jpaged.simulation.workload import (
     SHAREGPT,
     TRACE_POINTS,
     LogNormal,

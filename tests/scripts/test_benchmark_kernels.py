@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/benchmark_kernels.py and scripts/device_check.sh, as far as that goes without a GPU."""
+"""benchmark_kernels.py and device_check.sh, as far as that goes without a GPU."""
 
 import json
 import math
@@ -12,9 +12,9 @@ import sys
 import numpy as np
 import pytest
 
-from scripts import benchmark_kernels
-from scripts.benchmark_kernels import parse_step
-from scripts.kernel_contenders import Case, Inputs
+from jpaged.scripts import benchmark_kernels
+from jpaged.scripts.kernels.benchmark_kernels import parse_step
+from jpaged.scripts.kernels.kernel_contenders import Case, Inputs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TINY = ("--rows=1", "--contexts=32", "--steps=", "--num_q_heads=4", "--num_kv_heads=2")
@@ -24,7 +24,7 @@ TINY += ("--head_dim=16", "--dtype=float32", "--runs=2", "--run_s=0.001")
 def run(*args, expected_code=0):
     """Runs the benchmark on the CPU."""
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.benchmark_kernels", *args],
+        [sys.executable, "-m", "jpaged.scripts.kernels.benchmark_kernels", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -201,14 +201,14 @@ case "$*" in
     counts='tests="3" failures="0" errors="0" skipped="SKIPPED"'
     echo "<testsuites><testsuite $counts/></testsuites>" >"$xml"
     ;;
-  *"scripts.conformance "*bfloat16) echo '{"passed": 5, "failed": 1, "refused": 2}'; exit 1 ;;
-  *"scripts.conformance "*) sleep 60 ;;
-  *"scripts.generate "*)
+  *"jpaged conformance "*bfloat16) echo '{"passed": 5, "failed": 1, "refused": 2}'; exit 1 ;;
+  *"jpaged conformance "*) sleep 60 ;;
+  *"jpaged generate "*)
     echo '{"outputs": [{"text": "a b c d e f", "token_ids": [1, 2]}]}'
     echo '{"outputs": [{"text": "g h i j k l", "token_ids": [3]}]}'
     ;;
-  *"scripts.benchmark "*) echo '{"runs": {"paged": {"output_tokens_per_s": 7.5}}}' ;;
-  *"scripts.benchmark_host"*) echo '{"total_us": 250.0}' ;;
+  *"jpaged benchmark "*) echo '{"runs": {"paged": {"output_tokens_per_s": 7.5}}}' ;;
+  *"scripts.measure.benchmark_host"*) echo '{"total_us": 250.0}' ;;
   *) exec PYTHON "$@" ;;
 esac
 """

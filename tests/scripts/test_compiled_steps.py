@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 
-import pallas_kernels
-from models.shapes import SHAPES
-from scripts.compiled_steps import compile_step
+from jpaged import pallas_kernels
+from jpaged.models.shapes import SHAPES
+from jpaged.scripts.kernels.compiled_steps import compile_step
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
 
 def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatch):
     """What `models.sharding.placements` is for; where this fails, it may go."""
-    monkeypatch.setattr("models.sharding.placements", lambda params, shardings: shardings)
+    monkeypatch.setattr("jpaged.models.sharding.placements", lambda params, shardings: shardings)
     facts = compile_step(tpu_compiler, tpu_compiler.mesh("7x"), small("llama-3.2-1b"))
     assert facts.temp_bytes > 3 * 2 * 60e6 * 0.9  # three layers of 60 million weights
 

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, "-m", "scripts.conformance", *args],
+        [sys.executable, "-m", "jpaged", "conformance", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from scripts.demo_corpus import stories
-from scripts.demo_tokenizer import BOS, EOS, train_tokenizer
+from jpaged.scripts.demo.demo_corpus import stories
+from jpaged.scripts.demo.demo_tokenizer import BOS, EOS, train_tokenizer
 
 _NUM_STORIES = 2000
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts.generate's command line at the door: each flag with each wrong value, and together."""
+"""The command line of `jpaged generate` at the door: each flag with each wrong value, and all."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 import pytest
 from absl import app, flags
 
-from scripts.flags import enable_compilation_cache
+from jpaged.scripts.flags import enable_compilation_cache
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -19,8 +19,8 @@ DRIVER = """
 import json, sys
 from absl import app, flags
 from absl.testing import flagsaver
-from scripts import generate
-from scripts.flags import engine_config_from_flags
+from jpaged.scripts import generate
+from jpaged.scripts.flags import engine_config_from_flags
 
 results = []
 for given in json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass")):

@@ -20,7 +20,14 @@ def run(cache):
     def run(*args, stdin=None):
         # A closed standard input is not a terminal, so it is never waited for.
         return subprocess.run(
-            [sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={cache}", *args],
+            [
+                sys.executable,
+                "-m",
+                "jpaged",
+                "generate",
+                f"--compilation_cache_dir={cache}",
+                *args,
+            ],
             cwd=ROOT,
             input=stdin if stdin is not None else "",
             capture_output=True,
@@ -100,7 +107,7 @@ def test_show_pages_on_a_terminal(cache, no_color, page):
     terminal, stderr = pty.openpty()
     args = ("--prompt=Once", "--max_tokens=1", "--show_pages", "--num_pages=9")
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.generate", f"--compilation_cache_dir={cache}", *args],
+        [sys.executable, "-m", "jpaged", "generate", f"--compilation_cache_dir={cache}", *args],
         cwd=ROOT, env=os.environ | {"NO_COLOR": no_color}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=stderr, timeout=300,
     )  # fmt: skip
@@ -131,7 +138,7 @@ def test_a_form_feed_is_part_of_a_prompt(run):
 WITH_CTRL_C = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, "-m", "scripts.generate", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "jpaged", "generate", *sys.argv[1:]])
 """
 
 

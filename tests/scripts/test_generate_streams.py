@@ -18,8 +18,8 @@ from jpaged.text import load_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
-SHELL = '"$PYTHON" -m scripts.generate --compilation_cache_dir="$CACHE" --num_pages=256 --seed=1 '
-PROGRAM = [sys.executable, "-m", "scripts.generate"]
+SHELL = '"$PYTHON" -m jpaged generate --compilation_cache_dir="$CACHE" --num_pages=256 --seed=1 '
+PROGRAM = [sys.executable, "-m", "jpaged", "generate"]
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +131,7 @@ def start(cache, *args, options=()):
     """Starts generate as from a terminal, on two prompts."""
     return subprocess.Popen(
         [
-            *(sys.executable, "-c", WITH_CTRL_C, *options, "-m", "scripts.generate"),
+            *(sys.executable, "-c", WITH_CTRL_C, *options, "-m", "jpaged", "generate"),
             *(f"--compilation_cache_dir={cache}", *MANY, *args),
         ],
         cwd=ROOT,
@@ -155,7 +155,7 @@ def wait_for(pipe, sign):
     [
         (b"absl", 1),
         (b"jax.numpy", 1),
-        (b"scripts.prompts", 1),
+        (b"jpaged.scripts.prompts", 1),
         (b"jpaged.placement: loaded", 2),
         (b"page pool", 1),
         (b"0/2", 1),

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
+from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
 
 ROOT = pathlib.Path(__file__).parents[2]
 compiles = [
@@ -22,7 +22,7 @@ compiles = [
         reason="no compiler for NVIDIA GPUs: make cuda-compiler",
     ),
 ]
-# One for each target, and every kind of case nightly, for some target; all: `scripts.gpu_kernels`.
+# One for each target, and every kind of case nightly, for some target; all: `gpu_kernels`.
 ALWAYS = {
     "a100": ["head_dim 64, int8 pages"],
     "h100": ["head_dim 256, int8 pages"],
@@ -59,7 +59,7 @@ NIGHTLY = {
 def run(*flags):
     """Compiles in a process of its own: one compiles for one target."""
     return subprocess.run(
-        [sys.executable, "-m", "scripts.gpu_kernels", *flags],
+        [sys.executable, "-m", "jpaged.scripts.kernels.gpu_kernels", *flags],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -153,6 +153,6 @@ def test_targets_are_those_of_the_lowerings():
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("pallas_kernels.aot.gpu.find_cuda_compiler", lambda: None)
+    monkeypatch.setattr("jpaged.pallas_kernels.aot.gpu.find_cuda_compiler", lambda: None)
     with pytest.raises(RuntimeError, match="make cuda-compiler"):
         GpuCompiler("h100")

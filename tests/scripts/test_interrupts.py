@@ -7,7 +7,7 @@ import pytest
 PROGRAM = """
 import gc, os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-from scripts import interrupts
+from jpaged.scripts import interrupts
 
 def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)

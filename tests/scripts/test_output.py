@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 
 from jpaged import RequestOutput
-from jpaged.outputs import Completion
-from scripts.flags import OutputError
-from scripts.output import ResultWriter
+from jpaged.host.outputs import Completion
+from jpaged.scripts.flags import OutputError
+from jpaged.scripts.output import ResultWriter
 
 COMPLETION = Completion("é 🙂", [1, 2], -1.5, None, "stop")
 

@@ -3,7 +3,7 @@ import codecs
 
 import pytest
 
-from scripts.prompts import parse_prompts, parse_token_ids, read_prompts
+from jpaged.scripts.prompts import parse_prompts, parse_token_ids, read_prompts
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import sys
 import numpy as np
 import pytest
 
-from jpaged.admission import SchedulerConfig
-from jpaged.simulator import ContiguousSimulator, CostModel, Item, PagedSimulator
-from scripts.simulate import PAPER, fill, serve
-from scripts.workload import (
+from jpaged.host.admission import SchedulerConfig
+from jpaged.scripts.simulate import PAPER, fill, serve
+from jpaged.simulation.simulator import ContiguousSimulator, CostModel, Item, PagedSimulator
+from jpaged.simulation.workload import (
     ALPACA,
     SHAREGPT,
     Serving,
@@ -219,7 +219,7 @@ class TestReport:
 
 def run(*args, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.simulate", *args],
+        [sys.executable, "-m", "jpaged", "simulate", *args],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.tpu.plan import plan_attention
-from scripts.kernel_cases import ATTENTION_SHAPES, AttentionShape, coverage_cases
-from scripts.tpu_kernels import (
+from jpaged.pallas_kernels.tpu.plan import plan_attention
+from jpaged.scripts.kernels.kernel_cases import ATTENTION_SHAPES, AttentionShape, coverage_cases
+from jpaged.scripts.kernels.tpu_kernels import (
     compile_attention,
     compile_case,
     compile_ragged,
@@ -20,7 +20,7 @@ from scripts.tpu_kernels import (
 
 pytestmark = pytest.mark.slow
 
-# Every kind of case somewhere, and each generation with some; `scripts.tpu_report --coverage`
+# Every kind of case somewhere, and each generation with some; `tpu_report --coverage`
 # compiles all of them for all.
 REPRESENTATIVE = [
     ("v4", "head_dim 64, page_size 8"),
@@ -73,7 +73,9 @@ def test_fewer_bundles_than_the_ragged_kernel_of_jax(tpu_compiler):
 
 class TestVectorMemory:
     def test_the_compiler_refuses_what_does_not_fit(self, tpu_compiler, monkeypatch):
-        monkeypatch.setattr("pallas_kernels.tpu.attention.vmem_limit", lambda num_bytes: 2**20)
+        monkeypatch.setattr(
+            "jpaged.pallas_kernels.tpu.attention.vmem_limit", lambda num_bytes: 2**20
+        )
         # A shape of its own, as what was traced is kept.
         facts = compile_attention(tpu_compiler, "v5e", AttentionShape(56, 8, 128))
         assert "vmem" in facts.error.lower()

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large a page pool is, before it is allocated."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from jpaged import pallas_kernels
+from jpaged.host.checks import INT32_MAX
+from jpaged.host.config import EngineConfig
+from jpaged.models.config import ModelConfig
+
+_MAX_DEFAULT_SWAP_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolPlan:
+    """A page pool's dimensions and why.
+
+    Attributes:
+      shape: of the device pool; see `pallas_kernels.kv_pages_shape`.
+      dtype: of the device pool.
+      max_model_len: tokens a sequence has at most.
+      pages_per_seq: pages a sequence has at most.
+      reason: where the number of pages comes from, for people.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    max_model_len: int
+    pages_per_seq: int
+    reason: str
+
+    @property
+    def num_pages(self) -> int:
+        """Pages, the reserved one included."""
+        return self.shape[1]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return math.prod(self.shape) // self.num_pages * self.dtype.itemsize
+
+    def num_host_pages(self, config: EngineConfig) -> int:
+        """Pages that host memory gets room for; none where none could be swapped."""
+        if config.preemption == "recompute" or config.reservation == "max":
+            return 0
+        if config.swap_bytes is None:
+            return min(self.num_pages, _MAX_DEFAULT_SWAP_BYTES // self.page_bytes)
+        return config.swap_bytes // self.page_bytes
+
+    def __str__(self) -> str:
+        page_kib, pool_mib = self.page_bytes / 2**10, self.num_pages * self.page_bytes / 2**20
+        return f"{self.num_pages} pages of {page_kib:.1f} KiB ({pool_mib:.1f} MiB): {self.reason}"
+
+
+def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> PoolPlan:
+    """Sizes the pool: as asked, or from free memory of the default device, but not beyond use.
+
+    Args:
+      config: gives num_pages, or memory_fraction and max_num_seqs.
+      model_config: gives the size of a page.
+      backend: whose layout the pool has.
+
+    Returns:
+      The plan; nothing is allocated.
+
+    Raises:
+      ValueError: if max_model_len exceeds what the model was made for, or free memory does not hold
+        what is asked for: the pool, even one page of it, swapped pages, or the largest step.
+    """
+    max_model_len = config.max_model_len or model_config.max_position_embeddings
+    if max_model_len > model_config.max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={max_model_len} exceeds the model's max_position_embeddings="
+            f"{model_config.max_position_embeddings}"
+        )
+    pages_per_seq = -(-max_model_len // config.page_size)
+
+    def plan(num_pages: int, reason: str) -> PoolPlan:
+        shape = pallas_kernels.kv_pages_shape(
+            model_config.num_layers,
+            num_pages,
+            model_config.num_kv_heads,
+            config.page_size,
+            model_config.head_dim,
+            backend=backend,
+        )
+        return PoolPlan(shape, _pool_dtype(config), max_model_len, pages_per_seq, reason)
+
+    free_bytes, source = _free_memory()
+    _check_step(config, model_config, max_model_len, pages_per_seq, free_bytes, source)
+    if config.num_pages is not None:
+        asked = plan(config.num_pages, "as asked (num_pages)")
+        _check_pool(config, asked, free_bytes, source)
+        return asked
+    most = 1 + config.max_num_seqs * pages_per_seq
+    page_bytes = plan(1, "").page_bytes
+    fits = int(free_bytes * config.memory_fraction) // page_bytes
+    share = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
+    if fits >= most:
+        needed = f"{config.max_num_seqs} sequences of {max_model_len} tokens need no more"
+        found = plan(most, f"{needed}; within {share}")
+    elif fits >= 2:
+        found = plan(fits, share)
+    else:
+        raise ValueError(
+            f"{share} holds {fits} pages of {page_bytes} bytes, and 2 are the least; lower "
+            "page_size or raise memory_fraction"
+        )
+    _check_pool(config, found, free_bytes, source)
+    return found
+
+
+def _check_pool(config: EngineConfig, plan: PoolPlan, free_bytes: int, source: str) -> None:
+    """Refuses a pool, or host memory for swapped pages, that could not be allocated."""
+    pool_bytes = plan.num_pages * plan.page_bytes
+    if pool_bytes > free_bytes:
+        raise ValueError(
+            f"num_pages={plan.num_pages} pages of {plan.page_bytes} bytes take {_gib(pool_bytes)}, "
+            f"more than the {_gib(free_bytes)} of {source}; lower num_pages or page_size"
+        )
+    if plan.num_pages * config.page_size > INT32_MAX:
+        raise ValueError(
+            f"num_pages={plan.num_pages} pages of page_size={config.page_size} tokens have "
+            f"{plan.num_pages * config.page_size} cells, and 32-bit indices reach {INT32_MAX}; "
+            "lower one of them"
+        )
+    host_bytes = psutil.virtual_memory().available
+    if jax.default_backend() == "cpu":
+        host_bytes -= pool_bytes
+    if config.swap_bytes is not None and config.swap_bytes > host_bytes:
+        raise ValueError(
+            f"swap_bytes={config.swap_bytes} exceeds the {_gib(host_bytes)} of host memory that "
+            "are available beside the pool; lower it"
+        )
+
+
+def _check_step(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    max_model_len: int,
+    pages_per_seq: int,
+    free_bytes: int,
+    source: str,
+) -> None:
+    """Refuses budgets of which the largest step could not be run, by the least that it takes."""
+    seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    if not config.deterministic:
+        tokens = min(tokens, seqs * max_model_len)
+    for what, count, bytes_each in (
+        (f"the page tables of max_num_seqs={seqs} sequences", seqs, 4 * pages_per_seq),
+        (f"the logits of max_num_seqs={seqs} samples", seqs, 4 * model_config.vocab_size),
+        (
+            f"the hidden states of max_num_batched_tokens={config.max_num_batched_tokens} tokens",
+            tokens,
+            default_dtype(config).itemsize * model_config.hidden_size,
+        ),
+    ):
+        if count * bytes_each > free_bytes:
+            raise ValueError(
+                f"{what} take {_gib(count * bytes_each)}, more than the {_gib(free_bytes)} of "
+                f"{source}; lower it"
+            )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def default_dtype(config: EngineConfig) -> np.dtype:
+    """The dtype of weights: as asked, else float32 on CPU and bfloat16 elsewhere."""
+    return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def _pool_dtype(config: EngineConfig) -> np.dtype:
+    """The dtype of pages: that of the weights, but float32 for bfloat16 weights on CPU.
+
+    XLA's CPU compiler computes bfloat16 gathers and updates in float32 and converts the whole pool
+    around each of them (measured: docs/decisions.md).
+    """
+    dtype = default_dtype(config)
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return np.dtype(np.float32)
+    return dtype
+
+
+def _free_memory() -> tuple[int, str]:
+    """Bytes that can still be allocated, and what they are called."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0), "free device memory"
+    return psutil.virtual_memory().available, "available host memory"

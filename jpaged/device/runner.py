@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs steps on the device: owns the page pool, donates it to every step, counts compilations."""
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged import pallas_kernels
+from jpaged.device import sampling
+from jpaged.device.host_pages import HostPages
+from jpaged.device.memory import PoolPlan
+from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
+from jpaged.host.beam import Candidate
+from jpaged.host.logits_processors import idle_rows
+from jpaged.models.inputs import PagedInputs
+from jpaged.models.sharding import placements
+
+logger = logging.getLogger(__name__)
+
+# Pages that are swapped by one program, so that there is one for any number.
+_SWAP_PAGES = 16
+
+# apply(params, inputs, kv_pages) -> (logits, kv_pages)
+ApplyFn = Callable[[Any, PagedInputs, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One step's samples, still on the device until they are read.
+
+    Attributes:
+      tokens: i32[max_num_seqs], the first `num_samples` live.
+      logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
+      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
+      beams: for each beam search of the step, what `sampling.beam_candidates`, or
+        `processed_beam_candidates`, returned.
+      num_samples: live samples.
+      compile_s: seconds that compiling took before the step was on its way; 0 mostly.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top: tuple[jax.Array, jax.Array] | None
+    beams: list[tuple[jax.Array, ...]]
+    num_samples: int
+    compile_s: float = 0.0
+
+    def read(self) -> tuple[list[int], list[float], list[Mapping[int, float]] | None]:
+        """Waits for the step and returns its tokens, log-probabilities and likeliest tokens."""
+        tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
+        logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
+        if self.top is None:
+            return tokens, logprobs, None
+        ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
+        return (
+            tokens,
+            logprobs,
+            [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)],
+        )
+
+    def read_beams(self) -> list[list[Candidate]]:
+        """The best continuations, best first, for each beam search."""
+        read = []
+        for parts in self.beams:
+            candidates = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
+            read.append([Candidate(*each) for each in candidates if each[0] > -math.inf])
+        return read
+
+
+class ModelRunner:
+    """The device side of an engine, and the only owner of the page pool.
+
+    Steps are dispatched in order and run in order, so a page that the host has given to another
+    sequence is written only after the steps that read it.
+
+    Attributes:
+      num_compilations: programs compiled so far.
+      num_unplanned_compilations: those of them after `warm_up`; each is logged with its shape.
+    """
+
+    def __init__(
+        self,
+        apply: ApplyFn,
+        params: Any,
+        plan: PoolPlan,
+        *,
+        max_num_samples: int,
+        vocab_size: int,
+        backend: str,
+        num_host_pages: int = 0,
+    ):
+        """Allocates the pool.
+
+        Args:
+          apply: the model as a pure function.
+          params: its parameters; replace the attribute between steps to swap weights.
+          plan: the pool's dimensions.
+          max_num_samples: most samples a step takes.
+          vocab_size: of the logits.
+          backend: which kernels copy pages.
+          num_host_pages: pages that host memory has room for.
+        """
+        # All on one device by name: jit compiles anew, without a trace, when an argument goes from
+        # a default placement to the one that an earlier step's result has.
+        device = jax.devices()[0]
+        where = placements(params, jax.sharding.SingleDeviceSharding(device))
+        self.params = jax.device_put(params, where)
+        self.num_compilations = 0
+        self.num_unplanned_compilations = 0
+        self._warm = False
+        self._programs_run: set[Hashable] = set()
+        self._plan = plan
+        self._vocab_size = vocab_size
+        self._max_num_samples = max_num_samples
+        self._device = device
+        self._kv_pages, self._tokens = self._new_pages(), self._new_tokens()
+        self._host_pages = HostPages(num_host_pages, plan)
+
+        def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
+            # Slot -1 indexes the last sample, and is then not used.
+            token_ids = jnp.where(previous_slots < 0, token_ids, previous_tokens[previous_slots])
+            return apply(params, PagedInputs(token_ids=token_ids, **inputs), kv_pages)
+
+        def sample(logits, rows):
+            tokens, logprobs = sampling.sample(logits, rows)
+            logprobs = sampling.mark_not_finite(logits, logprobs)
+            # Padded to one length, so that the next step does not depend on this step's shape.
+            return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
+
+        copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
+        self._step = jax.jit(self._counted("step", step), donate_argnums=1)
+        self._sample = jax.jit(self._counted("sample", sample))
+        self._copy_pages = jax.jit(self._counted("copy_pages", copy_pages), donate_argnums=0)
+        self._top_logprobs = jax.jit(
+            self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
+        )
+        self._beam_candidates = jax.jit(
+            self._counted("beam_candidates", sampling.beam_candidates), static_argnums=3
+        )
+        self._process = jax.jit(self._counted("process_logits", sampling.process_logits))
+        self._model_logprobs = jax.jit(self._counted("model_logprobs", sampling.model_logprobs))
+        self._processed_beam_candidates = jax.jit(
+            self._counted("processed_beam_candidates", sampling.processed_beam_candidates),
+            static_argnums=5,
+        )
+        self._get_pages = jax.jit(self._counted("get_pages", _get_pages))
+        self._set_pages = jax.jit(self._counted("set_pages", _set_pages), donate_argnums=0)
+
+    def is_compiled(self, batch: Batch) -> bool:
+        """Whether `run` would start at once: all that it calls ran before, but for page copies."""
+        return self._programs_run.issuperset(self._programs(batch))
+
+    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult:
+        """Dispatches a step and returns without waiting for it.
+
+        Args:
+          batch: what to compute.
+          copies: `(src, dst)` pages to copy first.
+
+        Returns:
+          The samples, to be read when they are needed.
+        """
+        start, compiled = time.perf_counter(), self.num_compilations
+        waited_s = 0.0
+        if copies := list(copies):
+            self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+        logits, self._kv_pages = self._step(
+            self.params,
+            self._kv_pages,
+            batch.token_ids,
+            batch.previous_slots,
+            self._tokens,
+            positions=batch.positions,
+            page_table=batch.page_table,
+            kv_lens=batch.kv_lens,
+            cu_q_lens=batch.cu_q_lens,
+            num_seqs=batch.num_seqs,
+            logits_indices=batch.logits_indices,
+        )
+        if not self.is_compiled(batch):
+            # What is compiled next would hide what the step takes, and compete with it.
+            ready = time.perf_counter()
+            jax.block_until_ready(logits)
+            waited_s = time.perf_counter() - ready
+        rows = sampling.SamplingRows(
+            temperature=batch.temperature,
+            top_k=batch.top_k,
+            top_p=batch.top_p,
+            min_p=batch.min_p,
+            seeds=batch.seeds,
+            sample_indices=batch.sample_indices,
+            positions=batch.sample_positions,
+        )
+        processors, previous, chosen_from = batch.processors, self._tokens, logits
+        if processors is not None:
+            chosen_from = self._process(logits, processors, previous)
+        self._tokens, logprobs = self._sample(chosen_from, rows)
+        if processors is not None:
+            logprobs = self._model_logprobs(logits, self._tokens, logprobs, processors)
+        beams = [
+            self._processed_beam_candidates(
+                logits, beam.slots, beam.scores, processors, previous, beam.num_candidates
+            )
+            if beam.processed
+            else self._beam_candidates(logits, beam.slots, beam.scores, beam.num_candidates)
+            for beam in batch.beams
+        ]
+        top = None
+        if batch.num_logprobs:
+            top = self._top_logprobs(logits, self._num_likeliest(batch))
+        self._programs_run |= self._programs(batch)
+        took_s = time.perf_counter() - start - waited_s
+        compile_s = took_s if self.num_compilations > compiled else 0.0
+        if self._warm and self.num_compilations > compiled:
+            logger.warning(
+                "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
+                self.num_compilations - compiled,
+                batch.shape,
+                len(copies),
+                took_s,
+            )
+            self.num_unplanned_compilations += self.num_compilations - compiled
+        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, compile_s)
+
+    def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
+        """Copies pages to host memory, and others back; after the steps before, before the next.
+
+        Args:
+          outs: `(page, host_page)`.
+          ins: `(host_page, page)`, of earlier calls' host pages.
+
+        Returns:
+          Seconds that compiling took while no step was running; 0 mostly.
+        """
+        programs = {name for name, pages in (("get_pages", outs), ("set_pages", ins)) if pages}
+        if not self._programs_run.issuperset(programs):
+            jax.block_until_ready(self._kv_pages)  # as in `run`
+        start, compiled = time.perf_counter(), self.num_compilations
+        self._host_pages.settle()
+        for part in _parts(outs):
+            ids = _pad_pages([page for page, _ in part])
+            pages = self._get_pages(self._kv_pages, ids)
+            self._host_pages.put([host_page for _, host_page in part], pages)
+        for part in _parts(ins):
+            ids = _pad_pages([page for _, page in part])
+            pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
+            self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
+        self._programs_run |= programs
+        return time.perf_counter() - start if self.num_compilations > compiled else 0.0
+
+    def warm_up(
+        self,
+        shapes: Iterable[StepShape],
+        num_logprobs: int = 0,
+        beams: Iterable[BeamBatch] = (),
+        processors: bool = False,
+    ) -> None:
+        """Compiles steps of the given shapes, and every size of page copy, ahead of need.
+
+        Args:
+          shapes: what to compile; later steps of other shapes count as unplanned.
+          num_logprobs: also compile the report of this many likeliest tokens.
+          beams: also compile beam searches of these widths and numbers of candidates.
+          processors: also compile what changes logits before tokens are chosen.
+        """
+        beams, tokens = tuple(beams), self._tokens
+        for shape in shapes:
+            batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs)
+            self.run(dataclasses.replace(batch, beams=beams))
+            if processors:
+                rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8))
+                processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
+                self.run(dataclasses.replace(batch, beams=processed, processors=rows))
+        self._tokens = tokens  # of a step that is on its way
+        null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
+        count = 1
+        while count < 2 * self._max_num_samples:
+            # The null page may be copied onto itself: nobody reads it.
+            copies = [null_pair] * min(count, self._max_num_samples)
+            self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+            count *= 2
+        if self._host_pages.num_pages:
+            ids = _pad_pages([])
+            pages = np.asarray(self._get_pages(self._kv_pages, ids))
+            self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
+            self._programs_run |= {"get_pages", "set_pages"}
+        jax.block_until_ready(self._kv_pages)
+        self._warm = True
+
+    def recover(self) -> None:
+        """Makes the pool and all else on the device whole, after a call that was cut short.
+
+        The content of pages is lost, on the host too. Waits for the steps that are on their way.
+
+        Raises:
+          RuntimeError: if the parameters are gone.
+          Exception: if the device does not do what it is told; nothing can be run then.
+        """
+        self._host_pages = HostPages(self._host_pages.num_pages, self._plan)
+        if any(getattr(p, "is_deleted", bool)() for p in jax.tree.leaves(self.params)):
+            raise RuntimeError("the model's weights are not on the device any more")
+        if not _is_usable(self._kv_pages):
+            self._kv_pages = None  # what is left of it goes before there is another
+            self._kv_pages = self._new_pages()
+        self._tokens = self._new_tokens()
+        jax.block_until_ready((self._kv_pages, self._tokens))
+
+    def _new_pages(self) -> jax.Array:
+        return jax.device_put(jnp.zeros(self._plan.shape, self._plan.dtype), self._device)
+
+    def _new_tokens(self) -> jax.Array:
+        return jax.device_put(jnp.zeros(self._max_num_samples, jnp.int32), self._device)
+
+    def _num_likeliest(self, batch: Batch) -> int:
+        """A power of two, so that requests that differ a little share a program."""
+        return min(1 << (batch.num_logprobs - 1).bit_length(), self._vocab_size)
+
+    def _programs(self, batch: Batch) -> set[Hashable]:
+        """What `run` calls for a batch, as keys; the step and the sampler have the same."""
+        rows = batch.shape.num_rows
+        programs: set[Hashable] = {batch.shape}
+        if batch.num_logprobs:
+            programs.add((rows, self._num_likeliest(batch)))
+        if batch.processors is not None:
+            programs.add((rows, "processors"))
+        programs.update((rows, len(b.slots), b.num_candidates, b.processed) for b in batch.beams)
+        return programs
+
+    def _counted(self, name: str, function: Callable) -> Callable:
+        """Counts the traces of a function, each of which jit follows with a compilation."""
+
+        def traced(*args, **kwargs):
+            self.num_compilations += 1
+            shapes = [
+                f"{leaf.dtype}{list(leaf.shape)}"
+                for leaf in jax.tree.leaves((args[1:], kwargs))
+                if hasattr(leaf, "shape")
+            ]
+            logger.debug("compiling %s for %s", name, " ".join(shapes))
+            return function(*args, **kwargs)
+
+        return traced
+
+
+def _is_usable(kv_pages: jax.Array | None) -> bool:
+    """Whether a pool is there: not donated to a call that was cut short, nor lost by a failure."""
+    if kv_pages is None or kv_pages.is_deleted():
+        return False
+    try:
+        kv_pages.block_until_ready()
+    except Exception:
+        return False
+    return True
+
+
+def _get_pages(kv_pages: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.swapaxes(kv_pages[:, ids], 0, 1)
+
+
+def _set_pages(kv_pages: jax.Array, ids: jax.Array, pages: jax.Array) -> jax.Array:
+    return kv_pages.at[:, ids].set(jnp.swapaxes(pages, 0, 1))
+
+
+def _parts(pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+    return [pairs[i : i + _SWAP_PAGES] for i in range(0, len(pairs), _SWAP_PAGES)]
+
+
+def _pad_pages(pages: Sequence[int]) -> np.ndarray:
+    padded = np.full(_SWAP_PAGES, pallas_kernels.NULL_PAGE, np.int32)
+    padded[: len(pages)] = pages
+    return padded
+
+
+def _pad_copies(copies: Sequence[tuple[int, int]]) -> np.ndarray:
+    """i32[2, count]: sources and destinations, padded to a power of two with the null page."""
+    padded = np.full((2, 1 << (len(copies) - 1).bit_length()), pallas_kernels.NULL_PAGE, np.int32)
+    padded[:, : len(copies)] = np.array(copies, np.int32).T
+    return padded

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a scheduled step to padded arrays; every shape the device ever sees is chosen here."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any, cast
+
+import numpy as np
+
+from jpaged.host.beam import BeamSearch
+from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
+from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.sequence import Request, Sequence
+from jpaged.host.step import ScheduledStep
+
+_MIN_PREFILL_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class StepShape:
+    """What a compiled step is keyed by.
+
+    Attributes:
+      num_tokens: padded length of the token axis.
+      num_rows: padded number of sequences, and of samples.
+    """
+
+    num_tokens: int
+    num_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeBuckets:
+    """The few shapes that steps are padded to.
+
+    A decode step, one token a row, is padded to a power of two of rows. Any other step gets rows
+    from a coarser ladder and a power of two of tokens above them.
+
+    Attributes:
+      max_num_tokens: largest number of tokens a step computes.
+      max_num_rows: largest number of sequences, or samples, in a step.
+      single: whether there is one shape only, the largest.
+    """
+
+    max_num_tokens: int
+    max_num_rows: int
+    single: bool = False
+
+    def shape(self, num_tokens: int, num_rows: int, num_samples: int) -> StepShape:
+        """The shape that a step of these numbers is padded to."""
+        rows = max(num_rows, num_samples)
+        if self.single:
+            return StepShape(self.max_num_tokens, self.max_num_rows)
+        if num_tokens == rows:
+            rows = min(_power_of_two(rows), self.max_num_rows)
+            return StepShape(rows, rows)
+        rows = next(r for r in self._row_ladder() if r >= rows)
+        tokens = max(_power_of_two(num_tokens), _MIN_PREFILL_TOKENS, 2 * _power_of_two(rows))
+        return StepShape(max(min(tokens, self.max_num_tokens), num_tokens), rows)
+
+    def all_shapes(self) -> list[StepShape]:
+        """Every shape that `shape` can return, smallest first."""
+        if self.single:
+            return [StepShape(self.max_num_tokens, self.max_num_rows)]
+        most = min(self.max_num_rows, self.max_num_tokens)
+        decode_rows = {min(2**i, self.max_num_rows) for i in range((most - 1).bit_length() + 1)}
+        shapes = {StepShape(rows, rows) for rows in decode_rows}
+        sizes = {
+            min(2**i, self.max_num_tokens) for i in range(self.max_num_tokens.bit_length() + 1)
+        }
+        for rows in self._row_ladder():
+            shapes |= {self.shape(tokens, 1, rows) for tokens in sizes if tokens != rows}
+        return sorted(shapes)
+
+    def _row_ladder(self) -> list[int]:
+        ladder = [4]
+        while ladder[-1] < self.max_num_rows:
+            ladder.append(4 * ladder[-1])
+        return [min(rows, self.max_num_rows) for rows in ladder]
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamBatch:
+    """The beams of one search in a step.
+
+    Attributes:
+      slots: i32[beam_width], which samples they are.
+      scores: f32[beam_width], sums of their log-probabilities; -inf where there is no beam.
+      num_candidates: continuations wanted.
+      processed: whether their log-probabilities are changed by the processors of the batch.
+    """
+
+    slots: np.ndarray
+    scores: np.ndarray
+    num_candidates: int
+    processed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step as NumPy arrays, padded to `shape`; see `models.inputs.PagedInputs` for the meaning.
+
+    Attributes:
+      shape: what it is padded to.
+      token_ids: i32[num_tokens]; not read where `previous_slots` is set.
+      previous_slots: i32[num_tokens], which sample of the step before is this token, or -1.
+      positions: i32[num_tokens].
+      page_table: i32[num_rows, pages_per_seq].
+      kv_lens: i32[num_rows].
+      cu_q_lens: i32[num_rows + 1].
+      num_seqs: i32[1].
+      logits_indices: i32[num_rows], the token each sample continues.
+      temperature, top_p, min_p: f32[num_rows], per sample.
+      top_k, sample_positions: i32[num_rows], per sample.
+      seeds, sample_indices: u32[num_rows], per sample.
+      num_samples: live samples.
+      num_logprobs: likeliest tokens wanted with each sample; 0 for none.
+      beams: one for each beam search.
+      processors: what changes the logits of samples before tokens are chosen; None where nothing
+        does.
+    """
+
+    shape: StepShape
+    token_ids: np.ndarray
+    previous_slots: np.ndarray
+    positions: np.ndarray
+    page_table: np.ndarray
+    kv_lens: np.ndarray
+    cu_q_lens: np.ndarray
+    num_seqs: np.ndarray
+    logits_indices: np.ndarray
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+    sample_indices: np.ndarray
+    sample_positions: np.ndarray
+    num_samples: int
+    num_logprobs: int
+    beams: tuple[BeamBatch, ...]
+    processors: ProcessorRows | None
+
+
+def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) -> Batch:
+    """Pads a scheduled step to the nearest shape.
+
+    Args:
+      step: a step with at least one sequence, as just scheduled.
+      table: the page table, as the scheduler left it.
+      buckets: the shapes to choose from.
+
+    Returns:
+      The batch; it shares no memory with `table`.
+    """
+    num_rows, num_samples = len(step.seqs), len(step.samples)
+    q_lens = np.array(step.num_scheduled_tokens, np.int32)
+    num_tokens = int(q_lens.sum())
+    shape = buckets.shape(num_tokens, num_rows, num_samples)
+
+    cu_q_lens = np.full(shape.num_rows + 1, num_tokens, np.int32)
+    cu_q_lens[0] = 0
+    np.cumsum(q_lens, out=cu_q_lens[1 : num_rows + 1])
+    kv_lens = np.zeros(shape.num_rows, np.int32)
+    kv_lens[:num_rows] = [seq.num_computed_tokens for seq in step.seqs]
+
+    token_ids = np.zeros(shape.num_tokens, np.int32)
+    previous_slots = np.full(shape.num_tokens, -1, np.int32)
+    positions = np.zeros(shape.num_tokens, np.int32)
+    offsets = kv_lens[:num_rows] - cu_q_lens[1 : num_rows + 1]
+    positions[:num_tokens] = np.arange(num_tokens, dtype=np.int32) + np.repeat(offsets, q_lens)
+
+    token = 0
+    for seq, count, slot in zip(
+        step.seqs, step.num_scheduled_tokens, step.input_slots, strict=True
+    ):
+        end = seq.num_computed_tokens
+        if slot >= 0:
+            # Sampled by the step before and still on the device; always a row's only token.
+            previous_slots[token] = slot
+        else:
+            token_ids[token : token + count] = seq.tokens(end - count, end)
+        token += count
+
+    # Every scheduled sequence holds pages.
+    table_ids = cast("list[int]", [seq.table_id for seq in step.seqs])
+    logits_indices = np.zeros(shape.num_rows, np.int32)
+    logits_indices[:num_samples] = cu_q_lens[1:][step.sample_rows] - 1
+    processors = processor_rows(step, shape.num_rows)
+    return Batch(
+        shape=shape,
+        token_ids=token_ids,
+        previous_slots=previous_slots,
+        positions=positions,
+        page_table=table.snapshot(table_ids, shape.num_rows),
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        num_seqs=np.array([num_rows], np.int32),
+        logits_indices=logits_indices,
+        **_sampling_arrays(step.samples, shape.num_rows),
+        num_samples=num_samples,
+        num_logprobs=max((seq.request.params.logprobs or 0 for seq in step.samples), default=0),
+        beams=tuple(
+            _beam_batch(request, slot, processors is not None and bool(processors.active[slot]))
+            for request, slot in step.beams
+        ),
+        processors=processors,
+    )
+
+
+def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBatch:
+    """Beams of a search that has not begun, to compile with: running them changes nothing."""
+    search = BeamSearch(params, 1, eos_token_ids)
+    slots = np.zeros(search.width, np.int32)
+    return BeamBatch(slots, slots.astype(np.float32) - np.inf, search.num_candidates)
+
+
+def warm_up_plan(
+    buckets: ShapeBuckets,
+    vocab_size: int,
+    eos_token_ids: Collection[int],
+    defaults: SamplingParams,
+    shapes: Collection[StepShape] | None,
+    num_logprobs: int,
+    searches: Collection[SamplingParams],
+) -> dict[str, Any]:
+    """What there is to compile ahead of need; see `Engine.warm_up`.
+
+    Args:
+      buckets: the shapes that steps have.
+      vocab_size: the model's.
+      eos_token_ids: likewise.
+      defaults: the model's own sampling parameters.
+      shapes: as in `Engine.warm_up`, like the rest.
+      num_logprobs: likewise.
+      searches: likewise.
+
+    Returns:
+      Arguments of `ModelRunner.warm_up`.
+
+    Raises:
+      ValueError: if one of the last three cannot be.
+    """
+    most = Rule(f"at most {vocab_size}, the vocabulary", vocab_size.__ge__)
+    num_logprobs = checked("num_logprobs", num_logprobs, int, (*at_least(0), most))
+    possible = buckets.all_shapes()
+    shapes = possible if shapes is None else shapes
+    for name, value in (("shapes", shapes), ("searches", searches)):
+        if isinstance(value, str) or not isinstance(value, Collection):
+            raise ValueError(f"{name}={shown(value)} must be a list")
+    for shape in shapes:
+        if instance_of("shapes", shape, StepShape) not in possible:
+            raise ValueError(f"shapes={shape} must be shapes that steps of this engine have")
+    for params in searches:
+        if instance_of("searches", params, SamplingParams).beam_width is None:
+            raise ValueError(f"searches={shown(params)} must be SamplingParams with a beam_width")
+    resolved = [defaults.resolve(), *(params.resolve(defaults) for params in searches)]
+    return {
+        "shapes": list(shapes),
+        "num_logprobs": num_logprobs,
+        "beams": [idle_beams(params, eos_token_ids) for params in searches],
+        "processors": any(LogitsProcessors.of(p, (), vocab_size) for p in resolved),
+    }
+
+
+def _beam_batch(request: Request, first_slot: int, processed: bool) -> BeamBatch:
+    search = request.beam_search
+    assert search is not None
+    scores = np.full(search.width, -np.inf, np.float32)
+    scores[: len(search.scores)] = search.scores
+    slots = np.full(search.width, first_slot, np.int32)
+    slots[: len(search.scores)] += np.arange(len(search.scores), dtype=np.int32)
+    return BeamBatch(slots, scores, search.num_candidates, processed)
+
+
+def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> Batch:
+    """A batch without a live row, to compile a shape with: running it changes nothing."""
+    tokens, rows = np.zeros(shape.num_tokens, np.int32), np.zeros(shape.num_rows, np.int32)
+    return Batch(
+        shape=shape,
+        token_ids=tokens,
+        previous_slots=tokens - 1,
+        positions=tokens,
+        page_table=np.zeros((shape.num_rows, pages_per_seq), np.int32),
+        kv_lens=rows,
+        cu_q_lens=np.zeros(shape.num_rows + 1, np.int32),
+        num_seqs=np.zeros(1, np.int32),
+        logits_indices=rows,
+        **_sampling_arrays([], shape.num_rows),
+        num_samples=0,
+        num_logprobs=num_logprobs,
+        beams=(),
+        processors=None,
+    )
+
+
+def _sampling_arrays(samples: list[Sequence], num_rows: int) -> dict[str, np.ndarray]:
+    """Per-sample parameters, padded with those of greedy sampling."""
+    params = [seq.request.params for seq in samples]
+
+    def column(values: list, dtype: type) -> np.ndarray:
+        padded = np.zeros(num_rows, dtype)
+        padded[: len(values)] = values
+        return padded
+
+    return {
+        # What is drawn for beams is not used: greedy costs least.
+        "temperature": column([0.0 if p.beam_width else p.temperature for p in params], np.float32),
+        "top_k": column([p.top_k for p in params], np.int32),
+        "top_p": column([p.top_p for p in params], np.float32),
+        "min_p": column([p.min_p for p in params], np.float32),
+        "seeds": column([seq.request.seed for seq in samples], np.uint32),
+        "sample_indices": column([seq.sample_index for seq in samples], np.uint32),
+        "sample_positions": column([seq.num_computed_tokens for seq in samples], np.int32),
+    }
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()

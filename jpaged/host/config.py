@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine is set up."""
+
+import dataclasses
+import math
+
+from jpaged.host.checks import Rule, at_least, check_fields, instance_of, one_of
+
+# The fields that are one of a few texts.
+CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "reservation": ("paged", "max"),
+    "preemption": ("auto", "recompute", "swap"),
+    "backend": ("tpu", "gpu", "xla"),
+    "generation_config": ("model", "ignore"),
+}
+
+_FINITE = (Rule("finite and above 0", lambda value: 0 < value < math.inf),)
+_RULES = {
+    "page_size": at_least(1),
+    "num_pages": at_least(2),
+    "memory_fraction": (Rule("in (0, 1]", lambda fraction: 0 < fraction <= 1),),
+    "max_num_seqs": at_least(1),
+    "max_num_batched_tokens": at_least(1),
+    "max_model_len": at_least(2),
+    "swap_bytes": (
+        Rule("at least 0", lambda count: count >= 0),
+        Rule("below 2**63", lambda count: count < 2**63),
+    ),
+    "swap_bytes_per_s": _FINITE,
+    "flops_per_s": _FINITE,
+} | {name: one_of(*choices) for name, choices in CHOICES.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """An engine's settings, checked when made; every field has a flag of its name in the scripts.
+
+    What a model and the machine's memory allow is checked when an engine is made of them; see
+    `jpaged.device.memory.plan_pool`.
+
+    Attributes:
+      page_size: tokens a page holds.
+      num_pages: pages of the pool; None sizes it from free memory (see `memory_fraction`).
+      memory_fraction: share of free device memory, or of the host's available memory on CPU, that
+        the pool may take where num_pages is None.
+      max_num_seqs: sequences that run at once at most.
+      max_num_batched_tokens: tokens a step computes at most, prefill and decode together.
+      max_model_len: tokens a sequence has at most, prompt and generated together; None takes the
+        model's max_position_embeddings.
+      dtype: of weights: "float32", "bfloat16" or "float16"; pages have the same, but float32 for
+        bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
+      reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
+      prefix_cache: whether a request uses the pages of earlier ones that began with the same
+        tokens; they are kept until they are needed for something else. Without it, samples and
+        beams of one request still find each other's pages.
+      preemption: what becomes of a sequence whose pages are needed: "recompute" computes its tokens
+        again when there are pages, "swap" copies its pages to host memory and back, "auto" does
+        what costs less.
+      swap_bytes: host memory for the pages of preempted sequences; None takes as much as the pool
+        has, but at most 1 GiB.
+      swap_bytes_per_s: bytes a second between device and host, for "auto"; None measures it.
+      flops_per_s: operations a second of a prefill, for "auto"; None measures a matrix product.
+      deterministic: pads every step to one shape, so that results are the same to the last bit
+        whatever else runs, at the price of speed: decode too takes as long as
+        max_num_batched_tokens do.
+      scan_layers: scan over the layers (compiles fast) instead of unrolling them (runs fast on
+        CPU); None unrolls on CPU alone.
+      backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
+      generation_config: "model" takes what the model's generation_config.json says for sampling
+        parameters that are None; "ignore" reads its end-of-sequence tokens only.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_fraction: float = 0.25
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    max_model_len: int | None = None
+    dtype: str | None = None
+    reservation: str = "paged"
+    prefix_cache: bool = True
+    preemption: str = "auto"
+    swap_bytes: int | None = None
+    swap_bytes_per_s: float | None = None
+    flops_per_s: float | None = None
+    deterministic: bool = False
+    scan_layers: bool | None = None
+    backend: str | None = None
+    generation_config: str = "model"
+
+    def __post_init__(self):
+        check_fields(self, _RULES)
+        if self.deterministic and self.max_num_batched_tokens <= self.max_num_seqs:
+            raise ValueError(
+                f"deterministic needs max_num_batched_tokens={self.max_num_batched_tokens} above "
+                f"max_num_seqs={self.max_num_seqs}: one step shape must hold prefill and decode"
+            )
+
+
+def engine_config(config: EngineConfig | None) -> EngineConfig:
+    """The config itself, or one of defaults for None. Raises: ValueError, if it is no config."""
+    return EngineConfig() if config is None else instance_of("config", config, EngineConfig)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What changes the logits of single requests before tokens are chosen: the host's side of it.
+
+Sets of tokens are bitmaps over the vocabulary, `u8[ceil(vocab_size / 8)]`, token t in bit t % 8 of
+byte t // 8: their size does not depend on how long a sequence is, so a step needs one program.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from jpaged.host import sequence
+from jpaged.host.params import SamplingParams
+
+if typing.TYPE_CHECKING:
+    from jpaged.host.step import ScheduledStep
+
+
+class ProcessorRows(typing.NamedTuple):
+    """What `sampling.process_logits` does, one entry a sample.
+
+    Attributes:
+      active: bool[num_samples], whether it does anything.
+      repetition_penalty: f32[num_samples]; 1 is none.
+      seen: u8[num_samples, bytes], tokens of prompt and answer that the host knows.
+      previous_slots: i32[num_samples], which sample of the step before is one more, or -1.
+      blocked: u8[num_samples, bytes], tokens that cannot be chosen.
+    """
+
+    active: np.ndarray
+    repetition_penalty: np.ndarray
+    seen: np.ndarray
+    previous_slots: np.ndarray
+    blocked: np.ndarray
+
+
+class LogitsProcessors:
+    """Those of one request."""
+
+    def __init__(self, params: SamplingParams, eos_token_ids: Collection[int], vocab_size: int):
+        """Prepares what does not change.
+
+        Args:
+          params: of the request, resolved.
+          eos_token_ids: the model's own; tokens that end a sample cannot be chosen too early.
+          vocab_size: of the logits.
+
+        Raises:
+          ValueError: if no token were left to choose.
+        """
+        assert params.repetition_penalty is not None and params.min_tokens is not None
+        self.repetition_penalty = params.repetition_penalty
+        self.num_bytes = -(-vocab_size // 8)
+        self._min_tokens = params.min_tokens
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        self._suppressed = frozenset(params.suppress_tokens or ())
+        self._early = self._suppressed | (stops if params.min_tokens else frozenset())
+        if len(self._early) >= vocab_size:
+            early = f" and, before min_tokens={params.min_tokens}, the stop tokens"
+            raise ValueError(
+                f"suppress_tokens{early if params.min_tokens else ''} leave none of the "
+                f"{vocab_size} tokens of the vocabulary to choose"
+            )
+        # Made when they are needed: a request that waits has none.
+        self._blocked: dict[frozenset[int], np.ndarray] = {}
+        # By sample: how many of its tokens are in the bitmap.
+        self._seen: dict[int, tuple[int, np.ndarray]] = {}
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, eos_token_ids: Collection[int], vocab_size: int
+    ) -> LogitsProcessors | None:
+        """The processors that parameters ask for; None, at no cost, if they ask for none."""
+        if params.repetition_penalty == 1 and not params.min_tokens and not params.suppress_tokens:
+            return None
+        return cls(params, eos_token_ids, vocab_size)
+
+    def blocked(self, num_generated: int) -> np.ndarray | None:
+        """Tokens that cannot be chosen after so many generated ones; None if all can."""
+        tokens = self._early if num_generated < self._min_tokens else self._suppressed
+        if tokens and tokens not in self._blocked:
+            self._blocked[tokens] = self._bitmap(tokens)
+        return self._blocked.get(tokens)
+
+    def seen(self, seq: sequence.Sequence) -> np.ndarray:
+        """The tokens of a sequence that the host knows."""
+        if seq.request.beam_search is not None:
+            # Of a beam's tokens the prompt alone is certain to stay.
+            if -1 not in self._seen:
+                prompt = seq.request.prompt_token_ids
+                self._seen[-1] = len(prompt), self._bitmap(prompt)
+            bitmap = self._seen[-1][1].copy()
+            _set(bitmap, seq.tokens(seq.num_prompt_tokens, seq.num_known_tokens))
+            return bitmap
+        count, bitmap = self._seen.get(seq.sample_index, (0, None))
+        if bitmap is None:
+            bitmap = self._bitmap(())
+        _set(bitmap, seq.tokens(count, seq.num_known_tokens))
+        self._seen[seq.sample_index] = seq.num_known_tokens, bitmap
+        return bitmap
+
+    def _bitmap(self, token_ids: Collection[int]) -> np.ndarray:
+        bitmap = np.zeros(self.num_bytes, np.uint8)
+        _set(bitmap, list(token_ids))
+        return bitmap
+
+
+def processor_rows(step: ScheduledStep, num_rows: int) -> ProcessorRows | None:
+    """What is to be done to the logits of a step's samples; None, at no cost, if nothing is.
+
+    A sequence's next token depends on its own tokens and their number only: the newest of them,
+    which may be on the device still, counts in any case.
+
+    Args:
+      step: as just scheduled.
+      num_rows: padded number of samples.
+    """
+    found = [
+        (slot, seq, processors)
+        for slot, seq in enumerate(step.samples)
+        if (processors := seq.request.processors) is not None
+    ]
+    rows: ProcessorRows | None = None
+    for slot, seq, processors in found:
+        blocked = processors.blocked(seq.num_computed_tokens - seq.num_prompt_tokens)
+        penalty = processors.repetition_penalty
+        if blocked is None and penalty == 1:
+            continue
+        rows = rows or idle_rows(num_rows, processors.num_bytes)
+        rows.active[slot] = True
+        if blocked is not None:
+            rows.blocked[slot] = blocked
+        if penalty != 1:
+            rows.repetition_penalty[slot] = penalty
+            rows.seen[slot] = processors.seen(seq)
+            rows.previous_slots[slot] = step.input_slots[step.sample_rows[slot]]
+    return rows
+
+
+def idle_rows(num_rows: int, num_bytes: int) -> ProcessorRows:
+    """Rows that leave logits as they are."""
+    return ProcessorRows(
+        np.zeros(num_rows, bool),
+        np.ones(num_rows, np.float32),
+        np.zeros((num_rows, num_bytes), np.uint8),
+        np.full(num_rows, -1, np.int32),
+        np.zeros((num_rows, num_bytes), np.uint8),
+    )
+
+
+def _set(bitmap: np.ndarray, token_ids: Sequence[int]) -> None:
+    ids = np.array(token_ids, np.int64)
+    np.bitwise_or.at(bitmap, ids >> 3, (1 << (ids & 7)).astype(np.uint8))

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a request wants its tokens chosen and when it wants to stop."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jpaged.host.checks import INT32_MAX, Rule, at_least, check_fields, shown
+
+# Samples, beams or forks of one request: each is an object of the host, however few run at once.
+MAX_NUM_SAMPLES = 2**14
+# What 32-bit floats hold, with room for a quotient.
+_MAX_FLOAT = 1e30
+
+_RULES = {
+    "max_tokens": at_least(1),
+    "temperature": (
+        Rule("finite and at least 0 (0 is greedy)", lambda t: 0 <= t < math.inf),
+        Rule(f"at most {_MAX_FLOAT:g}", lambda t: t <= _MAX_FLOAT),
+    ),
+    "top_k": at_least(0, " (0 keeps every token)"),
+    "top_p": (Rule("above 0 and at most 1 (1 keeps every token)", lambda p: 0 < p <= 1),),
+    "min_p": (Rule("between 0 and 1 (0 keeps every token)", lambda p: 0 <= p <= 1),),
+    "repetition_penalty": (
+        Rule("finite and above 0 (1 is none)", lambda p: 0 < p < math.inf),
+        Rule(
+            f"between {1 / _MAX_FLOAT:g} and {_MAX_FLOAT:g}",
+            lambda p: 1 / _MAX_FLOAT <= p <= _MAX_FLOAT,
+        ),
+    ),
+    "min_tokens": at_least(0),
+    "suppress_tokens": (Rule("free of negative numbers", lambda ids: min(ids, default=0) >= 0),),
+    "n": (*at_least(1), Rule(f"at most {MAX_NUM_SAMPLES}", lambda n: n <= MAX_NUM_SAMPLES)),
+    "best_of": (Rule(f"at most {MAX_NUM_SAMPLES}", lambda n: n <= MAX_NUM_SAMPLES),),
+    "beam_width": (Rule(f"at most {MAX_NUM_SAMPLES}", lambda n: n <= MAX_NUM_SAMPLES),),
+    "length_penalty": (Rule("finite", math.isfinite),),
+    "early_stopping": (
+        Rule("False, True or 'never'", lambda value: value in (False, True, "never")),
+    ),
+    "seed": (Rule("in [0, 2**32)", lambda seed: 0 <= seed < 2**32),),
+    "stop": (Rule("free of empty strings", all),),
+    "stop_token_ids": (Rule("free of negative numbers", lambda ids: min(ids, default=0) >= 0),),
+    "logprobs": at_least(0),
+}
+
+# What a search for beams does not look at, with the values that say nothing.
+_SAMPLING_ONLY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """One request's sampling parameters, checked when made; None is a parameter's default.
+
+    Where "the model's default" is said, that is what the model's generation_config.json has, unless
+    the engine ignores the file (`EngineConfig.generation_config`), and else the value in brackets.
+
+    The logits are changed as by transformers, first repetition_penalty, then min_tokens and
+    suppress_tokens; then filters apply in the order temperature, top_k, top_p, min_p; a tie at a
+    filter's edge is kept whole. Log-probabilities are reported as the model has them.
+
+    Attributes:
+      max_tokens: most tokens to generate, >= 1; None is the model's default (no limit), as far as
+        max_model_len and the pool have room for it.
+      temperature: divides the logits; 0 is greedy. None is the model's default (1), greedy where
+        its do_sample is false.
+      top_k: keep the k likeliest tokens; 0 keeps all. None is the model's default (0).
+      top_p: keep the smallest set of likeliest tokens whose probability reaches this, in (0, 1].
+        None is the model's default (1).
+      min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1]. None is the
+        model's default (0).
+      repetition_penalty: divides the logits above 0 of tokens that prompt or answer have already,
+        and multiplies those below; above 1 is against repetition. None is the model's default (1).
+      min_tokens: tokens that end a sample are not chosen before it has so many; stop strings may
+        end it sooner. None is the model's min_new_tokens (0).
+      suppress_tokens: tokens that are never chosen. None is the model's default (none).
+      n: samples to draw from the prompt, >= 1, or best beams to return; they share its pages. Fewer
+        beams come back where there are not so many continuations, or after an abort. At most 16384,
+        as best_of and beam_width.
+      best_of: draws so many samples and returns the `n` of them whose tokens have the highest
+        log-probability on average; None draws `n`.
+      beam_width: searches with so many beams instead of sampling, as transformers' `num_beams`;
+        temperature, filters and stop strings must be left alone, and the model's defaults of them
+        do not apply. Penalties and suppression change the scores. All beams are computed in one
+        step, and wait for one with room. None samples.
+      length_penalty: beams are compared by the sum of their log-probabilities divided by their
+        length to this power; above 0 favours long ones.
+      early_stopping: when beam search ends: True as soon as `beam_width` beams have ended; False
+        when none that runs looks better now than those; "never" when none could ever be better.
+      seed: makes the request reproducible, in [0, 2**32); None draws one.
+      stop: strings that end a sample; they are cut from its text. One that has a special token in
+        it, such as "<|im_end|>", is found also where special tokens are no text. A tokenizer whose
+        text is certain at its end only (see `jpaged.detokenizer`) is searched then.
+      stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
+      ignore_eos: whether to go on after the model's end-of-sequence tokens.
+      logprobs: how many likeliest tokens to report with each token; None reports none.
+      skip_special_tokens: whether the tokenizer's special tokens are left out of the text; the
+        token that ends a sample is left out in any case.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    n: int = 1
+    best_of: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    seed: int | None = None
+    stop: tuple[str, ...] | str = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check_fields(self, _RULES)
+        for name in ("best_of", "beam_width"):
+            value = getattr(self, name)
+            if value is not None and value < self.n:
+                raise ValueError(f"{name}={shown(value)} must be at least n={self.n}, or None")
+        if (self.min_tokens or 0) > (self.max_tokens or INT32_MAX):
+            raise ValueError(
+                f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
+            )
+        if self.beam_width is None:
+            return
+        for name, neutral in {**_SAMPLING_ONLY, "best_of": None, "stop": ()}.items():
+            if (value := getattr(self, name)) not in (None, neutral):
+                raise ValueError(
+                    f"{name}={shown(value)} has no meaning in beam search: leave it at "
+                    f"{neutral!r}, or beam_width at None"
+                )
+
+    def resolve(
+        self, defaults: "SamplingParams | None" = None, room: int = INT32_MAX
+    ) -> "SamplingParams":
+        """The parameters with a model's defaults, or neutral values, where they are None.
+
+        Args:
+          defaults: the model's; see `jpaged.defaults`.
+          room: most tokens to generate where the request does not say.
+        """
+        defaults = defaults or SamplingParams()
+        sampling = {name: getattr(defaults, name) for name in _SAMPLING_ONLY}
+        if self.beam_width is not None:
+            sampling = dict[str, Any].fromkeys(sampling)
+        # What a model asks for gives way to what a request asks for.
+        longest = max(min(defaults.max_tokens or room, room), self.min_tokens or 1)
+        shortest = min(defaults.min_tokens or 0, self.max_tokens or longest)
+        own = {
+            name: (getattr(self, name), default, neutral)
+            for name, default, neutral in (
+                *((name, sampling[name], neutral) for name, neutral in _SAMPLING_ONLY.items()),
+                ("repetition_penalty", defaults.repetition_penalty, 1.0),
+                ("suppress_tokens", defaults.suppress_tokens, ()),
+                ("max_tokens", longest, None),
+                ("min_tokens", shortest, None),
+            )
+        }
+        return dataclasses.replace(
+            self,
+            **{
+                name: next(value for value in values if value is not None)
+                for name, values in own.items()
+            },
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences that grow from the prompt one by one; 1 for the beams of a beam search."""
+        return 1 if self.beam_width is not None else self.best_of or self.n

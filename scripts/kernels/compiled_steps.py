@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole steps compiled for devices that are not there, and the facts read off them."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.models import sharding
+from jpaged.models.config import ModelConfig
+from jpaged.models.decoder import Decoder
+from jpaged.models.inputs import PagedInputs
+from jpaged.models.shapes import SHAPES
+from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+from jpaged.scripts.kernels.kernel_cases import (
+    ATTENTION_SHAPES,
+    AttentionShape,
+    index_structs,
+    pool_struct,
+    try_compile,
+)
+
+Struct = jax.ShapeDtypeStruct
+
+
+def _with_attention(shape: AttentionShape) -> ModelConfig:
+    """A small model with the heads of one whose layers `models` does not have."""
+    return dataclasses.replace(
+        SHAPES["qwen3-0.6b"],
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+    )
+
+
+# What has no decoder here stands for the sizes of its pool: windows and caps are left out.
+STEP_CONFIGS: Mapping[str, ModelConfig] = MappingProxyType(
+    {name: _with_attention(shape) for name, shape in ATTENTION_SHAPES.items()} | dict(SHAPES)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+    """What the compiler says of a whole decode step.
+
+    Attributes:
+      alias_bytes: arguments whose memory results take.
+      pool_bytes: of the page pool on one device.
+      temp_bytes: device memory beside arguments and results.
+      pool_ops: operations of the compiled step that give an array of the pool's shape, but for
+        passing it on: a copy or transpose of it would be here.
+      collectives: how often each collective operation stands in the program.
+      error: why it does not compile; then the rest is None.
+    """
+
+    alias_bytes: int | None = None
+    pool_bytes: int | None = None
+    temp_bytes: int | None = None
+    pool_ops: tuple[str, ...] | None = None
+    collectives: dict[str, int] | None = None
+    error: str | None = None
+
+
+def compile_step(
+    compiler: TpuCompiler | GpuCompiler,
+    mesh: jax.sharding.Mesh,
+    config: ModelConfig,
+    *,
+    num_rows: int = 64,
+    num_tokens: int | None = None,
+    kv_len: int = 2048,
+    page_size: int = 16,
+) -> StepFacts:
+    """Compiles a whole step of a model in bfloat16, layers scanned and the pool donated.
+
+    Args:
+      compiler: with or without schedules.
+      mesh: devices to compile for, of the compiler; heads are split over them.
+      config: the model.
+      num_rows: sequences.
+      num_tokens: of the step; as many as rows by default.
+      kv_len: tokens of each that the pool has room for.
+      page_size: tokens a page holds.
+    """
+    num_tokens = num_tokens or num_rows
+    backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
+    num_devices = mesh.devices.size
+    decoder = Decoder(config, True, backend, mesh if num_devices > 1 else None)
+    params = Decoder(config, True, "xla").abstract_params(jnp.bfloat16)
+    shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
+    num_pages = num_rows * kv_len // page_size + 1
+    pool = pool_struct(
+        shape, num_pages, page_size, jnp.bfloat16, config.num_layers, backend=backend
+    )
+    where = sharding.placements(params, sharding.param_shardings(params, mesh))
+    params = jax.tree.map(_placed, params, where)
+    pool = _placed(pool, sharding.pool_sharding(mesh))
+    page_table, kv_lens, cu_q_lens, num_seqs = index_structs(num_rows, -(-kv_len // page_size))
+    tokens: Any = Struct((num_tokens,), jnp.int32)
+    rows: Any = Struct((num_rows,), jnp.int32)
+    inputs = PagedInputs(
+        token_ids=tokens,
+        positions=tokens,
+        page_table=page_table,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        num_seqs=num_seqs,
+        logits_indices=rows,
+    )
+    compiled = try_compile(compiler, mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,))
+    if isinstance(compiled, str):
+        return StepFacts(error=compiled)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    own = list(pool.shape)
+    own[2] //= num_devices
+    dims = ",".join(map(str, own))
+    ops = re.findall(rf"= \w+\[{dims}\]\S* ([\w-]+)\(", text)
+    passing = {"get-tuple-element", "parameter", "custom-call", "bitcast"}
+    collectives = re.findall(
+        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
+    )
+    return StepFacts(
+        alias_bytes=memory.alias_size_in_bytes,
+        pool_bytes=math.prod(own) * jnp.dtype(jnp.bfloat16).itemsize,
+        temp_bytes=memory.temp_size_in_bytes,
+        pool_ops=tuple(op for op in ops if op not in passing),
+        collectives={name: collectives.count(name) for name in sorted(set(collectives))},
+    )
+
+
+def _placed(struct: Struct, where: Any) -> Struct:
+    return Struct(struct.shape, struct.dtype, sharding=where)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels are compiled for when their device is not there: shapes, and all that they take."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged import pallas_kernels
+from jpaged.models.shapes import SHAPES
+from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+
+Struct = jax.ShapeDtypeStruct
+# Of the pool: what calls and steps may take beside it, and still count as working in place.
+MAX_TEMP_SHARE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What an attention layer looks like to its kernel; see `pallas_kernels.paged_attention`."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
+# Gemma 2 and 3 alternate layers with and without a window; those with it are listed here. The two
+# Phi have the head_dim that no other has.
+_WITHOUT_DECODER = {
+    "gemma-2-2b": AttentionShape(8, 4, 256, 4096, 50.0),
+    "gemma-2-9b": AttentionShape(16, 8, 256, 4096, 50.0),
+    "gemma-2-27b": AttentionShape(32, 16, 128, 4096, 50.0),
+    "gemma-3-1b": AttentionShape(4, 1, 256, 512),
+    "gemma-3-4b": AttentionShape(8, 4, 256, 1024),
+    "gemma-3-12b": AttentionShape(16, 8, 256, 1024),
+    "gemma-3-27b": AttentionShape(32, 16, 128, 1024),
+    "phi-2": AttentionShape(32, 32, 80),
+    "phi-3-mini": AttentionShape(32, 32, 96, 2047),
+}
+ATTENTION_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
+    {
+        name: AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
+        for name, config in SHAPES.items()
+    }
+    | _WITHOUT_DECODER
+)
+
+
+def coverage_cases() -> dict[str, dict[str, Any]]:
+    """Everything that the kernels are made for: one at a time beside the usual, and the corners."""
+    cases: dict[str, dict[str, Any]] = {"usual": {}}
+    for head_dim in (64, 80, 96, 128, 256):
+        cases[f"head_dim {head_dim}"] = {"shape": AttentionShape(32, 8, head_dim)}
+        for page_size in (8, 32, 64, 128, 256):
+            name = f"head_dim {head_dim}, page_size {page_size}"
+            cases[name] = {"shape": AttentionShape(8, 2, head_dim), "page_size": page_size}
+        for kv_dtype in (jnp.int8, jnp.float8_e4m3fn, jnp.float32):
+            name = f"head_dim {head_dim}, {kv_dtype.__name__} pages"
+            dtype = jnp.float32 if kv_dtype == jnp.float32 else jnp.bfloat16
+            shape = AttentionShape(8, 2, head_dim)
+            cases[name] = {"shape": shape, "dtype": dtype, "kv_dtype": kv_dtype}
+    cases["float32 queries, bfloat16 pages"] = {"dtype": jnp.float32, "kv_dtype": jnp.bfloat16}
+    for q_heads, kv_heads in ((8, 8), (32, 32), (8, 1), (16, 1), (5, 1), (9, 3), (14, 2), (40, 8)):
+        name = f"{q_heads} query heads, {kv_heads} KV heads"
+        cases[name] = {"shape": AttentionShape(q_heads, kv_heads, 128)}
+    cases["sliding_window"] = {"shape": AttentionShape(32, 8, 128, sliding_window=1000)}
+    cases["soft_cap"] = {"shape": AttentionShape(32, 8, 128, soft_cap=30.0)}
+    cases["both"] = {"shape": AttentionShape(16, 8, 256, 4096, 50.0)}
+    for rows in (1, 8, 256, 512):
+        cases[f"{rows} rows"] = {"num_rows": rows, "kv_len": 1024}
+    cases["131,072 tokens"] = {"num_rows": 8, "kv_len": 131072}
+    cases["512 rows of 131,072 tokens"] = {
+        "shape": AttentionShape(8, 1, 64),
+        "num_rows": 512,
+        "kv_len": 131072,
+        "num_pages": 4096,
+    }
+    cases["131,072 tokens in pages of 8"] = {"num_rows": 8, "kv_len": 131072, "page_size": 8}
+    usual = {"shape": AttentionShape(32, 8, 128)}
+    return {name: usual | case for name, case in cases.items()}
+
+
+def pool_struct(
+    shape: AttentionShape,
+    num_pages: int,
+    page_size: int,
+    dtype: Any,
+    num_layers: int = 2,
+    *,
+    backend: str = "tpu",
+) -> Struct:
+    """What stands for a page pool."""
+    pool = pallas_kernels.kv_pages_shape(
+        num_layers, num_pages, shape.num_kv_heads, page_size, shape.head_dim, backend=backend
+    )
+    return Struct(pool, dtype)
+
+
+def index_structs(num_rows: int, pages_per_seq: int) -> Any:
+    """page_table, kv_lens, cu_q_lens and num_seqs, which stand for arrays."""
+    shapes = ((num_rows, pages_per_seq), (num_rows,), (num_rows + 1,), (1,))
+    return tuple(Struct(shape, jnp.int32) for shape in shapes)
+
+
+def in_place_error(compiled: jax.stages.Compiled, pool: Struct, held_bytes: int = 0) -> str | None:
+    """What is wrong with a program that must give a donated pool back in the same memory.
+
+    Args:
+      compiled: the program.
+      pool: what stands for the pool.
+      held_bytes: that it may hold beside the pool.
+    """
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    pool_bytes, temp_bytes = num_bytes(pool), memory.temp_size_in_bytes
+    if memory.alias_size_in_bytes < pool_bytes:
+        return f"aliases {memory.alias_size_in_bytes} bytes of a pool of {pool_bytes}"
+    if temp_bytes > MAX_TEMP_SHARE * pool_bytes + held_bytes:
+        return f"takes {temp_bytes} bytes beside a pool of {pool_bytes}"
+    return None
+
+
+def num_bytes(array: Struct) -> int:
+    """Bytes of what an array's shape stands for."""
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+
+
+def try_compile(
+    compiler: TpuCompiler | GpuCompiler,
+    mesh: jax.sharding.Mesh,
+    function: Callable,
+    *args: Any,
+    **options: Any,
+) -> jax.stages.Compiled | str:
+    """The compiled program, or why it is refused: what the reports are for."""
+    try:
+        return compiler.compile(mesh, function, *args, **options)
+    except Exception as e:  # ours refuse with ValueError, the compiler with errors of many kinds
+        lines = str(e).strip().splitlines() or [""]
+        return f"{type(e).__name__}: {lines[0]}"[:300]
