@@ -25,7 +25,8 @@ from jpaged.host.params import SamplingParams
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Request
 from jpaged.host.stats import Counters, EngineStats
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step import StepPlan
+from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.viewer import PoolSnapshot
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
@@ -310,8 +311,8 @@ class Engine:
             self._planned = planned
         elif planned:
             step, batch = planned
-            self._swap(step)
-            self._inflight = step, self._runner.run(batch, step.copies)
+            self._swap(step.plan)
+            self._inflight = step, self._runner.run(batch, step.plan.copies)
             self._results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
         return self._results.read(*previous) if previous else []
 
@@ -485,7 +486,7 @@ class Engine:
                 self._scheduler.cache.clear()
             self._planned = self._inflight = None
 
-    def _swap(self, step: ScheduledStep) -> None:
+    def _swap(self, step: StepPlan) -> None:
         compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
         self._results.skip(compile_s, overlapped=False)
 
@@ -493,9 +494,9 @@ class Engine:
         if not self._scheduler.has_work:
             return None
         step = self._scheduler.schedule()
-        if not step.seqs:
-            self._totals.record_swaps(step)
-            self._swap(step)
+        if not step.plan.num_rows:
+            self._totals.record_swaps(step.plan)
+            self._swap(step.plan)
             return None
-        self._totals.record_step(step, self._table)
-        return step, build_batch(step, self._table, self._buckets)
+        self._totals.record_step(step.plan, self._table)
+        return step, build_batch(step.plan, self._table, self._buckets)

@@ -12,8 +12,8 @@ import psutil
 import tokenizers
 
 from jpaged.host.admission import SchedulerConfig, check_fits, max_tokens_in
-from jpaged.host.beam import start_search
 from jpaged.host.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
+from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import MAX_NUM_SAMPLES, SamplingParams
@@ -136,7 +136,7 @@ class RequestMaker:
             own = self._resolved(params, len(parent.prompt_token_ids))
         stream = checked("stream", stream, bool)
         self._check(own, parent.request_id, stream)
-        if parent.params.num_samples > 1 or parent.beam_search is not None:
+        if parent.growth.max_sequences > 1 or parent.growth.waits_for_host:
             raise ValueError(
                 f"request {parent.request_id!r} has several samples or beams: only a request with "
                 "one can be forked"
@@ -225,18 +225,20 @@ class RequestMaker:
         cache_salt: str | None,
     ) -> Request:
         processors = self._processors(params, request_id)
+        assert params.max_tokens is not None, "not resolved"
+        max_model_len = self._config.max_model_len
+        room = min(params.max_tokens, max_model_len - len(token_ids))
         request = Request(
             request_id,
             token_ids,
             params,
             seed=seed,
-            max_model_len=self._config.max_model_len,
+            max_model_len=max_model_len,
             stream=stream,
             cache_salt=cache_salt,
+            growth=growth_of(params, token_ids, room, self._model_config.eos_token_ids),
         )
         request.processors = processors
-        if params.beam_width is not None:
-            start_search(request, self._model_config.eos_token_ids)
         return request
 
     def _encode(self, prompt: Prompt, request_id: str) -> list[int]:

@@ -2,24 +2,22 @@
 """Reads what steps have sampled: tokens and text, who has ended, and what is to be reported."""
 
 import dataclasses
-import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import tokenizers
 
 from jpaged.detokenizer import Detokenizer
 from jpaged.device.runner import StepResult
-from jpaged.host.beam import Candidate
-from jpaged.host.outputs import RequestOutput, output_of
+from jpaged.host.outputs import Completion, RequestOutput
+from jpaged.host.reader import StepReader
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Request, Status
 from jpaged.host.sequence import Sequence as Sample
 from jpaged.host.stats import Counters
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step_builder import ScheduledStep
 from jpaged.text import TextStream, is_fault
 
 logger = logging.getLogger(__name__)
@@ -27,14 +25,8 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class ResultReader:
-    """Appends sampled tokens to sequences, and ends those that they end.
-
-    What goes wrong with the data of one sequence ends it with an error, and no other.
-
-    Attributes:
-      totals: brought up to date with each step.
-    """
+class ResultReader(StepReader):
+    """Reads what the device found, makes text of it, and reports."""
 
     def __init__(
         self,
@@ -45,10 +37,8 @@ class ResultReader:
         dtype: str,
     ):
         """Remembers whose sequences they are, how their text is made, and the dtype of weights."""
-        self.totals = totals
-        self._scheduler = scheduler
+        super().__init__(scheduler, eos_token_ids, totals)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._eos_token_ids = eos_token_ids
         self._dtype = dtype
         self._texts: dict[Sample, TextStream] = {}
         self._last_step_end_s = 0.0
@@ -97,81 +87,19 @@ class ResultReader:
 
     def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""
-        tokens, logprobs, top = result.read()
-        searched = result.read_beams()
+        outcome = result.read()
         now = time.perf_counter()
         took, self._last_step_end_s = now - self._last_step_end_s, now
-        if step.num_prefill_tokens:
+        if step.plan.num_prefill_tokens:
             self.totals.prefill_s += took
         else:
             self.totals.decode_s += took
-        grown: dict[str, Request] = {}
-        for (request, slot), candidates in zip(step.beams, searched, strict=True):
-            if request.sequences[0].status is not Status.FINISHED:
-                assert request.beam_search is not None
-                own = slice(slot, slot + len(request.beam_search.nodes))
-                self._read_beams(request, candidates, logprobs[own], top[own] if top else None, now)
-                self.totals.num_decode_tokens += not step.num_prefill_tokens
-                if request.stream or request.finished:
-                    grown[request.request_id] = request
-        for slot, (sample, token) in enumerate(zip(step.samples, tokens, strict=True)):
-            if sample.status is Status.FINISHED or sample.request.beam_search is not None:
-                continue  # ended by the step before, when this one was on its way already
-            request = sample.request
-            if request.first_token_s is None:
-                request.first_token_s = now
-            if math.isfinite(logprobs[slot]):
-                self._read_sample(sample, token, logprobs[slot], top[slot] if top else {})
-                self.totals.num_decode_tokens += not step.num_prefill_tokens
-            else:
-                self._fail(sample, self._not_finite(sample))
-            if request.stream or request.finished:
-                grown[request.request_id] = request
-        return [self.output(request, finished=request.finished) for request in grown.values()]
-
-    def _read_sample(
-        self, sample: Sample, token: int, logprob: float, top: Mapping[int, float]
-    ) -> None:
-        self.totals.num_generated_tokens += 1
-        try:
-            if (wanted := sample.request.params.logprobs) is not None:
-                likeliest = itertools.islice(top.items(), wanted)
-                sample.logprobs.append({token: logprob, **dict(likeliest)})
-            sample.receive(token, logprob)
-            reason = self._stop_reason(sample)
-        except BaseException as e:
-            self._fail(sample, _refused(e))
-            return
-        if reason:
-            self.finish(sample, reason)
-
-    def _read_beams(
-        self,
-        request: Request,
-        candidates: list[Candidate],
-        logprobs: Sequence[float],
-        top: Sequence[Mapping[int, float]] | None,
-        now: float,
-    ) -> None:
-        search, wanted = request.beam_search, request.params.logprobs
-        assert search is not None
-        if request.first_token_s is None:
-            request.first_token_s = now
-
-        def advance() -> list[int]:
-            likeliest = None
-            if wanted is not None:
-                rows = top or [{}] * len(search.nodes)
-                likeliest = [dict(itertools.islice(row.items(), wanted)) for row in rows]
-            return search.advance(candidates, likeliest)
-
-        if not all(map(math.isfinite, logprobs)):
-            return self._fail_search(request, self._not_finite(*request.sequences))
-        parents, error = _attempt(advance)
-        if parents is None:
-            return self._fail_search(request, error)
-        self._scheduler.advance_beams(request, parents)
-        self.totals.num_generated_tokens += 1
+        grown = self.take(step, outcome)
+        return [
+            self.output(request, finished=request.finished)
+            for request in grown
+            if request.stream or request.finished
+        ]
 
     def output(self, request: Request, *, finished: bool) -> RequestOutput:
         """Freezes a request as far as it has come; see `outputs.output_of`."""
@@ -186,8 +114,8 @@ class ResultReader:
             return text.text
 
         output, error = _attempt(lambda: output_of(request, decode, finished=finished))
-        if output is None:  # beams: the text of samples is there already
-            self._fail_search(request, error)
+        if output is None:  # of a search: the text of samples is there already
+            self.fail_request(request, error)
             output = output_of(request, lambda _: "", finished=True)
         return output
 
@@ -209,8 +137,9 @@ class ResultReader:
                 sample.status, sample.finish_reason = Status.FINISHED, "abort"
         return self.output(request, finished=True)
 
-    def _stop_reason(self, sample: Sample) -> str | None:
-        reason = sample.stop_reason(self._eos_token_ids)
+    def stop_reason(self, sample: Sample) -> str | None:
+        """Why the newest token, or the text that it makes, ends a sample; None if it does not."""
+        reason = super().stop_reason(sample)
         if reason == "stop" or self._detokenizer is None:
             return reason
         if sample not in self._texts:
@@ -242,22 +171,16 @@ class ResultReader:
                 reason = "stop"
         self._scheduler.finish(sample, reason)
 
-    def _fail(self, sample: Sample, error: str) -> None:
-        sample.error = error
-        self.finish(sample, "error")
+    def refuse(self, error: BaseException) -> str:
+        """What went wrong with a request's data. Raises: what is an interrupt."""
+        return _refused(error)
 
-    def _fail_search(self, request: Request, error: str) -> None:
-        assert request.beam_search is not None
-        request.beam_search.fail(error)
-        if request.sequences[0].status is not Status.FINISHED:
-            self._scheduler.advance_beams(request, [])
-
-    def _not_finite(self, *samples: Sample) -> str:
+    def not_finite(self, samples: Sequence[Sample]) -> str:
         """Says why sequences end whose logits are not finite, and has nobody use their pages."""
         cache, size = self._scheduler.cache, self._scheduler.table.page_size
         for sample in samples:
             if (root := sample.request.cache_root) is not None:
-                cache.quarantine(root, sample.tokens(0, min(size, sample.num_known_tokens)), size)
+                cache.quarantine(root, sample.token_ids[:size], size)
         if self._dtype == "float16":
             where = (
                 "float16 overflows above 65504: load the model with dtype='bfloat16' or 'float32'"
@@ -285,3 +208,53 @@ def _refused(error: BaseException) -> str:
         raise error
     logger.debug("an error that ends a request", exc_info=error)
     return f"its tokens could not be processed: {type(error).__name__}: {error}"
+
+
+def output_of(
+    request: Request, decode: Callable[[list[int]], str], *, finished: bool
+) -> RequestOutput:
+    """Freezes a request as far as it has come.
+
+    Args:
+      request: what to report.
+      decode: gives the text of tokens.
+      finished: whether nothing more will come; before, all samples are reported, or those answers
+        of a search that have ended.
+    """
+    first, params = request.first_token_s, request.params
+    outputs = request.growth.best(params.n, finished=finished)
+    if outputs is None:
+        samples = request.sequences
+        if finished and params.num_samples > params.n:
+            samples = sorted(samples, key=_rank, reverse=True)[: params.n]
+        outputs = [_sample_completion(sample) for sample in samples]
+    else:
+        outputs = [dataclasses.replace(o, text=decode(o.token_ids)) for o in outputs]
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt_token_ids=request.prompt_token_ids,
+        outputs=outputs,
+        finished=finished,
+        time_to_first_token_s=None if first is None else first - request.arrival_s,
+        latency_s=time.perf_counter() - request.arrival_s,
+    )
+
+
+def _sample_completion(sample: Sample) -> Completion:
+    wants_logprobs = sample.request.params.logprobs is not None
+    token_ids = sample.generated_token_ids
+    return Completion(
+        text=sample.text,
+        token_ids=token_ids,
+        cumulative_logprob=sample.cumulative_logprob,
+        # Where a step was interrupted, there may be those of one token more.
+        logprobs=sample.logprobs[: len(token_ids)] if wants_logprobs else None,
+        finish_reason=sample.finish_reason,
+        error=sample.error,
+    )
+
+
+def _rank(sample: Sample) -> tuple[bool, float]:
+    """What the best samples are chosen by: no error, then the mean log-probability."""
+    mean = sample.cumulative_logprob / max(len(sample.generated_token_ids), 1)
+    return sample.error is None, mean

@@ -35,7 +35,7 @@ import tqdm
 from absl import app, flags
 
 from jpaged.host.admission import SchedulerConfig
-from jpaged.host.swap import PreemptionCosts
+from jpaged.host.preemption import PreemptionCosts
 from jpaged.scripts.flags import check_names, run
 from jpaged.simulation.simulator import (
     CONTIGUOUS_POLICIES,

@@ -10,7 +10,7 @@ import numpy as np
 from jpaged.device.memory import PoolPlan, default_dtype
 from jpaged.host.admission import SchedulerConfig
 from jpaged.host.config import EngineConfig
-from jpaged.host.swap import NO_COSTS, PreemptionCosts
+from jpaged.host.preemption import NO_COSTS, PreemptionCosts
 from jpaged.models.config import ModelConfig
 
 _COPY_BYTES = 4 * 2**20

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jpaged.device import sampling
 from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
-from jpaged.host.beam import Candidate
+from jpaged.host.growth.base import Candidate, Outcome
 from jpaged.host.logits_processors import idle_rows
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
@@ -53,26 +53,20 @@ class StepResult:
     num_samples: int
     compile_s: float = 0.0
 
-    def read(self) -> tuple[list[int], list[float], list[Mapping[int, float]] | None]:
-        """Waits for the step and returns its tokens, log-probabilities and likeliest tokens."""
+    def read(self) -> Outcome:
+        """Waits for the step and returns what it found."""
         tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
         logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
-        if self.top is None:
-            return tokens, logprobs, None
-        ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
-        return (
-            tokens,
-            logprobs,
-            [dict(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)],
-        )
-
-    def read_beams(self) -> list[list[Candidate]]:
-        """The best continuations, best first, for each beam search."""
-        read = []
+        likeliest = None
+        if self.top is not None:
+            ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
+            pairs = zip(ids, values, strict=True)
+            likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
+        candidates = []
         for parts in self.beams:
-            candidates = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
-            read.append([Candidate(*each) for each in candidates if each[0] > -math.inf])
-        return read
+            found = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
+            candidates.append([Candidate(*each) for each in found if each[0] > -math.inf])
+        return Outcome(tokens, logprobs, likeliest, candidates)
 
 
 class ModelRunner:

@@ -4,8 +4,8 @@
 import dataclasses
 
 from jpaged.host.page_table import PageTable
+from jpaged.host.preemption import NO_COSTS, PreemptionCosts
 from jpaged.host.sequence import Request
-from jpaged.host.swap import NO_COSTS, PreemptionCosts
 
 
 class RequestTooLongError(ValueError):
@@ -63,21 +63,21 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
       RequestTooLongError: if it could not run even with the whole pool to itself.
       ValueError: if it wants more beams than can run at once.
     """
-    (seq,), params = request.sequences, request.params
+    (seq,), growth = request.sequences, request.growth
     if seq.num_prompt_tokens >= config.max_model_len:
         raise RequestTooLongError(
             f"request {request.request_id!r}: a prompt of {seq.num_prompt_tokens} tokens "
             f"leaves no room for an answer in max_model_len={config.max_model_len}; shorten "
             "the prompt or raise max_model_len"
         )
-    width = params.beam_width or 1
+    width = growth.reserved_places or 1
     most = min(config.max_num_seqs, config.max_num_batched_tokens)
     if width > most:
         raise ValueError(
             f"request {request.request_id!r}: beam_width={width} exceeds the {most} beams that "
             "a step computes: lower it, or raise max_num_seqs and max_num_batched_tokens"
         )
-    if config.reservation == "max" and (width > 1 or params.num_samples > 1):
+    if config.reservation == "max" and growth.max_sequences > 1:
         raise ValueError(
             f"request {request.request_id!r}: samples and beams need shared pages, which "
             "reservation='max' does not have; use n=1 or reservation='paged'"

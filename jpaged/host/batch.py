@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a scheduled step to padded arrays; every shape the device ever sees is chosen here."""
+"""From a planned step to padded arrays; every shape the device ever sees is chosen here."""
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any, cast
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
-from jpaged.host.beam import BeamSearch
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
+from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
-from jpaged.host.sequence import Request, Sequence
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
 
@@ -144,77 +143,75 @@ class Batch:
     processors: ProcessorRows | None
 
 
-def build_batch(step: ScheduledStep, table: PageTable, buckets: ShapeBuckets) -> Batch:
-    """Pads a scheduled step to the nearest shape.
+def build_batch(step: StepPlan, table: PageTable, buckets: ShapeBuckets) -> Batch:
+    """Pads a planned step to the nearest shape.
 
     Args:
-      step: a step with at least one sequence, as just scheduled.
+      step: with at least one row.
       table: the page table, as the scheduler left it.
       buckets: the shapes to choose from.
 
     Returns:
       The batch; it shares no memory with `table`.
     """
-    num_rows, num_samples = len(step.seqs), len(step.samples)
-    q_lens = np.array(step.num_scheduled_tokens, np.int32)
+    rows, samples = step.rows, step.samples
+    num_rows, num_samples = step.num_rows, step.num_samples
+    q_lens = np.array(rows.num_tokens, np.int32)
     num_tokens = int(q_lens.sum())
     shape = buckets.shape(num_tokens, num_rows, num_samples)
 
     cu_q_lens = np.full(shape.num_rows + 1, num_tokens, np.int32)
     cu_q_lens[0] = 0
     np.cumsum(q_lens, out=cu_q_lens[1 : num_rows + 1])
+    first = cu_q_lens[:num_rows]
+    start = np.array(rows.starts, np.int32)
     kv_lens = np.zeros(shape.num_rows, np.int32)
-    kv_lens[:num_rows] = [seq.num_computed_tokens for seq in step.seqs]
+    kv_lens[:num_rows] = start + q_lens
 
     token_ids = np.zeros(shape.num_tokens, np.int32)
     previous_slots = np.full(shape.num_tokens, -1, np.int32)
     positions = np.zeros(shape.num_tokens, np.int32)
-    offsets = kv_lens[:num_rows] - cu_q_lens[1 : num_rows + 1]
-    positions[:num_tokens] = np.arange(num_tokens, dtype=np.int32) + np.repeat(offsets, q_lens)
+    positions[:num_tokens] = np.arange(num_tokens, dtype=np.int32) + np.repeat(
+        start - first, q_lens
+    )
+    # Of a row whose token is still on the device, that is the only one.
+    previous_slots[first] = rows.sources
+    for at, tokens in zip(first.tolist(), rows.token_ids, strict=True):
+        if tokens:
+            token_ids[at : at + len(tokens)] = tokens
 
-    token = 0
-    for seq, count, slot in zip(
-        step.seqs, step.num_scheduled_tokens, step.input_slots, strict=True
-    ):
-        end = seq.num_computed_tokens
-        if slot >= 0:
-            # Sampled by the step before and still on the device; always a row's only token.
-            previous_slots[token] = slot
-        else:
-            token_ids[token : token + count] = seq.tokens(end - count, end)
-        token += count
-
-    # Every scheduled sequence holds pages.
-    table_ids = cast("list[int]", [seq.table_id for seq in step.seqs])
     logits_indices = np.zeros(shape.num_rows, np.int32)
-    logits_indices[:num_samples] = cu_q_lens[1:][step.sample_rows] - 1
-    processors = processor_rows(step, shape.num_rows)
+    if num_samples:
+        logits_indices[:num_samples] = first[list(samples.rows)] + samples.offsets
+    sources = [rows.sources[row] for row in samples.rows]
+    processors = processor_rows(samples.processing, sources, shape.num_rows)
     return Batch(
         shape=shape,
         token_ids=token_ids,
         previous_slots=previous_slots,
         positions=positions,
-        page_table=table.snapshot(table_ids, shape.num_rows),
+        page_table=table.snapshot(rows.table_ids, shape.num_rows),
         kv_lens=kv_lens,
         cu_q_lens=cu_q_lens,
         num_seqs=np.array([num_rows], np.int32),
         logits_indices=logits_indices,
-        **_sampling_arrays(step.samples, shape.num_rows),
-        num_samples=num_samples,
-        num_logprobs=max((seq.request.params.logprobs or 0 for seq in step.samples), default=0),
-        beams=tuple(
-            _beam_batch(request, slot, processors is not None and bool(processors.active[slot]))
-            for request, slot in step.beams
+        **_sampling_arrays(
+            samples.draws, positions[logits_indices[:num_samples]] + 1, shape.num_rows
         ),
+        num_samples=num_samples,
+        num_logprobs=max((draw.num_logprobs for draw in samples.draws), default=0),
+        beams=tuple(_beam_batch(search, processors) for search in step.searches),
         processors=processors,
     )
 
 
 def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBatch:
     """Beams of a search that has not begun, to compile with: running them changes nothing."""
-    search = BeamSearch(params, 1, eos_token_ids)
-    slots = np.zeros(search.width, np.int32)
-    return BeamBatch(slots, slots.astype(np.float32) - np.inf, search.num_candidates)
+    chooser = growth_of(params, [0], 1, eos_token_ids).chooser
+    assert chooser is not None, "not a search"
+    selection = chooser.selection()
+    slots = np.zeros(selection.width, np.int32)
+    return BeamBatch(slots, slots.astype(np.float32) - np.inf, selection.num_candidates)
 
 
 def warm_up_plan(
@@ -265,13 +262,13 @@ def warm_up_plan(
     }
 
 
-def _beam_batch(request: Request, first_slot: int, processed: bool) -> BeamBatch:
-    search = request.beam_search
-    assert search is not None
+def _beam_batch(search: Search, processors: ProcessorRows | None) -> BeamBatch:
+    count, first = len(search.scores), search.first_sample
     scores = np.full(search.width, -np.inf, np.float32)
-    scores[: len(search.scores)] = search.scores
-    slots = np.full(search.width, first_slot, np.int32)
-    slots[: len(search.scores)] += np.arange(len(search.scores), dtype=np.int32)
+    scores[:count] = search.scores
+    slots = np.full(search.width, first, np.int32)
+    slots[:count] += np.arange(count, dtype=np.int32)
+    processed = processors is not None and bool(processors.active[first])
     return BeamBatch(slots, scores, search.num_candidates, processed)
 
 
@@ -288,7 +285,7 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
         cu_q_lens=np.zeros(shape.num_rows + 1, np.int32),
         num_seqs=np.zeros(1, np.int32),
         logits_indices=rows,
-        **_sampling_arrays([], shape.num_rows),
+        **_sampling_arrays((), rows[:0], shape.num_rows),
         num_samples=0,
         num_logprobs=num_logprobs,
         beams=(),
@@ -296,24 +293,26 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
     )
 
 
-def _sampling_arrays(samples: list[Sequence], num_rows: int) -> dict[str, np.ndarray]:
+def _sampling_arrays(
+    draws: Sequence[Draw], positions: np.ndarray, num_rows: int
+) -> dict[str, np.ndarray]:
     """Per-sample parameters, padded with those of greedy sampling."""
-    params = [seq.request.params for seq in samples]
 
-    def column(values: list, dtype: type) -> np.ndarray:
+    def column(values: Sequence[float] | np.ndarray, dtype: type) -> np.ndarray:
         padded = np.zeros(num_rows, dtype)
         padded[: len(values)] = values
         return padded
 
+    columns = zip(*draws, strict=True) if draws else iter([()] * 7)
+    temperature, top_k, top_p, min_p, seeds, indices, _ = columns
     return {
-        # What is drawn for beams is not used: greedy costs least.
-        "temperature": column([0.0 if p.beam_width else p.temperature for p in params], np.float32),
-        "top_k": column([p.top_k for p in params], np.int32),
-        "top_p": column([p.top_p for p in params], np.float32),
-        "min_p": column([p.min_p for p in params], np.float32),
-        "seeds": column([seq.request.seed for seq in samples], np.uint32),
-        "sample_indices": column([seq.sample_index for seq in samples], np.uint32),
-        "sample_positions": column([seq.num_computed_tokens for seq in samples], np.int32),
+        "temperature": column(temperature, np.float32),
+        "top_k": column(top_k, np.int32),
+        "top_p": column(top_p, np.float32),
+        "min_p": column(min_p, np.float32),
+        "seeds": column(seeds, np.uint32),
+        "sample_indices": column(indices, np.uint32),
+        "sample_positions": column(positions, np.int32),
     }
 
 

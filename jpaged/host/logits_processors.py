@@ -12,11 +12,21 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from jpaged.host import sequence
 from jpaged.host.params import SamplingParams
 
-if typing.TYPE_CHECKING:
-    from jpaged.host.step import ScheduledStep
+
+class Processing(typing.NamedTuple):
+    """What is done to the logits of one sample.
+
+    Attributes:
+      repetition_penalty: 1 is none.
+      seen: u8[bytes], tokens of prompt and answer that the host knows; None without a penalty.
+      blocked: u8[bytes], tokens that cannot be chosen; None if all can.
+    """
+
+    repetition_penalty: float
+    seen: np.ndarray | None
+    blocked: np.ndarray | None
 
 
 class ProcessorRows(typing.NamedTuple):
@@ -85,22 +95,33 @@ class LogitsProcessors:
             self._blocked[tokens] = self._bitmap(tokens)
         return self._blocked.get(tokens)
 
-    def seen(self, seq: sequence.Sequence) -> np.ndarray:
-        """The tokens of a sequence that the host knows."""
-        if seq.request.beam_search is not None:
-            # Of a beam's tokens the prompt alone is certain to stay.
-            if -1 not in self._seen:
-                prompt = seq.request.prompt_token_ids
-                self._seen[-1] = len(prompt), self._bitmap(prompt)
-            bitmap = self._seen[-1][1].copy()
-            _set(bitmap, seq.tokens(seq.num_prompt_tokens, seq.num_known_tokens))
-            return bitmap
-        count, bitmap = self._seen.get(seq.sample_index, (0, None))
-        if bitmap is None:
-            bitmap = self._bitmap(())
-        _set(bitmap, seq.tokens(count, seq.num_known_tokens))
-        self._seen[seq.sample_index] = seq.num_known_tokens, bitmap
-        return bitmap
+    def processing(
+        self, index: int, token_ids: Sequence[int], num_generated: int
+    ) -> Processing | None:
+        """What is to be done before the next token of a sequence; None if nothing is.
+
+        It depends on the sequence's own tokens and their number only.
+
+        Args:
+          index: which of the request's sequences.
+          token_ids: prompt and generated tokens that the host knows.
+          num_generated: of generated ones, those that only the device knows included.
+        """
+        blocked, penalty = self.blocked(num_generated), self.repetition_penalty
+        if blocked is None and penalty == 1:
+            return None
+        return Processing(
+            penalty, None if penalty == 1 else self._seen_in(index, token_ids), blocked
+        )
+
+    def _seen_in(self, index: int, token_ids: Sequence[int]) -> np.ndarray:
+        if not isinstance(token_ids, list):
+            return self._bitmap(token_ids[:])  # of a search: other tokens each time
+        # A list only grows.
+        count, bitmap = self._seen.get(index) or (0, self._bitmap(()))
+        _set(bitmap, token_ids[count:])
+        self._seen[index] = len(token_ids), bitmap
+        return bitmap.copy()
 
     def _bitmap(self, token_ids: Collection[int]) -> np.ndarray:
         bitmap = np.zeros(self.num_bytes, np.uint8)
@@ -108,35 +129,31 @@ class LogitsProcessors:
         return bitmap
 
 
-def processor_rows(step: ScheduledStep, num_rows: int) -> ProcessorRows | None:
+def processor_rows(
+    processing: Sequence[Processing | None], sources: Sequence[int], num_rows: int
+) -> ProcessorRows | None:
     """What is to be done to the logits of a step's samples; None, at no cost, if nothing is.
 
-    A sequence's next token depends on its own tokens and their number only: the newest of them,
-    which may be on the device still, counts in any case.
-
     Args:
-      step: as just scheduled.
+      processing: of each sample.
+      sources: for each, which sample of the step before is its newest token, if the host does not
+        know it yet: that one counts too. -1 if it does.
       num_rows: padded number of samples.
     """
-    found = [
-        (slot, seq, processors)
-        for slot, seq in enumerate(step.samples)
-        if (processors := seq.request.processors) is not None
-    ]
     rows: ProcessorRows | None = None
-    for slot, seq, processors in found:
-        blocked = processors.blocked(seq.num_computed_tokens - seq.num_prompt_tokens)
-        penalty = processors.repetition_penalty
-        if blocked is None and penalty == 1:
+    for slot, own in enumerate(processing):
+        if own is None:
             continue
-        rows = rows or idle_rows(num_rows, processors.num_bytes)
+        bitmap = own.seen if own.blocked is None else own.blocked
+        assert bitmap is not None
+        rows = rows or idle_rows(num_rows, len(bitmap))
         rows.active[slot] = True
-        if blocked is not None:
-            rows.blocked[slot] = blocked
-        if penalty != 1:
-            rows.repetition_penalty[slot] = penalty
-            rows.seen[slot] = processors.seen(seq)
-            rows.previous_slots[slot] = step.input_slots[step.sample_rows[slot]]
+        if own.blocked is not None:
+            rows.blocked[slot] = own.blocked
+        if own.seen is not None:
+            rows.repetition_penalty[slot] = own.repetition_penalty
+            rows.seen[slot] = own.seen
+            rows.previous_slots[slot] = sources[slot]
     return rows
 
 

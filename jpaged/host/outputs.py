@@ -2,13 +2,8 @@
 """What a request gives back."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
-
-from jpaged.host import sequence
-from jpaged.host.beam import Hypothesis, path
-from jpaged.host.sequence import Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,75 +70,3 @@ class GenerationInterrupted(KeyboardInterrupt):
     def __init__(self, outputs: Sequence[RequestOutput]):
         super().__init__("interrupted")
         self.outputs = list(outputs)
-
-
-def output_of(
-    request: Request, decode: Callable[[list[int]], str], *, finished: bool
-) -> RequestOutput:
-    """Freezes a request as far as it has come.
-
-    Args:
-      request: what to report.
-      decode: gives the text of a beam's tokens.
-      finished: whether nothing more will come; before, all samples are reported, and those beams
-        only that have ended.
-    """
-    first, params = request.first_token_s, request.params
-    if request.beam_search is not None:
-        search = request.beam_search
-        best = search.best(params.n) if finished else search.finished[: params.n]
-        outputs = [_beam_completion(hypothesis, request, decode) for hypothesis in best]
-        if finished and search.error and all(beam.error is None for beam in outputs):
-            outputs.append(Completion("", [], 0.0, None, "error", error=search.error))
-        if finished and not outputs:
-            outputs.append(Completion("", [], 0.0, None, "abort"))
-    else:
-        samples = request.sequences
-        if finished and params.num_samples > params.n:
-            samples = sorted(samples, key=_rank, reverse=True)[: params.n]
-        outputs = [_sample_completion(sample) for sample in samples]
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt_token_ids=request.prompt_token_ids,
-        outputs=outputs,
-        finished=finished,
-        time_to_first_token_s=None if first is None else first - request.arrival_s,
-        latency_s=time.perf_counter() - request.arrival_s,
-    )
-
-
-def _sample_completion(sample: sequence.Sequence) -> Completion:
-    wants_logprobs = sample.request.params.logprobs is not None
-    token_ids = sample.generated_token_ids
-    return Completion(
-        text=sample.text,
-        token_ids=token_ids,
-        cumulative_logprob=sample.cumulative_logprob,
-        # Where a step was interrupted, there may be those of one token more.
-        logprobs=sample.logprobs[: len(token_ids)] if wants_logprobs else None,
-        finish_reason=sample.finish_reason,
-        error=sample.error,
-    )
-
-
-def _rank(sample: sequence.Sequence) -> tuple[bool, float]:
-    """What the best samples are chosen by: no error, then the mean log-probability."""
-    mean = sample.cumulative_logprob / max(len(sample.generated_token_ids), 1)
-    return sample.error is None, mean
-
-
-def _beam_completion(
-    hypothesis: Hypothesis, request: Request, decode: Callable[[list[int]], str]
-) -> Completion:
-    assert request.beam_search is not None
-    nodes = path(hypothesis.node)
-    token_ids = [node.token_id for node in nodes]
-    return Completion(
-        text=decode(token_ids),
-        token_ids=token_ids,
-        cumulative_logprob=hypothesis.node.cumulative_logprob,
-        logprobs=None if request.params.logprobs is None else [n.logprobs or {} for n in nodes],
-        finish_reason=hypothesis.finish_reason,
-        score=hypothesis.score,
-        error=request.beam_search.error if hypothesis.finish_reason == "error" else None,
-    )

@@ -155,6 +155,10 @@ class PagePool:
             raise ValueError(f"page {page} is not in use: it has no content to keep")
         self._keep.add(page)
 
+    def is_exclusive(self, page: int) -> bool:
+        """Whether a page has one owner and nobody else who wants its content."""
+        return self._refcounts[page] == 1 and page not in self._keep
+
     def is_kept(self, page: int) -> bool:
         """Whether a page's content may be asked for again, so that it must not change."""
         return page in self._keep

@@ -168,14 +168,16 @@ class PageTable:
           ValueError: if the sequence would exceed `pages_per_seq`, or `num_tokens` is negative.
         """
         held, pages = self._num_tokens[seq], self._pages[seq]
-        copy_due = num_tokens > 0 and self._copy_due(seq)
-        if num_tokens == 1 and not copy_due and held % self.page_size:
-            # Most appends, as short as can be: one more token in a page of its own.
+        filled = held % self.page_size
+        if num_tokens == 1 and filled:
             page = pages[held // self.page_size]
-            self._num_live_cells += held % self.page_size + 1 - self._fill[page]
-            self._fill[page] = held % self.page_size + 1
-            self._num_tokens[seq] = held + 1
-            return []
+            if self.pool.is_exclusive(page):
+                # Most appends, as short as can be: one more token in a page of its own.
+                self._num_live_cells += filled + 1 - self._fill[page]
+                self._fill[page] = filled + 1
+                self._num_tokens[seq] = held + 1
+                return []
+        copy_due = num_tokens > 0 and self._copy_due(seq)
         if num_tokens < 0:
             raise ValueError(f"num_tokens={num_tokens} must be at least 0")
         total = held + num_tokens
@@ -339,7 +341,7 @@ class PageTable:
         if held % self.page_size == 0:
             return False
         page = self._pages[seq][held // self.page_size]
-        return self.pool.refcount(page) > 1 or self.pool.is_kept(page)
+        return not self.pool.is_exclusive(page)
 
     def _replace_partial_page(self, seq: int, dst: int) -> tuple[int, int]:
         index, filled = divmod(self._num_tokens[seq], self.page_size)

@@ -133,7 +133,7 @@ class PrefixCache:
         for index in range(seq.num_addressed_pages, end // size):
             start, own = index * size, pages[index]
             before = pages[index - 1] if index else before
-            page = self.add(before, tuple(seq.tokens(start, start + size)), own)
+            page = self.add(before, tuple(seq.token_ids[start : start + size]), own)
             if page == own:
                 new.append(page)
             elif start + size > settled:

@@ -7,17 +7,19 @@ on the values that are sampled.
 
 from __future__ import annotations
 
-import collections
+import itertools
 import logging
 from collections.abc import Sequence as SequenceOf
 
 from jpaged.host.admission import SchedulerConfig, check_fits
-from jpaged.host.beam import continue_beams
+from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
+from jpaged.host.preemption import take_pages
 from jpaged.host.prefix_cache import PrefixCache
+from jpaged.host.queues import Queues
 from jpaged.host.sequence import Request, Sequence, Status
-from jpaged.host.step import ScheduledStep
-from jpaged.host.swap import SwapSpace, choose_preemption
+from jpaged.host.step_builder import ScheduledStep, StepBuilder
+from jpaged.host.swap import SwapSpace
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,8 @@ class Scheduler:
     empty pool is refused when it is added, everything ends. A request that is alone loses its
     youngest sample only.
 
-    The beams of a request are scheduled together, and only when the host knows where the step
-    before has taken them.
-
-    Invariants:
-      - Every running sequence is older than every waiting one.
-      - The running sequences of a request stand side by side.
-      - Running sequences number at most max_num_seqs.
+    What else there is to know of a request is its `growth`: whether its sequences are computed all
+    in one step, or none, and whether they wait for the host.
     """
 
     def __init__(self, config: SchedulerConfig, table: PageTable):
@@ -49,25 +46,22 @@ class Scheduler:
         self.cache = PrefixCache(table.pool)
         self.swap_space = SwapSpace(config.num_host_pages)
         self.num_preemptions = 0
-        self._waiting: collections.deque[Sequence] = collections.deque()
-        self._running: list[Sequence] = []
-        # Scheduled for the last time in the step before; their pages go back with the next one.
-        self._draining: list[Sequence] = []
+        self._queues = Queues(config.max_num_seqs)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for pages or for a place."""
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     @property
     def num_running(self) -> int:
         """Sequences that hold pages."""
-        return len(self._running)
+        return len(self._queues.running)
 
     @property
     def has_work(self) -> bool:
         """Whether `schedule` would have a sequence to look at."""
-        return bool(self._waiting or self._running)
+        return bool(self._queues.waiting or self._queues.running)
 
     def add(self, request: Request, salt: object = None) -> None:
         """Queues a request that `admission.check_fits` lets pass.
@@ -78,7 +72,7 @@ class Scheduler:
         """
         check_fits(request, self.config, self.table)
         self._set_root(request, salt)
-        self._waiting.append(request.sequences[0])
+        self._queues.waiting.append(request.sequences[0])
 
     def fork(self, parent: Request, child: Request) -> None:
         """Starts a request where another is, with the tokens of its only sequence.
@@ -90,44 +84,38 @@ class Scheduler:
         """
         (source,), (seq,) = parent.sequences, child.sequences
         child.cache_root = self.cache.use_root(parent.cache_root)
-        if source.status is Status.WAITING:
-            self._waiting.insert(self._waiting.index(source) + 1, seq)
-            return
-        if source.status is not Status.RUNNING or not self._num_free_places():
-            # Behind those that wait for others of their request, which run already.
-            last = self._running[-1].request if self._running else None
-            self._waiting.insert(sum(other.request is last for other in self._waiting), seq)
+        if source.status is not Status.RUNNING or not self._queues.num_free_places():
+            self._queues.queue(seq, source)
             return
         assert source.table_id is not None
         held = min(source.num_computed_tokens, seq.num_known_tokens - 1)
         seq.table_id = self.table.fork(source.table_id, held)
         seq.num_computed_tokens = held
         seq.num_addressed_pages = min(source.num_addressed_pages, held // self.table.page_size)
-        seq.status = Status.RUNNING
-        self._running.insert(self._running.index(source) + 1, seq)
+        self._queues.start([seq], source)
 
     def schedule(self) -> ScheduledStep:
         """Plans the next step and assigns its pages; without sequences it has nothing to do."""
-        for seq in self._draining:
+        for seq in self._queues.draining:
             if seq.table_id is not None:
                 self.cache.address(self.table, seq, seq.num_computed_tokens)
                 self._free_pages(seq)
-        self._draining.clear()
-        step = ScheduledStep()
+        self._queues.draining.clear()
+        step = StepBuilder()
         budget = self._plan_running(step)
         if not step.num_preemptions:
             self._admit(step, budget)
-        if not step.seqs:
-            # Of beams that were just admitted, each waited for the others.
+        if not step.num_rows:
+            # Of sequences that were just admitted, each waited for the others of its request.
             self._plan_running(step)
-        for seq in step.samples:
-            if seq.num_tokens >= seq.max_total_tokens and seq.request.beam_search is None:
+        planned = step.build()
+        for seq in planned.samples:
+            length = len(seq.token_ids) + seq.num_inflight_tokens  # num_tokens, for every sample
+            if length >= seq.max_total_tokens and not seq.request.growth.waits_for_host:
                 # Its last token is on its way. The next step may have its pages: steps run in order
                 # on the device, so what writes there comes after what reads.
-                self._running.remove(seq)
-                self._draining.append(seq)
-                seq.status = Status.DRAINING
-        return step
+                self._queues.drain(seq)
+        return planned
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """Ends a sequence, wherever it is; its pages are free from now on."""
@@ -137,68 +125,59 @@ class Scheduler:
             # Its last token came from a step that is over, so what is before was computed.
             known = seq.num_known_tokens - 1
             self.cache.address(self.table, seq, known, end=known)
-        self._leave_queue(seq)
+        self._queues.remove(seq)
+        if seq.swapped is not None:
+            self.swap_space.leave(seq.swapped, seq)
+            seq.swapped = None
+        self._free_pages(seq)
         seq.status = Status.FINISHED
         seq.finish_reason = reason
 
-    def advance_beams(self, request: Request, parents: SequenceOf[int]) -> None:
-        """Has the beams of a request go on from those that a step has chosen.
+    def continue_from(self, request: Request, parents: SequenceOf[int]) -> None:
+        """Has the sequences of a request go on from those that its growth has chosen.
 
         Page tables are forked and dropped, no page is copied: that is for the step that writes.
 
         Args:
-          request: whose sequences are the beams before.
-          parents: for each beam from now on, which of them it continues, in the order of
-            `BeamSearch.nodes`; none if the search has ended.
+          request: with the sequences before.
+          parents: what `Growth.accept` returned.
         """
         before = list(request.sequences)
-        first = before[0]
-        beams = continue_beams(self.table, request, parents)
-        if first.swapped is not None:
-            self.swap_space.continue_beams(before, beams, parents)
-        self._replace_in_queue(before, beams, first.status)
-        for beam in beams:
-            beam.status = first.status
-        for beam in before[len(beams) :]:
-            beam.status = Status.FINISHED
-        request.sequences = beams or before[:1]
+        after = continue_sequences(self.table, self.swap_space, request, parents)
+        self._queues.replace(before, after)
+        request.sequences = after or before[:1]
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: every page; for tests."""
         self.table.check_invariants()
         self.cache.check_invariants()
-        groups = {id(s.swapped): s.swapped for s in self._waiting if s.swapped is not None}
+        self._queues.check_invariants()
+        swapped = (seq.swapped for seq in self._queues.waiting)
+        groups = {id(group): group for group in swapped if group is not None}
         self.swap_space.check_invariants(groups.values())
-        assert len(self._running) <= self.config.max_num_seqs
-        holders = [*self._running, *(seq for seq in self._draining if seq.table_id is not None)]
+        holders = list(self._queues.holders())
         assert len({seq.table_id for seq in holders}) == len(holders) == self.table.num_seqs
-        assert all(seq.status is Status.RUNNING for seq in self._running)
-        assert all(seq.table_id is None for seq in self._waiting)
-        seen: list[Request] = []
-        for seq in self._running:
-            if not seen or seen[-1] is not seq.request:
-                assert seq.request not in seen, "sequences of a request stand apart"
-                seen.append(seq.request)
 
-    def _plan_running(self, step: ScheduledStep) -> int:
+    def _plan_running(self, step: StepBuilder) -> int:
         """Plans all that run, oldest first, and preempts where pages lack.
 
         Returns:
           How many more tokens the step can compute.
         """
-        budget, running = self.config.max_num_batched_tokens, self._running
+        budget, running = self.config.max_num_batched_tokens, self._queues.running
         pool, size = self.table.pool, self.table.page_size
         index = 0
         while index < len(running) and budget:
             seq = running[index]
-            if len(seq.request.sequences) == 1 and seq.request.beam_search is None:
+            if seq.request.is_single:
                 # Most are alone, and find pages: this is all that a step costs for them.
-                num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+                lacking = seq.num_tokens - seq.num_computed_tokens
+                num_tokens = min(lacking, budget)
                 if num_tokens // size + 2 <= pool.num_free_pages:
                     budget -= num_tokens
-                    index += 1 + self._plan_row(step, seq, num_tokens)
+                    index += 1 + self._plan_row(step, seq, num_tokens, num_tokens == lacking)
                     continue
-            group = self._group(index)
+            group = self._queues.group(index)
             tokens = self._tokens_of(group, budget)
             if tokens is None:
                 break
@@ -209,29 +188,17 @@ class Scheduler:
             index += self._plan(step, group, tokens)
         return budget
 
-    def _group(self, index: int) -> list[Sequence]:
-        """The running sequences of a request, of which the first is at `index`."""
-        running = self._running
-        request = running[index].request
-        if len(request.sequences) == 1:
-            return running[index : index + 1]
-        end = index + 1
-        while end < len(running) and running[end].request is request:
-            end += 1
-        return running[index:end]
-
     def _tokens_of(self, group: SequenceOf[Sequence], budget: int) -> list[int] | None:
         """How many tokens each of a group computes; None if it must wait for more budget."""
-        search = group[0].request.beam_search
+        growth = group[0].request.growth
+        if growth.waits_for_host and group[0].num_inflight_tokens:
+            return [0] * len(group)
         lacking = [seq.num_tokens - seq.num_computed_tokens for seq in group]
-        if search is not None:
-            if group[0].num_inflight_tokens:
-                return [0] * len(group)
-            if len(search.nodes) > 1:
-                if len(group) == len(search.nodes) and max(lacking) == 1:
-                    return lacking if budget >= len(group) else None
-                # Some compute again what was preempted; the last token waits for the others'.
-                lacking = [count - 1 for count in lacking]
+        if growth.num_rows > 1:
+            if len(group) == growth.num_rows and max(lacking) == 1:
+                return lacking if budget >= len(group) else None
+            # Some compute again what was preempted; the last token waits for the others'.
+            lacking = [count - 1 for count in lacking]
         tokens: list[int] = []
         for count in lacking:
             tokens.append(min(count, budget))
@@ -248,28 +215,30 @@ class Scheduler:
             if seq.table_id is not None
         )
 
-    def _admit(self, step: ScheduledStep, budget: int) -> None:
+    def _admit(self, step: StepBuilder, budget: int) -> None:
         """Starts waiting sequences, oldest first, while tokens, places and pages last."""
-        while self._waiting and budget:
-            group = self._swap_in(step) if self._waiting[0].swapped else self._start(step)
-            if group and group[0].request.beam_search is not None:
+        queues = self._queues
+        while queues.waiting and budget:
+            group = self._swap_in(step) if queues.waiting[0].swapped else self._start(step)
+            if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
-                beams = self._running[self._running.index(group[0]) - group[0].sample_index :]
-                group = group if any(beam in step.seqs for beam in beams) else beams
+                first = queues.running.index(group[0]) - group[0].sample_index
+                together = queues.running[first:]
+                group = group if any(map(step.has_row, together)) else together
             tokens = self._tokens_of(group, budget) if group else None
             if tokens is None or self._pages_needed(group, tokens) > self.table.pool.num_free_pages:
                 return
             budget -= sum(tokens)
             self._plan(step, group, tokens)
 
-    def _start(self, step: ScheduledStep) -> list[Sequence]:
+    def _start(self, step: StepBuilder) -> list[Sequence]:
         """Gives the first waiting sequence a place, and the pages of its prefix that are known.
 
         Returns:
           The sequence, for which there are pages; none if it must wait.
         """
-        config, table, seq = self.config, self.table, self._waiting[0]
-        if self._num_free_places() < self._places_needed(seq.request, 1):
+        config, table, seq = self.config, self.table, self._queues.waiting[0]
+        if not self._have_places(seq.request, 1):
             return []
         pool, size, total = table.pool, table.page_size, seq.num_known_tokens
         pages: list[int] = []
@@ -279,7 +248,7 @@ class Scheduler:
         else:
             root = seq.request.cache_root
             if root is not None:
-                pages = self.cache.match(root, seq.tokens(0, total), size)
+                pages = self.cache.match(root, seq.token_ids[:], size)
             # At least one token is computed, for what comes after it. If it is in a page that is
             # known, that page is copied, unless it is written only now, or there is no other.
             held = min(len(pages) * size, total - 1)
@@ -289,8 +258,8 @@ class Scheduler:
             needed = -(-total // size) - sum(pool.refcount(page) > 0 for page in pages[:whole])
             if whole < len(pages):
                 cached = pool.refcount(pages[whole]) == 0
-                alone = seq.request.beam_search is None  # beams wait, and the copy with them
-                if pages[whole] in step.addressed or needed + cached > free or not alone:
+                waits = seq.request.growth.waits_for_host  # and the copy with it
+                if pages[whole] in step.addressed or needed + cached > free or waits:
                     held = whole * size
                 else:
                     needed += cached
@@ -298,95 +267,84 @@ class Scheduler:
             needed += self._spare_pages(seq)
         if needed > pool.num_free_pages:
             return []
-        self._waiting.popleft()
+        self._queues.waiting.popleft()
         seq.table_id = table.add_shared(pages, held)
         seq.num_computed_tokens = held
         seq.num_addressed_pages = held // size
-        seq.status = Status.RUNNING
         if config.reservation == "max":
             table.reserve(seq.table_id, config.max_model_len)
-        self._running.append(seq)
+        self._queues.start([seq])
         step.num_lookup_tokens += total
         step.num_hit_tokens += held
         return [seq]
 
-    def _swap_in(self, step: ScheduledStep) -> list[Sequence]:
+    def _swap_in(self, step: StepBuilder) -> list[Sequence]:
         """Gives the first waiting sequence, and all that were swapped with it, their pages back.
 
         Returns:
           The sequences; none if they must wait.
         """
-        first = self._waiting[0]
+        first = self._queues.waiting[0]
         swapped = first.swapped
         assert swapped is not None
-        group = list(swapped.held)
-        if self._num_free_places() < self._places_needed(first.request, len(group)):
+        group = list(itertools.takewhile(swapped.held.__contains__, self._queues.waiting))
+        if not self._have_places(first.request, len(group)):
             return []
         needed = len(swapped.host_pages) + self._spare_pages(first)
-        if self._running:
+        if self._queues.running:
             # To go on with: pages for all tokens, and a copy for each.
             needed += sum(
-                -(-seq.num_tokens // self.table.page_size) - len(pages) + 1
-                for seq, (pages, _) in swapped.held.items()
+                -(-seq.num_tokens // self.table.page_size) - len(swapped.held[seq][0]) + 1
+                for seq in group
             )
         if needed > self.table.pool.num_free_pages:
             return []
-        step.swap_ins += self.swap_space.swap_in(self.table, swapped)
+        table_ids, copies = self.swap_space.swap_in(self.table, swapped)
+        step.swap_ins += copies
         for seq in group:
-            self._waiting.popleft()
-            seq.status = Status.RUNNING
-        self._running += group
+            self._queues.waiting.popleft()
+            seq.table_id, seq.swapped = table_ids[seq], None
+            # Its pages have other numbers now than the cache knows.
+            seq.num_addressed_pages = 0
+        self._queues.start(group)
         return group
 
-    def _num_free_places(self) -> int:
-        """Sequences that can still start; all beams of a search that runs have their places."""
-        places, last = self.config.max_num_seqs, None
-        for seq in self._running:
-            search = seq.request.beam_search
-            if search is None:
-                places -= 1
-            elif seq.request is not last:
-                last = seq.request
-                places -= search.width
-        return places
-
-    def _places_needed(self, request: Request, count: int) -> int:
-        search = request.beam_search
-        if search is None:
-            return count
-        return 0 if any(seq.request is request for seq in self._running) else search.width
+    def _have_places(self, request: Request, count: int) -> bool:
+        return self._queues.num_free_places() >= self._queues.places_needed(request, count)
 
     def _spare_pages(self, seq: Sequence) -> int:
         """Pages to leave free: two for each that runs to grow into, as far as the pool can spare.
 
         So that what is admitted is not preempted soon (measured: docs/decisions.md).
         """
-        others = len(self._running)
-        if seq.request.beam_search is not None:
-            # Beams wait for each other: they must not wait for room beside each other.
-            others = sum(other.request is not seq.request for other in self._running)
+        others = len(self._queues.running)
+        if seq.request.growth.num_rows > 1:
+            # They wait for each other: they must not wait for room beside each other.
+            others = sum(other.request is not seq.request for other in self._queues.running)
         return min(2 * others, self.table.pool.num_usable_pages // 16)
 
-    def _plan(
-        self, step: ScheduledStep, group: SequenceOf[Sequence], tokens: SequenceOf[int]
-    ) -> int:
+    def _plan(self, step: StepBuilder, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         """Adds rows to the step: pages for the tokens, and samples where they are the last ones.
 
         Returns:
           How many running sequences this settles for the step: the group, and its forks.
         """
-        settled = len(group)
-        first_slot = len(step.samples)
+        settled, first_sample = len(group), step.num_samples
         for seq, num_tokens in zip(group, tokens, strict=True):
             if num_tokens:
-                settled += self._plan_row(step, seq, num_tokens)
-        search = group[0].request.beam_search
-        if search is not None and len(step.samples) > first_slot:
-            step.beams.append((group[0].request, first_slot))
+                last = num_tokens == seq.num_tokens - seq.num_computed_tokens
+                settled += self._plan_row(step, seq, num_tokens, last)
+        request = group[0].request
+        if (chooser := request.growth.chooser) is not None and step.num_samples > first_sample:
+            step.add_search(request, chooser, first_sample)
         return settled
 
-    def _plan_row(self, step: ScheduledStep, seq: Sequence, num_tokens: int) -> int:
-        """Adds one row. Returns: how many samples it forked."""
+    def _plan_row(self, step: StepBuilder, seq: Sequence, num_tokens: int, last: bool) -> int:
+        """Adds one row, and its sample if its tokens are the last that it lacks.
+
+        Returns:
+          How many samples it forked.
+        """
         assert seq.table_id is not None
         if copies := self.table.append(seq.table_id, num_tokens):
             step.copies += copies
@@ -394,29 +352,29 @@ class Scheduler:
         row = step.add_row(seq, num_tokens)
         computed = seq.num_computed_tokens
         if computed // self.table.page_size > seq.num_addressed_pages:
-            step.addressed += self.cache.address(self.table, seq, before)
-        if computed < seq.num_tokens:
+            step.addressed.update(self.cache.address(self.table, seq, before))
+        if not last:
             return 0
         step.add_sample(seq, row)
         return self._fork_samples(step, seq, row) if seq.num_pending_forks else 0
 
-    def _fork_samples(self, step: ScheduledStep, parent: Sequence, row: int) -> int:
+    def _fork_samples(self, step: StepBuilder, parent: Sequence, row: int) -> int:
         """Starts as many samples as there are places; the next one waits, and starts the others."""
         assert parent.table_id is not None
-        forks = min(parent.num_pending_forks, self._num_free_places())
-        at = self._running.index(parent) + 1
-        for index in range(forks):
+        forks = min(parent.num_pending_forks, self._queues.num_free_places())
+        children: list[Sequence] = []
+        for _ in range(forks):
             child = parent.request.fork_sequence(parent)
             child.table_id = self.table.fork(parent.table_id)
-            child.status = Status.RUNNING
-            self._running.insert(at + index, child)
             step.add_sample(child, row)
+            children.append(child)
+        self._queues.start(children, parent)
         left, parent.num_pending_forks = parent.num_pending_forks - forks, 0
         if left:
             child = parent.request.fork_sequence(parent)
             child.num_computed_tokens = child.num_addressed_pages = 0
             child.num_pending_forks = left - 1
-            self._waiting.appendleft(child)
+            self._queues.waiting.appendleft(child)
         return forks
 
     def _set_root(self, request: Request, salt: object) -> None:
@@ -424,41 +382,26 @@ class Scheduler:
             return
         if self.config.prefix_cache:
             request.cache_root = self.cache.root(salt)
-        elif request.params.num_samples > 1 or request.beam_search is not None:
-            # Its samples find each other's pages again after a preemption.
+        elif request.growth.max_sequences > 1:
+            # Its sequences find each other's pages again after a preemption.
             request.cache_root = self.cache.private_root()
 
-    def _preempt_for(self, group: SequenceOf[Sequence], step: ScheduledStep) -> None:
+    def _preempt_for(self, group: SequenceOf[Sequence], step: StepBuilder) -> None:
         """Preempts the youngest request, or its youngest sample if there is no other request."""
-        running = self._running
-        victim = running[-1].request
-        if victim is not running[0].request:
-            first = len(running) - 1
-            while running[first - 1].request is victim:
-                first -= 1
-            victims = running[first:]
-        else:
-            assert victim.beam_search is None, "beams that do not fit the pool were admitted"
-            victims = running[-1:]
+        victims = self._queues.youngest()
+        if victims[0] is self._queues.running[0]:
+            growth = victims[0].request.growth
+            assert not growth.reserved_places, "what does not fit the pool was admitted"
+            victims = victims[-1:]
         self._preempt(victims, group[0].request, step)
 
-    def _preempt(self, victims: list[Sequence], wanted_by: Request, step: ScheduledStep) -> None:
+    def _preempt(self, victims: list[Sequence], wanted_by: Request, step: StepBuilder) -> None:
         """Takes the pages of sequences that run, side by side and last; logs what it costs."""
         # What this step swaps in cannot be swapped out before.
-        preemption = "recompute" if step.swap_ins else self.config.preemption
-        choice = choose_preemption(
-            preemption, self.config.costs, self.table, self.swap_space, victims
-        )
-        for seq in victims:
-            self._running.remove(seq)
-            seq.status = Status.WAITING
-        if choice.swap:
-            step.swap_outs += self.swap_space.swap_out(self.table, victims)
-        else:
-            for seq in victims:
-                self._free_pages(seq)
-                seq.num_computed_tokens = seq.num_addressed_pages = 0
-        self._waiting.extendleft(reversed(victims))
+        way = "recompute" if step.swap_ins else self.config.preemption
+        choice, copies = take_pages(way, self.config.costs, self.table, self.swap_space, victims)
+        step.swap_outs += copies
+        self._queues.stop(victims)
         step.num_preemptions += len(victims)
         self.num_preemptions += len(victims)
         count = len(victims)
@@ -470,29 +413,6 @@ class Scheduler:
             wanted_by.request_id,
             choice,
         )
-
-    def _replace_in_queue(
-        self, before: SequenceOf[Sequence], after: SequenceOf[Sequence], status: Status
-    ) -> None:
-        """Puts sequences where others of their request stand, side by side."""
-        if status is Status.RUNNING:
-            at = self._running.index(before[0])
-            self._running[at : at + len(before)] = after
-        else:
-            at = self._waiting.index(before[0])
-            waiting = list(self._waiting)
-            waiting[at : at + len(before)] = after
-            self._waiting = collections.deque(waiting)
-
-    def _leave_queue(self, seq: Sequence) -> None:
-        """Takes a sequence off the queue that it is in and frees its pages."""
-        queues = {Status.RUNNING: self._running, Status.WAITING: self._waiting}
-        queue = queues.get(seq.status, self._draining)
-        if queue is not self._draining or seq in queue:
-            queue.remove(seq)
-        if seq.swapped is not None:
-            self.swap_space.leave(seq)
-        self._free_pages(seq)
 
     def _free_pages(self, seq: Sequence) -> None:
         if seq.table_id is not None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import enum
 import time
-import typing
 from collections.abc import Collection
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from jpaged.host.growth.base import Growth
+from jpaged.host.growth.sampling import Sampling
+from jpaged.host.logits_processors import LogitsProcessors, Processing
+from jpaged.host.outputs import Mailbox
 from jpaged.host.params import SamplingParams
-
-if typing.TYPE_CHECKING:
-    from jpaged.host.beam import BeamSearch
-    from jpaged.host.logits_processors import LogitsProcessors
-    from jpaged.host.swap import SwappedGroup
+from jpaged.host.step import Draw
+from jpaged.host.swap import SwappedGroup
 
 
 class Status(enum.Enum):
@@ -33,7 +34,10 @@ class Sequence:
     Attributes:
       request: whose sample this is.
       sample_index: which of the request's `n` samples.
-      token_ids: prompt and generated tokens that the host knows.
+      token_ids: prompt and generated tokens that the host knows: a list that grows, or what the
+        request's growth says.
+      draw: how its tokens are drawn.
+      key: `(request_id, sample_index)`.
       num_prompt_tokens: how many of them are the prompt.
       num_computed_tokens: tokens whose keys and values are in pages, or are about to be by steps
         already scheduled.
@@ -55,8 +59,10 @@ class Sequence:
 
     __slots__ = (
         "cumulative_logprob",
+        "draw",
         "error",
         "finish_reason",
+        "key",
         "logprobs",
         "max_total_tokens",
         "num_addressed_pages",
@@ -77,12 +83,14 @@ class Sequence:
     def __init__(self, request: Request, sample_index: int, max_total_tokens: int):
         self.request = request
         self.sample_index = sample_index
-        self.token_ids = list(request.prompt_token_ids)
+        self.token_ids: SequenceOf[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_inflight_tokens = 0
         self.sample_slot = 0
         self.max_total_tokens = max_total_tokens
+        self.draw = _draw_of(request, sample_index)
+        self.key = request.request_id, sample_index
         self.table_id: int | None = None
         self.swapped: SwappedGroup | None = None
         self.num_addressed_pages = 0
@@ -104,20 +112,24 @@ class Sequence:
         """Tokens of the sequence that the host knows."""
         return len(self.token_ids)
 
-    def tokens(self, start: int, end: int) -> list[int]:
-        """The tokens of positions `[start, end)`, all of which the host knows."""
-        return self.token_ids[start:end]
-
     @property
     def generated_token_ids(self) -> list[int]:
         """Tokens after the prompt that the host knows."""
-        return self.token_ids[self.num_prompt_tokens :]
+        return list(self.token_ids[self.num_prompt_tokens :])
+
+    def processing(self) -> Processing | None:
+        """What is done to the logits that its next token is chosen from; None if nothing is."""
+        processors = self.request.processors
+        assert processors is not None, "nothing is asked for"
+        num_generated = self.num_computed_tokens - self.num_prompt_tokens
+        return processors.processing(self.sample_index, self.token_ids, num_generated)
 
     def receive(self, token_id: int, logprob: float) -> None:
         """Adds the oldest token that was in flight."""
         self.num_inflight_tokens -= 1
         self.cumulative_logprob += logprob
-        # The only call, and the last thing: an interrupt strikes when all is done, or nothing.
+        assert isinstance(self.token_ids, list)
+        # The last thing: an interrupt strikes when all is done, or nothing.
         self.token_ids.append(token_id)
 
     def continue_from(self, other: Sequence) -> None:
@@ -154,9 +166,9 @@ class Request:
       params: how to sample and when to stop, with no default left to resolve.
       seed: the seed in use, `params.seed` or a drawn one.
       stream: whether every step that adds to a sample reports it.
-      sequences: the samples, in order of `sample_index`; the later ones appear when they fork. Or
-        the beams.
-      beam_search: what the beams are, where the request wants them.
+      growth: how it grows from its prompt.
+      is_single: whether it has one sequence, which goes on by itself.
+      sequences: what has grown, in order of `sample_index`; later ones appear when they fork.
       processors: what changes its logits before a token is chosen, or None.
       num_forks: requests that were forked from it so far.
       mailbox: where its outputs go, by request id; None for what `Engine.step` returns.
@@ -173,6 +185,7 @@ class Request:
         max_model_len: int,
         stream: bool = False,
         cache_salt: str | None = None,
+        growth: Growth | None = None,
     ):
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -183,10 +196,11 @@ class Request:
         self.arrival_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.cache_root: int | None = None
-        self.beam_search: BeamSearch | None = None
+        self.growth: Growth = growth or Sampling(params.num_samples)
+        self.is_single = self.growth.max_sequences == 1 and not self.growth.waits_for_host
         self.processors: LogitsProcessors | None = None
         self.num_forks = 0
-        self.mailbox: dict[str, typing.Any] | None = None
+        self.mailbox: Mailbox | None = None
         assert params.max_tokens is not None, "not resolved"
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         first = Sequence(self, 0, self.max_total_tokens)
@@ -195,11 +209,9 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether every one of the samples, or the beam search, has ended."""
-        if self.beam_search is not None and self.beam_search.running:
-            return False
-        return len(self.sequences) >= self.params.num_samples and all(
-            seq.status is Status.FINISHED for seq in self.sequences
+        """Whether every one of its sequences has ended, and no more are to come."""
+        return all(seq.status is Status.FINISHED for seq in self.sequences) and (
+            not self.growth.expects(len(self.sequences))
         )
 
     def fork_sequence(self, parent: Sequence) -> Sequence:
@@ -209,6 +221,22 @@ class Request:
         child.num_addressed_pages = parent.num_addressed_pages
         self.sequences.append(child)
         return child
+
+
+def _draw_of(request: Request, sample_index: int) -> Draw:
+    params = request.params
+    assert params.temperature is not None and params.top_k is not None, "not resolved"
+    assert params.top_p is not None and params.min_p is not None, "not resolved"
+    return Draw(
+        # What is not used is greedy, which costs least.
+        params.temperature if request.growth.chooser is None else 0.0,
+        params.top_k,
+        params.top_p,
+        params.min_p,
+        request.seed,
+        sample_index,
+        params.logprobs or 0,
+    )
 
 
 def fork_seed(seed: int, index: int) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 
 from jpaged.host.page_table import PageTable
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step import StepPlan
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -54,9 +54,9 @@ class Counters:
     used_page_steps: int = 0
     page_reference_steps: int = 0
 
-    def record_step(self, step: ScheduledStep, table: PageTable) -> None:
+    def record_step(self, step: StepPlan, table: PageTable) -> None:
         """Adds a step that was just scheduled."""
-        running = len(step.seqs)
+        running = step.num_rows
         self.num_steps += 1
         self.num_prefill_tokens += step.num_prefill_tokens
         self.num_page_copies += len(step.copies)
@@ -72,7 +72,7 @@ class Counters:
         self.allocated_cell_steps += table.num_allocated_cells
         self.running_steps += running
 
-    def record_swaps(self, step: ScheduledStep) -> None:
+    def record_swaps(self, step: StepPlan) -> None:
         """Adds what a step does beside its rows; it may have none."""
         self.num_preemptions += step.num_preemptions
         self.num_swapped_pages += len(step.swap_outs)

@@ -1,62 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scheduler plans and the device does."""
+"""A step's work as a value, in ids and numbers: what the scheduler plans and the device does."""
+
+from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Sequence
 
-from jpaged.host.sequence import Request, Sequence
+from jpaged.host.logits_processors import Processing
 
 
-@dataclasses.dataclass
-class ScheduledStep:
+class Row(typing.NamedTuple):
+    """A sequence that computes tokens.
+
+    Attributes:
+      key: whose tokens they are, `(request_id, sample_index)`.
+      table_id: its key in the `PageTable`.
+      start: position of the first token that it computes; the pages hold those before.
+      num_tokens: how many it computes, at least one.
+      token_ids: which, where the host knows them; otherwise empty.
+      source: the sample of the step before that is its only token; -1 where the host knows.
+    """
+
+    key: tuple[str, int]
+    table_id: int
+    start: int
+    num_tokens: int
+    token_ids: Sequence[int]
+    source: int
+
+
+class Draw(typing.NamedTuple):
+    """How the tokens of a sequence are drawn; see `SamplingParams`.
+
+    Attributes:
+      temperature, top_k, top_p, min_p: as there.
+      seed: of the request.
+      sample_index: of the sequence, as each draws with other random bits.
+      num_logprobs: likeliest tokens to report with each token.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    sample_index: int
+    num_logprobs: int
+
+
+class Sample(typing.NamedTuple):
+    """A token that is drawn.
+
+    Attributes:
+      row: whose tokens it continues.
+      offset: after which of the tokens that the row computes.
+      draw: how.
+      processing: what is done to its logits before; None leaves them.
+    """
+
+    row: int
+    offset: int
+    draw: Draw
+    processing: Processing | None
+
+
+class Rows(typing.NamedTuple):
+    """The rows of a step: the fields of `Row`, one entry a row.
+
+    A step has hundreds of rows: as columns they are few objects, and arrays are made of them at
+    once.
+    """
+
+    keys: tuple[tuple[str, int], ...] = ()
+    table_ids: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
+    token_ids: tuple[Sequence[int], ...] = ()
+    sources: tuple[int, ...] = ()
+
+    def each(self) -> list[Row]:
+        """One by one."""
+        return [Row(*fields) for fields in zip(*self, strict=True)]
+
+
+class Samples(typing.NamedTuple):
+    """The samples of a step: the fields of `Sample`, one entry a sample."""
+
+    rows: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    draws: tuple[Draw, ...] = ()
+    processing: tuple[Processing | None, ...] = ()
+
+    def each(self) -> list[Sample]:
+        """One by one."""
+        return [Sample(*fields) for fields in zip(*self, strict=True)]
+
+
+class Search(typing.NamedTuple):
+    """Samples of which the best continuations of all together are wanted, not one of each.
+
+    Attributes:
+      first_sample: the others follow it.
+      scores: what each has so far.
+      width: as many samples as there may ever be.
+      num_candidates: continuations wanted.
+    """
+
+    first_sample: int
+    scores: tuple[float, ...]
+    width: int
+    num_candidates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
     """One step's work.
 
     Attributes:
-      seqs: sequences that compute tokens, in order of row.
-      num_scheduled_tokens: how many tokens each of them computes.
-      input_slots: per row, which sample of the step before its one token is, while the host does
-        not know it yet; -1 where the host knows the tokens.
-      samples: sequences that get a token from this step, in order of sample slot.
-      sample_rows: the row whose last token each sample continues.
-      beams: requests whose running beams are among the samples, each with the sample slot of the
-        first; the others follow it.
+      rows: what is computed.
+      samples: what is drawn after it.
+      searches: which samples are searched for continuations.
       swap_outs: `(page, host_page)` to copy to host memory before anything else.
       swap_ins: `(host_page, page)` to copy back after that.
       copies: `(src, dst)` pages to copy after that, before the step writes.
-      addressed: pages that were given an address in the prefix cache.
       num_prefill_tokens: of the tokens, those of rows that are not a plain decode.
       num_preemptions: sequences that lost their pages to it.
       num_lookup_tokens: tokens of sequences that were admitted.
       num_hit_tokens: of them, those that were found in the prefix cache.
     """
 
-    seqs: list[Sequence] = dataclasses.field(default_factory=list[Sequence])
-    num_scheduled_tokens: list[int] = dataclasses.field(default_factory=list[int])
-    input_slots: list[int] = dataclasses.field(default_factory=list[int])
-    samples: list[Sequence] = dataclasses.field(default_factory=list[Sequence])
-    sample_rows: list[int] = dataclasses.field(default_factory=list[int])
-    beams: list[tuple[Request, int]] = dataclasses.field(default_factory=list[tuple[Request, int]])
-    swap_outs: list[tuple[int, int]] = dataclasses.field(default_factory=list[tuple[int, int]])
-    swap_ins: list[tuple[int, int]] = dataclasses.field(default_factory=list[tuple[int, int]])
-    copies: list[tuple[int, int]] = dataclasses.field(default_factory=list[tuple[int, int]])
-    addressed: list[int] = dataclasses.field(default_factory=list[int])
+    rows: Rows = dataclasses.field(default_factory=Rows)
+    samples: Samples = dataclasses.field(default_factory=Samples)
+    searches: tuple[Search, ...] = ()
+    swap_outs: tuple[tuple[int, int], ...] = ()
+    swap_ins: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
     num_prefill_tokens: int = 0
     num_preemptions: int = 0
     num_lookup_tokens: int = 0
     num_hit_tokens: int = 0
 
-    def add_row(self, seq: Sequence, num_tokens: int) -> int:
-        """Has a sequence compute its next tokens. Returns: its row."""
-        self.seqs.append(seq)
-        self.num_scheduled_tokens.append(num_tokens)
-        self.input_slots.append(seq.sample_slot if seq.num_inflight_tokens else -1)
-        if num_tokens > 1 or seq.num_computed_tokens < seq.num_prompt_tokens:
-            self.num_prefill_tokens += num_tokens
-        seq.num_computed_tokens += num_tokens
-        return len(self.seqs) - 1
+    @property
+    def num_rows(self) -> int:
+        """Sequences that compute tokens."""
+        return len(self.rows.keys)
 
-    def add_sample(self, seq: Sequence, row: int) -> None:
-        """Has a sequence get the token that follows the last one of a row."""
-        seq.sample_slot = len(self.samples)
-        seq.num_inflight_tokens += 1
-        self.samples.append(seq)
-        self.sample_rows.append(row)
+    @property
+    def num_samples(self) -> int:
+        """Tokens that are drawn."""
+        return len(self.samples.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed."""
+        return sum(self.rows.num_tokens)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that rows attend to, those that they compute included, each row by itself."""
+        return sum(self.rows.starts) + self.num_tokens

@@ -7,17 +7,18 @@ before them: a run of slots for each request, reserved whole when it starts. Not
 
 import collections
 import dataclasses
-import time
-from collections.abc import Sequence
 
 from jpaged.host.admission import RequestTooLongError, SchedulerConfig
+from jpaged.host.growth.base import Outcome
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
+from jpaged.host.reader import StepReader
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.sequence import Request, Status
+from jpaged.host.sequence import Request
 from jpaged.host.stats import Counters, EngineStats
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step import StepPlan
+from jpaged.host.step_builder import ScheduledStep
 
 CONTIGUOUS_POLICIES = ("contiguous-max", "contiguous-pow2", "contiguous-oracle")
 
@@ -208,30 +209,30 @@ class PagedSimulator:
         The token is the sample's index, so that two samples never hold the same.
         """
         previous, self._inflight = self._inflight, None
-        step = ScheduledStep()
+        step = ScheduledStep(StepPlan())
         if self.scheduler.has_work:
             step = self.scheduler.schedule()
-            idle = not (step.seqs or step.swap_outs or step.swap_ins)
+            plan = step.plan
+            idle = not (plan.num_rows or plan.swap_outs or plan.swap_ins)
             assert previous or not idle, "the scheduler has work but schedules none of it"
-            if step.seqs:
-                self.totals.record_step(step, self.table)
+            if plan.num_rows:
+                self.totals.record_step(plan, self.table)
                 self._inflight = step
             else:
-                self.totals.record_swaps(step)
+                self.totals.record_swaps(plan)
         # Sequences that end below have their pages while the step runs.
-        memory, num_kv_tokens = self._memory(), sum(s.num_computed_tokens for s in step.seqs)
+        memory, plan = self._memory(), step.plan
         finished: list[int] = []
         if previous is not None:
             indices = [sample.sample_index for sample in previous.samples]
-            logprobs = [0.0] * len(indices)
-            finish_step(self.scheduler, previous, indices, logprobs, self.totals)
-            ended = (s.request for s in previous.samples if s.status is Status.FINISHED)
-            finished = [int(r.request_id) for r in dict.fromkeys(ended) if r.finished]
+            outcome = Outcome(indices, [0.0] * len(indices), None, ())
+            grown = StepReader(self.scheduler, (), self.totals).take(previous, outcome)
+            finished = [int(r.request_id) for r in grown if r.finished]
         return StepWork(
-            num_seqs=len(step.seqs),
-            num_tokens=sum(step.num_scheduled_tokens),
-            num_kv_tokens=num_kv_tokens,
-            num_swapped_pages=len(step.swap_outs) + len(step.swap_ins),
+            num_seqs=plan.num_rows,
+            num_tokens=plan.num_tokens,
+            num_kv_tokens=plan.num_kv_tokens,
+            num_swapped_pages=len(plan.swap_outs) + len(plan.swap_ins),
             memory=memory,
             finished=tuple(finished),
         )
@@ -256,35 +257,6 @@ class PagedSimulator:
             external=free if waits else 0,
             idle=0 if waits else free,
         )
-
-
-def finish_step(
-    scheduler: Scheduler,
-    step: ScheduledStep,
-    tokens: Sequence[int],
-    logprobs: Sequence[float],
-    totals: Counters,
-) -> None:
-    """Appends a step's tokens and ends sequences, as `jpaged.engine.Engine` does.
-
-    Args:
-      scheduler: whose sequences they are.
-      step: the step.
-      tokens: one a sample.
-      logprobs: one a sample.
-      totals: is brought up to date.
-    """
-    now = time.perf_counter()
-    for sample, token, logprob in zip(step.samples, tokens, logprobs, strict=True):
-        if sample.status is Status.FINISHED:
-            continue
-        if sample.request.first_token_s is None:
-            sample.request.first_token_s = now
-        sample.receive(token, logprob)
-        totals.num_generated_tokens += 1
-        totals.num_decode_tokens += not step.num_prefill_tokens
-        if reason := sample.stop_reason(()):
-            scheduler.finish(sample, reason)
 
 
 class BuddyAllocator:

@@ -23,8 +23,10 @@ from absl import app, flags
 
 from jpaged.host.admission import SchedulerConfig
 from jpaged.host.batch import ShapeBuckets, build_batch
+from jpaged.host.growth.base import Outcome
+from jpaged.host.reader import StepReader
 from jpaged.scripts.flags import run
-from jpaged.simulation.simulator import PagedSimulator, finish_step
+from jpaged.simulation.simulator import PagedSimulator
 from jpaged.simulation.workload import Uniform, make_workload
 
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Running sequences.", lower_bound=1)
@@ -118,19 +120,14 @@ def _time_steps() -> np.ndarray:
         start = time.perf_counter()
         step = host.scheduler.schedule()
         scheduled = time.perf_counter()
-        build_batch(step, host.table, buckets)
-        host.totals.record_step(step, host.table)
+        build_batch(step.plan, host.table, buckets)
+        host.totals.record_step(step.plan, host.table)
         built = time.perf_counter()
         count = len(previous.samples)
-        finish_step(
-            host.scheduler,
-            previous,
-            tokens[:count].tolist(),
-            logprobs[:count].tolist(),
-            host.totals,
-        )
+        outcome = Outcome(tokens[:count].tolist(), logprobs[:count].tolist(), None, ())
+        StepReader(host.scheduler, (), host.totals).take(previous, outcome)
         own[:] = np.diff([start, scheduled, built, time.perf_counter()])
-        assert len(step.seqs) == num_seqs, "some sequences waited or ended"
+        assert step.plan.num_rows == num_seqs, "some sequences waited or ended"
         previous = step
     return 1e6 * times[_WARMUP_STEPS:]
 

@@ -13,7 +13,7 @@ from jpaged.host.page_pool import NULL_PAGE, PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
 from jpaged.host.sequence import Request
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step import Rows, Samples, StepPlan
 
 PAGES_PER_SEQ = 5
 
@@ -34,6 +34,30 @@ def make_seq(table, tokens, num_prompt_tokens, num_computed, *, seed=0, **params
     return seq
 
 
+def plan_of(seqs, counts, sources, samples=(), rows=()):
+    """The plan of sequences as `make_seq` makes them."""
+    starts = [seq.num_computed_tokens - count for seq, count in zip(seqs, counts, strict=True)]
+    return StepPlan(
+        rows=Rows(
+            keys=tuple(seq.key for seq in seqs),
+            table_ids=tuple(seq.table_id for seq in seqs),
+            starts=tuple(starts),
+            num_tokens=tuple(counts),
+            token_ids=tuple(
+                () if source >= 0 else seq.token_ids[start : start + count]
+                for seq, start, count, source in zip(seqs, starts, counts, sources, strict=True)
+            ),
+            sources=tuple(sources),
+        ),
+        samples=Samples(
+            rows=tuple(rows),
+            offsets=tuple(counts[row] - 1 for row in rows),
+            draws=tuple(seq.draw for seq in samples),
+            processing=(None,) * len(rows),
+        ),
+    )
+
+
 @pytest.fixture
 def mixed():
     """Four rows, 1 + 1 + 3 + 2 tokens, and four samples."""
@@ -45,12 +69,12 @@ def mixed():
     parent = make_seq(table, [40, 41], 2, 2, seed=2**32 - 1, n=2, min_p=0.125, logprobs=3)
     child = parent.request.fork_sequence(parent)
     child.table_id = table.fork(parent.table_id)
-    step = ScheduledStep(
-        seqs=[known, on_device, chunk, parent],
-        num_scheduled_tokens=[1, 1, 3, 2],
-        input_slots=[-1, 6, -1, -1],
-        samples=[known, on_device, parent, child],
-        sample_rows=[0, 1, 3, 3],
+    step = plan_of(
+        [known, on_device, chunk, parent],
+        [1, 1, 3, 2],
+        [-1, 6, -1, -1],
+        [known, on_device, parent, child],
+        [0, 1, 3, 3],
     )
     return step, table
 
@@ -67,8 +91,8 @@ def test_a_mixed_step_by_hand(mixed):
     tokens = batch.token_ids.tolist()
     assert tokens[:1] + tokens[2:7] == [13, 32, 33, 34, 40, 41]  # token 1 is on the device
     assert batch.logits_indices.tolist() == [0, 1, 6, 6]
-    for seq, row in zip(step.seqs, batch.page_table, strict=True):
-        pages = table.pages(seq.table_id)
+    for table_id, row in zip(step.rows.table_ids, batch.page_table, strict=True):
+        pages = table.pages(table_id)
         assert row.tolist() == [*pages, *[NULL_PAGE] * (PAGES_PER_SEQ - len(pages))]
 
 
@@ -90,13 +114,7 @@ def test_padding_cannot_reach_a_live_row():
     table = make_table()
     first = make_seq(table, [10, 11, 12], 3, 3)
     second = make_seq(table, [20, 21], 2, 2)
-    step = ScheduledStep(
-        seqs=[first, second],
-        num_scheduled_tokens=[3, 2],
-        input_slots=[-1, -1],
-        samples=[second],
-        sample_rows=[1],
-    )
+    step = plan_of([first, second], [3, 2], [-1, -1], [second], [1])
     batch = build_batch(step, table, ShapeBuckets(64, 4))
     assert batch.shape == StepShape(16, 4)
     assert batch.num_seqs.tolist() == [2]
@@ -116,7 +134,7 @@ def test_padding_cannot_reach_a_live_row():
 def test_a_step_without_samples():
     table = make_table()
     seq = make_seq(table, [10, 11, 12, 13], 4, 3)
-    step = ScheduledStep(seqs=[seq], num_scheduled_tokens=[3], input_slots=[-1])
+    step = plan_of([seq], [3], [-1])
     batch = build_batch(step, table, ShapeBuckets(16, 4))
     assert batch.num_samples == 0
     assert batch.token_ids[:3].tolist() == [10, 11, 12]
@@ -125,7 +143,7 @@ def test_a_step_without_samples():
 def test_a_chunk_of_one_token_in_the_middle_of_a_prompt():
     table = make_table()
     seq = make_seq(table, [10, 11, 12, 13], 4, 2)
-    step = ScheduledStep(seqs=[seq], num_scheduled_tokens=[1], input_slots=[-1])
+    step = plan_of([seq], [1], [-1])
     batch = build_batch(step, table, ShapeBuckets(16, 4))
     assert batch.token_ids[0] == 11
     assert (batch.positions[0], batch.kv_lens[0]) == (1, 2)
@@ -134,13 +152,7 @@ def test_a_chunk_of_one_token_in_the_middle_of_a_prompt():
 def test_a_decode_step_has_one_token_a_row():
     table = make_table()
     seqs = [make_seq(table, [i, i + 1], 1, 2) for i in range(3)]
-    step = ScheduledStep(
-        seqs=seqs,
-        num_scheduled_tokens=[1, 1, 1],
-        input_slots=[2, -1, 0],
-        samples=seqs,
-        sample_rows=[0, 1, 2],
-    )
+    step = plan_of(seqs, [1, 1, 1], [2, -1, 0], seqs, [0, 1, 2])
     batch = build_batch(step, table, ShapeBuckets(64, 8))
     assert batch.shape == StepShape(4, 4)
     assert batch.cu_q_lens.tolist() == [0, 1, 2, 3, 3]
@@ -163,8 +175,8 @@ def test_later_changes_of_the_table_do_not_reach_a_batch(mixed):
     step, table = mixed
     batch = build_batch(step, table, ShapeBuckets(64, 8))
     before = batch.page_table.copy()
-    table.append(step.seqs[0].table_id, 3)
-    table.free(step.seqs[1].table_id)
+    table.append(step.rows.table_ids[0], 3)
+    table.free(step.rows.table_ids[1])
     np.testing.assert_array_equal(batch.page_table, before)
 
 

@@ -102,7 +102,7 @@ class TestInterrupts:
             "jpaged.host.page_table.PageTable.free",
             "jpaged.host.prefix_cache.PrefixCache.address",
             "jpaged.host.scheduler.Scheduler.finish",
-            "jpaged.host.scheduler.Scheduler.advance_beams",
+            "jpaged.host.scheduler.Scheduler.continue_from",
             "jpaged.host.swap.SwapSpace.swap_out",
         ],
     )

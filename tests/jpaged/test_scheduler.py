@@ -6,7 +6,7 @@ import re
 import pytest
 
 from jpaged.host.admission import RequestTooLongError, SchedulerConfig
-from jpaged.host.beam import start_search
+from jpaged.host.growth import growth_of
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
@@ -23,15 +23,12 @@ def make_scheduler(num_usable_pages=32, page_size=4, **config):
 
 
 def add(scheduler, request_id, prompt_len, max_tokens=8, **params):
+    params = SamplingParams(max_tokens=max_tokens, **params).resolve()
+    prompt, max_model_len = list(range(prompt_len)), scheduler.config.max_model_len
+    growth = growth_of(params, prompt, min(max_tokens, max_model_len - prompt_len), ())
     request = Request(
-        request_id,
-        list(range(prompt_len)),
-        SamplingParams(max_tokens=max_tokens, **params),
-        seed=0,
-        max_model_len=scheduler.config.max_model_len,
+        request_id, prompt, params, seed=0, max_model_len=max_model_len, growth=growth
     )
-    if request.params.beam_width is not None:
-        start_search(request, ())
     scheduler.add(request)
     return request.sequences[0]
 
@@ -46,8 +43,7 @@ def read(step):
 
 def plan(step):
     """Rows and how many tokens each computes; a1 is sample 1 of request a."""
-    rows = zip(step.seqs, step.num_scheduled_tokens, strict=True)
-    return " ".join(f"{name(seq)}:{count}" for seq, count in rows)
+    return " ".join(f"{named(*row.key)}:{row.num_tokens}" for row in step.plan.rows.each())
 
 
 def sampled(step):
@@ -55,7 +51,15 @@ def sampled(step):
 
 
 def name(seq):
-    return f"{seq.request.request_id}{seq.sample_index or ''}"
+    return named(*seq.key)
+
+
+def named(request_id, sample_index):
+    return f"{request_id}{sample_index or ''}"
+
+
+def sources(step):
+    return list(step.plan.rows.sources)
 
 
 def test_an_idle_scheduler_plans_an_empty_step():
@@ -70,21 +74,21 @@ def test_a_long_prompt_is_split_into_chunks():
     steps = [scheduler.schedule() for _ in range(3)]
     assert [plan(step) for step in steps] == ["a:4", "a:4", "a:2"]
     assert [sampled(step) for step in steps] == [[], [], ["a"]]
-    assert [step.num_prefill_tokens for step in steps] == [4, 4, 2]
+    assert [step.plan.num_prefill_tokens for step in steps] == [4, 4, 2]
     assert seq.num_computed_tokens == 10
     # The token that the last chunk samples is not known yet: it comes from sample slot 0.
     step = scheduler.schedule()
-    assert (plan(step), step.input_slots, step.num_prefill_tokens) == ("a:1", [0], 0)
+    assert (plan(step), sources(step), step.plan.num_prefill_tokens) == ("a:1", [0], 0)
 
 
 def test_a_token_that_the_host_knows_is_not_taken_from_the_device():
     scheduler = make_scheduler()
     add(scheduler, "a", 3)
     step = scheduler.schedule()
-    assert step.input_slots == [-1]
+    assert sources(step) == [-1]
     read(step)
     step = scheduler.schedule()
-    assert (plan(step), step.input_slots) == ("a:1", [-1])
+    assert (plan(step), sources(step)) == ("a:1", [-1])
 
 
 def test_decode_goes_first_and_prefill_fills_the_rest_of_the_step():
@@ -97,12 +101,12 @@ def test_decode_goes_first_and_prefill_fills_the_rest_of_the_step():
     step = scheduler.schedule()
     assert plan(step) == "a:1 b:1 c:6"
     assert sampled(step) == ["a", "b"]
-    assert step.num_prefill_tokens == 6
+    assert step.plan.num_prefill_tokens == 6
     step = scheduler.schedule()
     assert plan(step) == "a:1 b:1 c:3 d:2"
     assert sampled(step) == ["a", "b", "c", "d"]
-    assert step.sample_rows == [0, 1, 2, 3]
-    assert step.num_prefill_tokens == 5
+    assert list(step.plan.samples.rows) == [0, 1, 2, 3]
+    assert step.plan.num_prefill_tokens == 5
 
 
 def test_the_last_token_of_a_prompt_alone_in_a_chunk_is_prefill():
@@ -110,7 +114,7 @@ def test_the_last_token_of_a_prompt_alone_in_a_chunk_is_prefill():
     add(scheduler, "a", 5)
     scheduler.schedule()
     step = scheduler.schedule()
-    assert (plan(step), step.num_prefill_tokens) == ("a:1", 1)
+    assert (plan(step), step.plan.num_prefill_tokens) == ("a:1", 1)
 
 
 def test_all_that_is_recomputed_is_prefill():
@@ -124,7 +128,7 @@ def test_all_that_is_recomputed_is_prefill():
     assert known > 3 + 4  # so that the second chunk starts after the prompt and has two tokens
     steps = [scheduler.schedule(), scheduler.schedule()]
     assert [plan(step) for step in steps] == ["b:4", f"b:{known - 4}"]
-    assert [step.num_prefill_tokens for step in steps] == [4, known - 4]
+    assert [step.plan.num_prefill_tokens for step in steps] == [4, known - 4]
 
 
 def test_the_samples_of_a_prompt_fork_when_it_has_been_computed():
@@ -136,16 +140,16 @@ def test_the_samples_of_a_prompt_fork_when_it_has_been_computed():
     step = scheduler.schedule()
     assert plan(step) == "a:2 b:2"
     assert sampled(step) == ["a", "a1", "a2", "b"]
-    assert step.sample_rows == [0, 0, 0, 1]
+    assert list(step.plan.samples.rows) == [0, 0, 0, 1]
     # Two pages for a, shared by three, and one for b.
     assert scheduler.table.pool.num_used_pages == 3
     assert scheduler.table.pool.num_shared_pages == 2
     step = scheduler.schedule()
     assert plan(step) == "a:1 a1:1 a2:1 b:1"
-    assert step.input_slots == [0, 1, 2, 3]
+    assert sources(step) == [0, 1, 2, 3]
     # The last owner of the partial page writes in place.
-    (partial,) = {src for src, _ in step.copies}
-    assert len(step.copies) == 2
+    (partial,) = {src for src, _ in step.plan.copies}
+    assert len(step.plan.copies) == 2
     assert scheduler.table.pages(seq.request.sequences[2].table_id)[1] == partial
 
 
@@ -229,8 +233,8 @@ def test_preemption_takes_the_youngest_and_logs_it(caplog):
     scheduler.finish(first, "stop")
     step = scheduler.schedule()
     assert plan(step) == "b:5"
-    assert step.num_prefill_tokens == 5
-    assert step.input_slots == [-1]
+    assert step.plan.num_prefill_tokens == 5
+    assert sources(step) == [-1]
 
 
 def test_a_preempted_sequence_goes_before_those_that_have_not_started():
@@ -276,7 +280,7 @@ def test_max_reserves_all_pages_when_it_admits():
     for _ in range(3):
         step = scheduler.schedule()
         assert plan(step) == "a:1 b:1"
-        assert step.copies == []
+        assert step.plan.copies == ()
         assert [scheduler.table.pages(seq.table_id) for seq in (first, second)] == held
         read(step)
     assert plan(scheduler.schedule()) == "c:2"
@@ -307,7 +311,7 @@ def test_finish_frees_the_pages_of_a_sequence_in_every_status(when):
     assert scheduler.table.pool.num_used_pages == used - 2 * holds
     # The other one goes on alone.
     step = scheduler.schedule()
-    assert [row.request.request_id for row in step.seqs] == ["a"]
+    assert [key[0] for key in step.plan.rows.keys] == ["a"]
     scheduler.table.check_invariants()
 
 
@@ -321,7 +325,7 @@ def test_finishing_one_sample_leaves_the_others_their_pages():
     assert scheduler.table.pages(second.table_id) == pages
     assert scheduler.table.pool.num_used_pages == 2
     step = scheduler.schedule()
-    assert (plan(step), step.copies) == ("a1:1", [])
+    assert (plan(step), step.plan.copies) == ("a1:1", ())
 
 
 def test_a_request_is_finished_when_all_its_samples_are():
@@ -353,7 +357,7 @@ def test_an_aborted_waiting_sequence_is_never_scheduled():
     scheduler.finish(gone, "abort")
     assert scheduler.num_waiting == 1
     assert (gone.status, gone.finish_reason) == (Status.FINISHED, "abort")
-    rows = [seq.request.request_id for _ in range(20) for seq in scheduler.schedule().seqs]
+    rows = [key[0] for _ in range(20) for key in scheduler.schedule().plan.rows.keys]
     assert set(rows) == {"a", "c"}
 
 
@@ -407,7 +411,7 @@ def test_more_samples_than_places_start_as_places_become_free():
     # The three are done. The next one finds the full page of the prompt, and forks the others.
     step = scheduler.schedule()
     assert (plan(step), sampled(step)) == ("a3:1", ["a3", "a4", "a5"])
-    assert (step.num_hit_tokens, step.num_lookup_tokens) == (4, 5)
+    assert (step.plan.num_hit_tokens, step.plan.num_lookup_tokens) == (4, 5)
     assert plan(scheduler.schedule()) == "a3:1 a4:1 a5:1"
     assert len(request.sequences) == 7
     assert plan(scheduler.schedule()) == "a6:1 b:2"

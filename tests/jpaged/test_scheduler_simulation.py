@@ -18,13 +18,14 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from jpaged.host.admission import SchedulerConfig
-from jpaged.host.beam import Candidate, path, start_search
+from jpaged.host.growth import growth_of
+from jpaged.host.growth.base import Candidate
 from jpaged.host.page_pool import NULL_PAGE, PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
+from jpaged.host.preemption import PreemptionCosts
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Request, Status
-from jpaged.host.swap import PreemptionCosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,25 +132,16 @@ class Simulation:
         pages_per_seq = -(-self.config.max_model_len // page_size)
         self.table = PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq)
         self.scheduler = Scheduler(self.config, self.table)
-        self.requests = [
-            Request(
-                str(index),
-                prompt_of((job.family, job.prompt_len)),
-                SamplingParams(
-                    max_tokens=job.max_tokens,
-                    n=job.n,
-                    beam_width=job.beam_width,
-                    early_stopping=job.early_stopping,
-                    length_penalty=job.length_penalty,
-                ),
-                seed=0,
-                max_model_len=self.config.max_model_len,
-            )
-            for index, job in enumerate(jobs)
-        ]
-        for request in self.requests:
-            if request.params.beam_width is not None:
-                start_search(request, (BEAM_STOP,))
+        self.addressed = set()
+        address = self.scheduler.cache.address
+
+        def remembered(*args, **kwargs):
+            pages = address(*args, **kwargs)
+            self.addressed.update(pages)
+            return pages
+
+        self.scheduler.cache.address = remembered
+        self.requests = [self.make_request(str(index), job) for index, job in enumerate(jobs)]
         self.host_memory = {}
         self.memory = collections.defaultdict(lambda: [None] * page_size)
         self.inflight = None
@@ -160,6 +152,24 @@ class Simulation:
         self.started = []
         self.num_copies = self.num_forked_rows = self.num_steps = self.num_hits = 0
         self.num_swapped = 0
+
+    def make_request(self, request_id, job):
+        prompt = prompt_of((job.family, job.prompt_len))
+        params = SamplingParams(
+            max_tokens=job.max_tokens,
+            n=job.n,
+            beam_width=job.beam_width,
+            early_stopping=job.early_stopping,
+            length_penalty=job.length_penalty,
+        ).resolve()
+        most = self.config.max_model_len
+        growth = growth_of(params, prompt, min(job.max_tokens, most - len(prompt)), (BEAM_STOP,))
+        return Request(request_id, prompt, params, seed=0, max_model_len=most, growth=growth)
+
+    def seq_of(self, row):
+        """The sequence that a planned row is for."""
+        request_id, sample_index = row.key
+        return self.requests[int(request_id)].sequences[sample_index]
 
     def __repr__(self):
         pages = f"{self.table.pool.num_usable_pages} pages of {self.page_size}"
@@ -207,21 +217,24 @@ class Simulation:
                 for seq in self.live()
                 if seq.table_id is not None or seq.swapped is not None
             }
+            self.addressed.clear()
             step = self.scheduler.schedule()
             self.num_steps += 1
-            if not step.seqs:
+            rows = [(self.seq_of(row), row) for row in step.plan.rows.each()]
+            if not rows:
                 # Beams whose last step has not been read are all that there is to do.
-                assert previous is not None and previous[0].beams
+                assert previous is not None and previous[0].searchers
                 assert self.scheduler.num_running, "nobody waits for an idle device"
-            elif oldest is not None and not (oldest.request.beam_search and previous):
-                assert step.seqs[0].request is oldest.request, "the oldest must always go on"
+            elif oldest is not None and not (oldest.request.growth.chooser and previous):
+                assert rows[0][0].request is oldest.request, "the oldest must always go on"
             self.check_budgets(step)
             self.check_order(step)
-            for seq, count in zip(step.seqs, step.num_scheduled_tokens, strict=True):
-                start = seq.num_computed_tokens - count
-                assert seq not in computed or start == computed[seq], "tokens skipped"
+            for seq, row in rows:
+                assert row.table_id == seq.table_id
+                assert row.start + row.num_tokens == seq.num_computed_tokens
+                assert seq not in computed or row.start == computed[seq], "tokens skipped"
             results = self.execute(step)
-            if step.seqs:
+            if rows:
                 self.inflight = step, *results
             self.check_memory()
             self.check_counts()
@@ -232,6 +245,7 @@ class Simulation:
 
     def execute(self, step):
         """The device: copies pages, writes cells, attends and samples."""
+        samples, step = step.samples, step.plan
         for page, host_page in step.swap_outs:
             self.host_memory[host_page] = list(self.memory[page])
         for host_page, page in step.swap_ins:
@@ -247,38 +261,40 @@ class Simulation:
 
         size = self.table.page_size
         written = set()
-        for seq, count, slot in zip(
-            step.seqs, step.num_scheduled_tokens, step.input_slots, strict=True
-        ):
-            pages, end = self.table.pages(seq.table_id), seq.num_computed_tokens
-            if slot >= 0:
-                assert count == 1 and end == len(seq.token_ids) + 1
-                assert self.previous_samples[slot] is seq
-                tokens = [self.previous_tokens[slot]]
-            else:
-                tokens = seq.tokens(end - count, end)
-                assert len(tokens) == count, "tokens that the host does not know yet"
-            for position, token in enumerate(tokens, end - count):
+        rows = [(self.seq_of(row), row) for row in step.rows.each()]
+        for seq, row in rows:
+            pages, end = self.table.pages(row.table_id), row.start + row.num_tokens
+            tokens = row.token_ids
+            if row.source >= 0:
+                assert row.num_tokens == 1 and end == len(seq.token_ids) + 1
+                assert self.previous_samples[row.source] is seq
+                tokens = [self.previous_tokens[row.source]]
+            assert len(tokens) == row.num_tokens, "tokens that the host does not know yet"
+            for position, token in enumerate(tokens, row.start):
                 page, cell = pages[position // size], position % size
                 assert page != NULL_PAGE
                 assert (page, cell) not in written, "two rows write one cell"
                 written.add((page, cell))
-                assert not self.table.pool.is_kept(page) or page in step.addressed
+                assert not self.table.pool.is_kept(page) or page in self.addressed
                 self.memory[page][cell] = token
 
         tokens = []
-        for seq, row in zip(step.samples, step.sample_rows, strict=True):
-            parent = step.seqs[row]
-            assert parent is seq or (parent.request is seq.request and seq not in step.seqs)
+        seqs = [seq for seq, _ in rows]
+        for seq, sample in zip(samples, step.samples.each(), strict=True):
+            parent, row = rows[sample.row]
+            assert parent is seq or (parent.request is seq.request and seq not in seqs)
             assert parent.num_computed_tokens == seq.num_computed_tokens
+            assert sample.offset == row.num_tokens - 1
+            assert sample.draw.sample_index == seq.sample_index
             self.num_forked_rows += parent is not seq
             tokens.append(draw(seq.sample_index, self.attended(parent)))
-        self.previous_samples, self.previous_tokens = step.samples, tokens
+        self.previous_samples, self.previous_tokens = samples, tokens
         candidates = []
-        for request, slot in step.beams:
-            search = request.beam_search
-            beams = step.samples[slot : slot + len(search.nodes)]
-            assert [beam.request for beam in beams] == [request] * len(search.nodes)
+        for search in step.searches:
+            first, count = search.first_sample, len(search.scores)
+            beams = samples[first : first + count]
+            (request,) = {beam.request for beam in beams}
+            assert beams == tuple(request.sequences)
             contexts = [self.attended(beam) for beam in beams]
             best = continuations(list(zip(contexts, search.scores, strict=True)))
             candidates.append(best[: search.num_candidates])
@@ -286,12 +302,12 @@ class Simulation:
 
     def process(self, step, tokens, candidates):
         """`Engine._process`, less what only reports."""
-        for (request, _), best in zip(step.beams, candidates, strict=True):
+        for request, best in zip(step.searchers, candidates, strict=True):
             if request.sequences[0].status is not Status.FINISHED:
-                parents = request.beam_search.advance([Candidate(*each) for each in best])
-                self.scheduler.advance_beams(request, parents)
+                parents = request.growth.chooser.accept([Candidate(*each) for each in best])
+                self.scheduler.continue_from(request, parents)
         for seq, token in zip(step.samples, tokens, strict=True):
-            if seq.status is Status.FINISHED or seq.request.beam_search is not None:
+            if seq.status is Status.FINISHED or seq.request.growth.chooser is not None:
                 continue
             seq.num_inflight_tokens -= 1
             seq.token_ids.append(token)
@@ -301,31 +317,32 @@ class Simulation:
                 self.scheduler.finish(seq, "length")
 
     def check_budgets(self, step):
-        num_tokens = sum(step.num_scheduled_tokens)
-        assert num_tokens <= self.config.max_num_batched_tokens
-        assert len(step.seqs) <= self.config.max_num_seqs
-        assert len(step.samples) <= self.config.max_num_seqs
-        assert len(set(step.seqs)) == len(step.seqs)
+        plan, num_tokens = step.plan, sum(step.plan.rows.num_tokens)
+        seqs = [self.seq_of(row) for row in plan.rows.each()]
+        assert num_tokens == plan.num_tokens <= self.config.max_num_batched_tokens
+        assert len(seqs) <= self.config.max_num_seqs
+        assert len(step.samples) == plan.num_samples <= self.config.max_num_seqs
+        assert len(set(seqs)) == len(seqs)
         assert len(set(step.samples)) == len(step.samples)
-        assert min(step.num_scheduled_tokens, default=1) >= 1
-        assert 0 <= step.num_prefill_tokens <= num_tokens
+        assert min(plan.rows.num_tokens, default=1) >= 1
+        assert 0 <= plan.num_prefill_tokens <= num_tokens
         running = [seq for seq in self.live() if seq.status is Status.RUNNING]
         assert len(running) <= self.config.max_num_seqs
-        has_beams = any(seq.request.beam_search is not None for seq in running)
+        has_beams = any(seq.request.growth.chooser is not None for seq in running)
         if num_tokens < self.config.max_num_batched_tokens and not has_beams:
             # Nobody who runs is left waiting for a budget that is there.
-            sampled = {step.seqs[row] for row in step.sample_rows}
-            assert sampled == set(step.seqs)
+            assert {seqs[row] for row in plan.samples.rows} == set(seqs)
             assert {*running} <= {*step.samples}
 
     def check_order(self, step):
-        for seq in step.seqs:
+        seqs = [self.seq_of(row) for row in step.plan.rows.each()]
+        for seq in seqs:
             if seq.request not in self.started:
                 self.started.append(seq.request)
                 before = self.added[: self.added.index(seq.request)]
                 late = [r for r in before if r not in self.started and r not in self.aborted]
                 assert not late, "started before an earlier request"
-        assert step.seqs == sorted(step.seqs, key=self.age)
+        assert seqs == sorted(seqs, key=self.age)
         running = [self.age(seq) for seq in self.live() if seq.status is Status.RUNNING]
         waiting = [self.age(seq) for seq in self.live() if seq.status is Status.WAITING]
         if running and waiting:
@@ -336,8 +353,8 @@ class Simulation:
         holders = [seq for seq in self.live() if seq.table_id is not None]
         for seq in holders:
             assert self.table.num_tokens(seq.table_id) == seq.num_computed_tokens
-            if seq.request.beam_search is not None:
-                expected = seq.tokens(0, seq.num_known_tokens)
+            if seq.request.growth.chooser is not None:
+                expected = list(seq.token_ids)
             else:
                 expected = self.expected(seq)
             assert self.attended(seq) == expected[: seq.num_computed_tokens]
@@ -377,10 +394,9 @@ class Simulation:
         expected = expected_beams(
             key, length, job.beam_width, job.early_stopping, job.length_penalty
         )
-        found = request.beam_search.finished
-        assert [h.score for h in found] == pytest.approx([score for score, _ in expected])
-        tokens = [[node.token_id for node in path(h.node)] for h in found]
-        assert tokens == [tokens for _, tokens in expected]
+        found = request.growth.best(job.beam_width, finished=True)
+        assert [beam.score for beam in found] == pytest.approx([score for score, _ in expected])
+        assert [beam.token_ids for beam in found] == [tokens for _, tokens in expected]
 
     def attended(self, seq):
         pages, size = self.table.pages(seq.table_id), self.table.page_size
@@ -395,7 +411,7 @@ class Simulation:
 
     def is_last(self, seq):
         """Whether its last token is on its way."""
-        if seq.request.beam_search is not None:
+        if seq.request.growth.chooser is not None:
             return False
         return seq.num_tokens >= len(self.expected(seq))
 

@@ -8,8 +8,10 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.device.runner import StepResult
+from jpaged.host.growth.base import Outcome
 from jpaged.host.stats import Counters
-from jpaged.host.step import ScheduledStep
+from jpaged.host.step import StepPlan
+from jpaged.host.step_builder import ScheduledStep
 from jpaged.results import ResultReader
 from tests.jpaged.tiny import prompts_of, tiny_engine
 
@@ -37,10 +39,7 @@ class Result:
 
     def read(self):
         self._clock.wait(self._done)
-        return [], [], None
-
-    def read_beams(self):
-        return []
+        return Outcome([], [], None, [])
 
 
 @pytest.fixture
@@ -52,7 +51,8 @@ def reader_of(totals):
     return ResultReader(None, None, (), totals, "float32")
 
 
-PREFILL, DECODE = ScheduledStep(num_prefill_tokens=10), ScheduledStep()
+PREFILL = ScheduledStep(StepPlan(num_prefill_tokens=10))
+DECODE = ScheduledStep(StepPlan())
 
 
 class TestReader:

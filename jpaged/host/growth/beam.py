@@ -8,29 +8,15 @@ one prompt; what a device computes for it is `jpaged.device.sampling.beam_candid
 from __future__ import annotations
 
 import bisect
+import collections.abc
 import dataclasses
+import itertools
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from jpaged.host import sequence
-from jpaged.host.page_table import PageTable
+from jpaged.host.growth.base import Candidate, Selection
+from jpaged.host.outputs import Completion
 from jpaged.host.params import SamplingParams
-
-
-class Candidate(typing.NamedTuple):
-    """A continuation of a beam.
-
-    Attributes:
-      score: of the beam with it.
-      beam: which it continues.
-      token_id: with which token.
-      logprob: of the token under the model, where the score does not tell.
-    """
-
-    score: float
-    beam: int
-    token_id: int
-    logprob: float | None = None
 
 
 class Node:
@@ -69,87 +55,36 @@ def path(node: Node | None, count: int | None = None) -> list[Node]:
     return nodes[::-1]
 
 
-class Beam(sequence.Sequence):
-    """A sequence whose generated tokens are nodes; see `Sequence`.
+class BeamTokens(collections.abc.Sequence[int]):
+    """Prompt and generated tokens of a beam, the latter as nodes; never changes."""
 
-    Attributes:
-      node: the last token; None before the first generated one.
-    """
+    __slots__ = ("_node", "_prompt")
 
-    __slots__ = ("node",)
+    def __init__(self, prompt: list[int], node: Node | None):
+        self._prompt, self._node = prompt, node
 
-    def __init__(self, request: sequence.Request, sample_index: int, max_total_tokens: int):
-        super().__init__(request, sample_index, max_total_tokens)
-        self.token_ids = request.prompt_token_ids
-        self.node: Node | None = None
+    def __len__(self) -> int:
+        return len(self._prompt) + (self._node.length if self._node else 0)
 
-    @property
-    def num_known_tokens(self) -> int:
-        """Tokens of the sequence that the host knows."""
-        return self.num_prompt_tokens + (self.node.length if self.node else 0)
+    @typing.overload
+    def __getitem__(self, index: int) -> int: ...
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the sequence, one that only the device knows included."""
-        return self.num_known_tokens + self.num_inflight_tokens
+    @typing.overload
+    def __getitem__(self, index: slice) -> list[int]: ...
 
-    def tokens(self, start: int, end: int) -> list[int]:
-        """The tokens of positions `[start, end)`, all of which the host knows."""
-        prompt = self.token_ids[start:end]
-        first = max(start, self.num_prompt_tokens)
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        """One token, or those of a slice without a step."""
+        if not isinstance(index, slice):
+            place = range(len(self))[index]
+            return self[place : place + 1][0]
+        start, end, step = index.indices(len(self))
+        assert step == 1, "a beam's tokens are read in order"
+        prompt = self._prompt[start:end]
+        first = max(start, len(self._prompt))
         if end <= first:
             return prompt
-        generated = path(self.node, self.num_known_tokens - first)
+        generated = path(self._node, len(self) - first)
         return prompt + [node.token_id for node in generated[: end - first]]
-
-
-def start_search(request: sequence.Request, eos_token_ids: Collection[int]) -> None:
-    """Has a request that wants beams begin with one: its prompt.
-
-    Args:
-      request: as it was made.
-      eos_token_ids: the model's end-of-sequence tokens.
-    """
-    new_tokens = request.max_total_tokens - len(request.prompt_token_ids)
-    request.beam_search = BeamSearch(request.params, new_tokens, eos_token_ids)
-    request.sequences[:] = [Beam(request, 0, request.max_total_tokens)]
-
-
-def continue_beams(
-    table: PageTable, request: sequence.Request, parents: Sequence[int]
-) -> list[sequence.Sequence]:
-    """Gives beams the pages of those that they continue; forks and frees, copies nothing.
-
-    Args:
-      table: where beams have pages, unless they wait.
-      request: with the beams before, as its sequences.
-      parents: see `BeamSearch.advance`, which has run.
-
-    Returns:
-      The beams from now on; the first ones are the same objects as before. The others of before
-      hold nothing.
-    """
-    search, before = request.beam_search, list(request.sequences)
-    assert search is not None
-    states = [(b.table_id, b.num_computed_tokens, b.num_addressed_pages) for b in before]
-    after, continued = before[: len(parents)], set[int]()
-    while len(after) < len(parents):
-        after.append(Beam(request, len(after), request.max_total_tokens))
-    for beam, parent, node in zip(after, parents, search.nodes, strict=True):
-        table_id, computed, addressed = states[parent]
-        if parent in continued and table_id is not None:
-            table_id = table.fork(table_id)
-        continued.add(parent)
-        assert isinstance(beam, Beam)
-        beam.node = node
-        beam.table_id, beam.num_computed_tokens = table_id, computed
-        beam.num_addressed_pages, beam.num_inflight_tokens = addressed, 0
-    for parent, (table_id, *_) in enumerate(states):
-        if parent not in continued and table_id is not None:
-            table.free(table_id)
-    for beam in before[len(parents) :]:
-        beam.table_id = None
-    return after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +104,10 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """The beams of one request, between steps.
+    """The beams of one request, between steps; see `base.Growth`.
+
+    All of them are computed in one step, or none is, and only when the host knows where the step
+    before has taken them.
 
     Attributes:
       width: beams that run at most, and hypotheses that are kept at most.
@@ -181,17 +119,27 @@ class BeamSearch:
       error: what went wrong, where that ended the search.
     """
 
-    def __init__(self, params: SamplingParams, max_new_tokens: int, eos_token_ids: Collection[int]):
+    waits_for_host = True
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: list[int],
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+    ):
         """Starts from the prompt.
 
         Args:
           params: with a beam_width.
+          prompt_token_ids: the prompt.
           max_new_tokens: length at which every beam ends.
           eos_token_ids: the model's own; ignored where the parameters say so.
         """
         assert params.beam_width is not None
-        self.width = params.beam_width
+        self.width = self.max_sequences = self.reserved_places = params.beam_width
         self._params = params
+        self._prompt = prompt_token_ids
         self._max_new_tokens = max_new_tokens
         self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
         # So many that enough are left when every stop token of every beam is among the best.
@@ -203,21 +151,47 @@ class BeamSearch:
         self.error: str | None = None
         self._cut_off: list[Hypothesis] = []
 
-    def advance(
+    @property
+    def chooser(self) -> BeamSearch:
+        """The search."""
+        return self
+
+    @property
+    def num_rows(self) -> int:
+        """All beams that run."""
+        return len(self.nodes)
+
+    def expects(self, num_sequences: int) -> bool:
+        """Whether the search goes on."""
+        return self.running
+
+    def selection(self) -> Selection:
+        """The best continuations of the beams that run."""
+        return Selection(tuple(self.scores), self.width, self.num_candidates)
+
+    def tokens(self, index: int) -> BeamTokens:
+        """Those of a beam."""
+        return BeamTokens(self._prompt, self.nodes[index])
+
+    def accept(
         self,
         candidates: Sequence[Candidate],
-        logprobs: Sequence[dict[int, float]] | None = None,
+        likeliest: Sequence[Mapping[int, float]] | None = None,
     ) -> list[int]:
         """Takes a step's best continuations, and says which beams they continue.
 
         Args:
           candidates: best first: the best `num_candidates` of all continuations of the running
             beams, or all if there are fewer.
-          logprobs: per running beam, the likeliest tokens to report; None if none are wanted.
+          likeliest: per running beam, the likeliest tokens; None if none are wanted.
 
         Returns:
           For each beam that runs now, the one before that it continues; none if the search ended.
         """
+        logprobs = None
+        if (wanted := self._params.logprobs) is not None:
+            rows = likeliest or [{}] * len(self.nodes)
+            logprobs = [dict(itertools.islice(row.items(), wanted)) for row in rows]
         length = 1 + (self.nodes[0].length if self.nodes[0] else 0)
         params, ended = self._params, []
         parents, nodes, scores = [], [], []
@@ -254,9 +228,29 @@ class BeamSearch:
         self._cut_off = self._running("error")
         self.nodes, self.scores, self.running = [], [], False
 
-    def best(self, count: int) -> list[Hypothesis]:
+    def best(self, count: int, *, finished: bool) -> list[Completion]:
         """The best hypotheses; beams fill up what is lacking that an error or an abort cut off."""
-        return [*self.finished, *self._cut_off, *self._running("abort")][:count]
+        found = [*self.finished]
+        if finished:
+            found += [*self._cut_off, *self._running("abort")]
+        beams = [self._completion(hypothesis) for hypothesis in found[:count]]
+        if finished and self.error and all(beam.error is None for beam in beams):
+            beams.append(Completion("", [], 0.0, None, "error", error=self.error))
+        if finished and not beams:
+            beams.append(Completion("", [], 0.0, None, "abort"))
+        return beams
+
+    def _completion(self, hypothesis: Hypothesis) -> Completion:
+        nodes = path(hypothesis.node)
+        return Completion(
+            text="",
+            token_ids=[node.token_id for node in nodes],
+            cumulative_logprob=hypothesis.node.cumulative_logprob,
+            logprobs=None if self._params.logprobs is None else [n.logprobs or {} for n in nodes],
+            finish_reason=hypothesis.finish_reason,
+            score=hypothesis.score,
+            error=self.error if hypothesis.finish_reason == "error" else None,
+        )
 
     def _running(self, finish_reason: str) -> list[Hypothesis]:
         return [
