@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jpaged import Engine, EngineConfig, SamplingParams, sampling
+from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.device import sampling
 from jpaged.defaults import default_params
 from jpaged.host.logits_processors import LogitsProcessors, idle_rows
 from jpaged.models.generation_config import GenerationConfig

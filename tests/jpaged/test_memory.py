@@ -6,7 +6,8 @@ import dataclasses
 import psutil
 import pytest
 
-from jpaged import Engine, EngineConfig, SamplingParams, memory
+from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.device import memory
 from jpaged.device.memory import plan_pool
 from tests.jpaged.tiny import TINY, tiny_engine, tiny_params
 
