@@ -52,6 +52,16 @@ class Decoder:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
         return jax.eval_shape(functools.partial(self.init, dtype=dtype), jax.random.key(0))
 
+    @property
+    def num_params(self) -> int:
+        """Parameters, the tied head counted once; one layer is traced, however many there are."""
+        one_layer = Decoder(dataclasses.replace(self.config, num_layers=1)).abstract_params()
+        sizes = {
+            name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for name, tree in one_layer.items()
+        }
+        return sum(sizes.values()) + (self.config.num_layers - 1) * sizes["layers_0"]
+
     def apply(
         self, params: Params, inputs: PagedInputs, kv_pages: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
