@@ -328,7 +328,6 @@ def test_a_group_of_warps_that_is_asked_too_much_of_is_caught_at_lowering():
 
 def test_it_needs_a_gpu_or_interpretation():
     message = r"^backend 'gpu' on platform 'cpu': .*pallas_kernels.conformance.interpret_gpu\(\)$"
-    args = [jnp.zeros(spec.shape, spec.dtype) for spec in arguments(num_tokens=2)]
-    index = jnp.zeros(64, jnp.int32), jnp.zeros(65, jnp.int32), jnp.zeros(1, jnp.int32)
+    specs = jax.tree.leaves(arguments(num_tokens=2))
     with pytest.raises(ValueError, match=message):
-        ATTEND(*args, *index)
+        ATTEND(*(jnp.zeros(spec.shape, spec.dtype) for spec in specs))
