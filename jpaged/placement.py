@@ -45,7 +45,7 @@ def read_model(
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
         model_path,
-        model_config.num_params / 1e6,
+        sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         dtype.name,
         time.perf_counter() - start,
     )

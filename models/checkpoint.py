@@ -39,7 +39,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jpaged.models import safetensors_files
-from jpaged.models.config import ModelConfig, config_to_hf, load_config
+from jpaged.models.config import ModelConfig
+from jpaged.models.config_json import config_to_hf, load_config
 from jpaged.models.decoder import Decoder, Params
 from jpaged.models.families import tensor_name
 from jpaged.models.json_fields import shown
@@ -208,10 +209,16 @@ def _check_size(source: str, config: ModelConfig, stored: Mapping[str, StoredTen
     """Refuses by arithmetic what the files cannot hold, before anything grows with config.json."""
     num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
     numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
+    # Each of these is an axis of a tensor. Tracing a model takes what grows with them.
+    heads = config.num_q_heads * config.head_dim
+    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, heads)
+    asked = None
+    if max(sizes) <= 4 * num_params:
+        asked = Decoder(config).num_params
     # What is wrong by less is told tensor by tensor.
-    if config.num_layers > len(stored) or config.num_params > 4 * num_params:
+    if config.num_layers > len(stored) or asked is None or asked > 4 * num_params:
         raise CheckpointError(
-            f"config.json asks for {config.num_params} parameters "
+            f"config.json asks for {asked or 'far more'} parameters "
             f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
             f"intermediate_size={config.intermediate_size}, vocab_size={config.vocab_size}, "
             f"num_attention_heads={config.num_q_heads}, num_key_value_heads="

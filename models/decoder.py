@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jpaged import pallas_kernels
 from jpaged.models import layers, sharding
 from jpaged.models.config import ModelConfig
 from jpaged.models.inputs import PagedInputs
+from jpaged.pallas_kernels import dispatch
+from jpaged.pallas_kernels.rows import Rows
 
 Params = dict[str, Any]
 
@@ -51,6 +52,16 @@ class Decoder:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
         return jax.eval_shape(functools.partial(self.init, dtype=dtype), jax.random.key(0))
 
+    @property
+    def num_params(self) -> int:
+        """Parameters, the tied head counted once; one layer is traced, however many there are."""
+        one_layer = Decoder(dataclasses.replace(self.config, num_layers=1)).abstract_params()
+        sizes = {
+            name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for name, tree in one_layer.items()
+        }
+        return sum(sizes.values()) + (self.config.num_layers - 1) * sizes["layers_0"]
+
     def apply(
         self, params: Params, inputs: PagedInputs, kv_pages: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +86,7 @@ class Decoder:
             {"params": params},
             inputs.token_ids,
             inputs.positions,
-            inputs,
+            inputs.rows,
             kv_pages,
             inputs.logits_indices,
         )
@@ -116,12 +127,12 @@ class _DecoderModule(nn.Module):
     """Embedding, layers, final norm and head over a flat axis of tokens."""
 
     config: ModelConfig
-    attend: layers.AttendFn
+    attend: layers.Attend
     scan_layers: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, token_ids, positions, inputs, kv_pages=None, logits_indices=None):
+    def __call__(self, token_ids, positions, rows: Rows | None, kv_pages=None, logits_indices=None):
         c = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
@@ -140,11 +151,11 @@ class _DecoderModule(nn.Module):
                 # results that are constant over the layers, and refuses them.
                 check_constancy_invariants=False,
             )(c, self.attend, name="layers")
-            carry, _ = stack(carry, jnp.arange(c.num_layers, dtype=jnp.int32), rope, inputs)
+            carry, _ = stack(carry, jnp.arange(c.num_layers, dtype=jnp.int32), rope, rows)
         else:
             for i in range(c.num_layers):
                 layer = layers.DecoderLayer(c, self.attend, name=f"layers_{i}")
-                carry, _ = layer(carry, i, rope, inputs)
+                carry, _ = layer(carry, i, rope, rows)
         x, kv_pages = carry
         if logits_indices is not None:
             x = x[logits_indices]
@@ -158,30 +169,32 @@ class _DecoderModule(nn.Module):
         return logits, kv_pages
 
 
-def _paged_attend(q, k, v, kv_pages, layer, inputs: PagedInputs, *, backend, mesh):
-    def attend(q, k, v, kv_pages, layer, *index):
-        kv_pages = pallas_kernels.write_kv(kv_pages, k, v, *index, layer=layer, backend=backend)
-        out = pallas_kernels.paged_attention(q, kv_pages, *index, layer=layer, backend=backend)
+def _paged_attend(q, k, v, kv_pages, layer, rows, variant, *, backend, mesh):
+    """An `Attend` over pages."""
+
+    def attend(q, k, v, kv_pages, layer, rows):
+        kv_pages = dispatch.write(kv_pages, k, v, rows, layer=layer, backend=backend)
+        out = dispatch.attend(q, kv_pages, rows, variant, layer=layer, backend=backend)
         return out, kv_pages
 
-    index = (inputs.page_table, inputs.kv_lens, inputs.cu_q_lens, inputs.num_seqs)
     if mesh is None:
-        return attend(q, k, v, kv_pages, layer, *index)
+        return attend(q, k, v, kv_pages, layer, rows)
     # Kernels are no operations that the compiler could split by itself. A head needs no other.
     heads, pool = sharding.heads_spec(mesh), sharding.pool_spec(mesh)
     one = jax.sharding.PartitionSpec()
     split = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, heads, heads, pool, *[one] * (1 + len(index))),
+        in_specs=(heads, heads, heads, pool, one, one),
         out_specs=(heads, pool),
         check_vma=False,  # Pallas says nothing of what differs between devices
     )
-    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), *index)
+    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), rows)
 
 
-def _dense_attend(q, k, v, kv_pages, layer, inputs, *, batch):
-    del layer, inputs  # nothing is cached
+def _dense_attend(q, k, v, kv_pages, layer, rows, variant, *, batch):
+    """An `Attend` over whole sequences, `batch` of them of the same length."""
+    del layer, rows  # nothing is cached
     num_kv_heads, head_dim = k.shape[1:]
     # [batch, seq_len, num_kv_heads, group, head_dim], in float32 like the kernels.
     q32 = q.astype(jnp.float32).reshape(
@@ -189,9 +202,11 @@ def _dense_attend(q, k, v, kv_pages, layer, inputs, *, batch):
     )
     k32 = k.astype(jnp.float32).reshape(batch, -1, num_kv_heads, head_dim)
     v32 = v.astype(jnp.float32).reshape(batch, -1, num_kv_heads, head_dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q32, k32) * head_dim**-0.5
-    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
-    weights = jax.nn.softmax(jnp.where(causal[None, None, None], scores, -jnp.inf), axis=-1)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q32, k32) * variant.scale(head_dim)
+    positions = jnp.arange(scores.shape[-1])
+    visible = variant.sees(queries=positions[:, None], keys=positions[None, :])
+    scores = jnp.where(visible[None, None, None], variant.capped(scores), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v32)
     return out.reshape(q.shape).astype(q.dtype), kv_pages
 

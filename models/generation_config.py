@@ -106,7 +106,7 @@ _NEUTRAL = MappingProxyType(
 
 _INERT = frozenset(
     {
-        # Read by models.config, with config.json's.
+        # Read by models.config_json, with config.json's.
         "eos_token_id",
         "bos_token_id",
         "pad_token_id",
@@ -172,7 +172,7 @@ def load_generation_config(directory: pathlib.Path) -> GenerationConfig:
     """Reads a model's sampling settings, from where transformers takes them.
 
     That is generation_config.json, and without one config.json, into which old releases wrote the
-    same fields. Stop tokens are not among them: `models.config.load_config` reads those.
+    same fields. Stop tokens are not among them: `models.config_json.load_config` reads those.
 
     Args:
       directory: the model's.

@@ -3,7 +3,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -11,10 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.models.config import ModelConfig, RopeScaling
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
-# attend(q, k, v, kv_pages, layer, inputs) -> (out, kv_pages): how queries meet keys and values.
-#   q, out: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
-AttendFn = Callable[..., tuple[jax.Array, jax.Array | None]]
+
+class Attend(Protocol):
+    """How queries meet keys and values: over pages, or over whole sequences without a cache."""
+
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        kv_pages: jax.Array | None,
+        layer: int | jax.Array,
+        rows: Rows | None,
+        variant: AttentionVariant,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends in one layer.
+
+        Args:
+          q: [num_tokens, num_q_heads, head_dim].
+          k: [num_tokens, num_kv_heads, head_dim].
+          v: likewise.
+          kv_pages: the pool, without these keys and values; None without a cache.
+          layer: which layer of the pool.
+          rows: whose the tokens are; None without a cache.
+          variant: which attention.
+
+        Returns:
+          [num_tokens, num_q_heads, head_dim], and the pool with these keys and values.
+        """
+        ...
 
 
 # Up to this many tokens a CPU multiplies weights by activations, and not the other way round.
@@ -83,13 +111,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections, optional per-head norms and rotation around an `AttendFn`."""
+    """Projections, optional per-head norms and rotation around an `Attend`."""
 
     config: ModelConfig
-    attend: AttendFn
+    attend: Attend
 
     @nn.compact
-    def __call__(self, x, rope, kv_pages, layer, inputs):
+    def __call__(self, x, rope, kv_pages, layer, rows: Rows | None):
         c = self.config
         q = Linear(c.num_q_heads * c.head_dim, name="q_proj")(x)
         k = Linear(c.num_kv_heads * c.head_dim, name="k_proj")(x)
@@ -101,7 +129,7 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         q, k = rotate(q, rope), rotate(k, rope)
-        out, kv_pages = self.attend(q, k, v, kv_pages, layer, inputs)
+        out, kv_pages = self.attend(q, k, v, kv_pages, layer, rows, AttentionVariant())
         out = out.reshape(-1, c.num_q_heads * c.head_dim)
         return Linear(c.hidden_size, name="o_proj")(out), kv_pages
 
@@ -125,15 +153,15 @@ class DecoderLayer(nn.Module):
     """
 
     config: ModelConfig
-    attend: AttendFn
+    attend: Attend
 
     @nn.compact
-    def __call__(self, carry, layer, rope, inputs):
+    def __call__(self, carry, layer, rope, rows: Rows | None):
         x, kv_pages = carry
         eps = self.config.rms_norm_eps
         attention = Attention(self.config, self.attend, name="attention")
         out, kv_pages = attention(
-            RMSNorm(eps, name="attention_norm")(x), rope, kv_pages, layer, inputs
+            RMSNorm(eps, name="attention_norm")(x), rope, kv_pages, layer, rows
         )
         x = x + out
         x = x + GatedMlp(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))

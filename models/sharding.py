@@ -8,6 +8,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jpaged.models.config import ModelConfig
+from jpaged.pallas_kernels import layout
 
 # Axes of a weight [features, in] that are split, by the name of the module that holds it. Splitting
 # what a product gives needs no communication, and splitting what the next one sums over makes its
@@ -23,8 +24,6 @@ _SPLIT_AXIS = {
     "embedding": 0,
     "lm_head": 0,
 }
-# The axis of the page pool that has the KV heads.
-_POOL_HEADS = 2
 
 
 def axis_of(mesh: Mesh) -> str:
@@ -106,7 +105,7 @@ def pool_sharding(mesh: Mesh) -> NamedSharding:
 
 def pool_spec(mesh: Mesh) -> PartitionSpec:
     """`pool_sharding` without the mesh."""
-    return PartitionSpec(*[None] * _POOL_HEADS, axis_of(mesh))
+    return PartitionSpec(*[None] * layout.HEADS_AXIS, axis_of(mesh))
 
 
 def heads_spec(mesh: Mesh) -> PartitionSpec:

@@ -2,14 +2,56 @@
 """Chooses the backend of each public function; never falls back in silence."""
 
 import importlib
-from types import ModuleType
+from typing import Protocol, cast
 
 import jax
 
 from jpaged.pallas_kernels import validation
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 BACKENDS = ("tpu", "gpu", "xla")
 _BACKEND_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+
+
+class Backend(Protocol):
+    """What the package of a backend offers; arguments are checked, and as documented below."""
+
+    def check_platform(self) -> None:
+        """Raises ValueError where the kernels can neither run, nor be compiled or interpreted."""
+        ...
+
+    def paged_attention(
+        self,
+        q: jax.Array,
+        kv_pages: jax.Array,
+        rows: Rows,
+        variant: AttentionVariant,
+        *,
+        layer: int | jax.Array,
+        kv_scale: jax.Array | None,
+    ) -> jax.Array:
+        """See `attend`."""
+        ...
+
+    def write_kv(
+        self,
+        kv_pages: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        rows: Rows,
+        *,
+        layer: int | jax.Array,
+        kv_scale: jax.Array | None,
+    ) -> jax.Array:
+        """See `write`."""
+        ...
+
+    def copy_pages(
+        self, kv_pages: jax.Array, src_page_ids: jax.Array, dst_page_ids: jax.Array
+    ) -> jax.Array:
+        """See the function of that name."""
+        ...
 
 
 def resolve_backend(backend: str | None) -> str:
@@ -23,14 +65,13 @@ def resolve_backend(backend: str | None) -> str:
         raise ValueError(
             f"backend={backend!r} on platform {jax.default_backend()!r}: choose one of {BACKENDS}"
         )
-    if asked != "xla":
-        _module(asked).check_platform()
+    _package(asked).check_platform()
     return asked
 
 
-def _module(backend: str) -> ModuleType:
+def _package(backend: str) -> Backend:
     """The backend's package, imported when it is first used: Pallas costs every start 0.1 s."""
-    return importlib.import_module(f"jpaged.pallas_kernels.{backend}")
+    return cast(Backend, importlib.import_module(f"jpaged.pallas_kernels.{backend}"))
 
 
 def paged_attention(
@@ -80,32 +121,26 @@ def paged_attention(
 
     Source: Kwon et al. 2023, section 4.1; online softmax, Milakov & Gimelshein 2018.
     """
-    kernels = _module(resolve_backend(backend))
-    validation.check_attention(
-        q,
-        kv_pages,
-        page_table,
-        kv_lens,
-        cu_q_lens,
-        num_seqs,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        kv_scale=kv_scale,
-    )
+    rows = Rows(page_table, kv_lens, cu_q_lens, num_seqs)
+    variant = AttentionVariant(sm_scale, sliding_window, soft_cap)
+    return attend(q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, backend=backend)
+
+
+def attend(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    rows: Rows,
+    variant: AttentionVariant,
+    *,
+    layer: int | jax.Array = 0,
+    kv_scale: jax.Array | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """`paged_attention`, for callers that have its arguments as values already."""
+    kernels = _package(resolve_backend(backend))
+    validation.check_attention(q, kv_pages, rows, kv_scale=kv_scale)
     validation.check_layer(kv_pages, layer)
-    return kernels.paged_attention(
-        q,
-        kv_pages,
-        page_table,
-        kv_lens,
-        cu_q_lens,
-        num_seqs,
-        layer=layer,
-        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        kv_scale=kv_scale,
-    )
+    return kernels.paged_attention(q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale)
 
 
 def write_kv(
@@ -144,14 +179,25 @@ def write_kv(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.
     """
-    kernels = _module(resolve_backend(backend))
-    validation.check_write(
-        kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, kv_scale=kv_scale
-    )
+    rows = Rows(page_table, kv_lens, cu_q_lens, num_seqs)
+    return write(kv_pages, k, v, rows, layer=layer, kv_scale=kv_scale, backend=backend)
+
+
+def write(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+    *,
+    layer: int | jax.Array = 0,
+    kv_scale: jax.Array | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """`write_kv`, for callers that have its index arrays as a value already."""
+    kernels = _package(resolve_backend(backend))
+    validation.check_write(kv_pages, k, v, rows, kv_scale=kv_scale)
     validation.check_layer(kv_pages, layer)
-    return kernels.write_kv(
-        kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, layer=layer, kv_scale=kv_scale
-    )
+    return kernels.write_kv(kv_pages, k, v, rows, layer=layer, kv_scale=kv_scale)
 
 
 def copy_pages(
@@ -175,6 +221,6 @@ def copy_pages(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.
     """
-    kernels = _module(resolve_backend(backend))
+    kernels = _package(resolve_backend(backend))
     validation.check_copy(kv_pages, src_page_ids, dst_page_ids)
     return kernels.copy_pages(kv_pages, src_page_ids, dst_page_ids)

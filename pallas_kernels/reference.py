@@ -7,83 +7,85 @@ Written to be read: it gathers whole page-table rows, so its cost follows the ta
 import jax
 import jax.numpy as jnp
 
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
-def token_rows(cu_q_lens: jax.Array, num_seqs: jax.Array, num_tokens: int):
+
+def token_rows(rows: Rows, num_tokens: int) -> tuple[jax.Array, jax.Array]:
     """Which row each token belongs to.
 
     Args:
-      cu_q_lens: i32[max_num_seqs + 1].
-      num_seqs: i32[1].
+      rows: the step's.
       num_tokens: length of the token axis.
 
     Returns:
-      rows: i32[num_tokens], in range for padding tokens too.
+      row: i32[num_tokens], in range for padding tokens too.
       live: bool[num_tokens], False for padding tokens.
     """
     tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-    ends = jnp.where(jnp.arange(cu_q_lens.shape[0] - 1) < num_seqs, cu_q_lens[1:], num_tokens + 1)
-    rows = (ends[None, :] <= tokens[:, None]).sum(axis=1, dtype=jnp.int32)
-    live = tokens < cu_q_lens[num_seqs[0]]
-    return jnp.where(live, rows, 0), live
+    is_live = jnp.arange(rows.max_num_seqs) < rows.num_seqs
+    ends = jnp.where(is_live, rows.cu_q_lens[1:], num_tokens + 1)
+    row = (ends[None, :] <= tokens[:, None]).sum(axis=1, dtype=jnp.int32)
+    live = tokens < rows.cu_q_lens[rows.num_seqs[0]]
+    return jnp.where(live, row, 0), live
 
 
-def token_positions(kv_lens, cu_q_lens, rows):
+def token_positions(rows: Rows, row: jax.Array) -> jax.Array:
     """i32[num_tokens]: position of each token in its sequence, given its row."""
-    tokens = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    return tokens - cu_q_lens[rows + 1] + kv_lens[rows]
+    tokens = jnp.arange(row.shape[0], dtype=jnp.int32)
+    return tokens - rows.cu_q_lens[row + 1] + rows.kv_lens[row]
 
 
 def paged_attention(
-    q,
-    kv_pages,
-    page_table,
-    kv_lens,
-    cu_q_lens,
-    num_seqs,
+    q: jax.Array,
+    kv_pages: jax.Array,
+    rows: Rows,
+    variant: AttentionVariant,
     *,
-    layer=0,
-    sm_scale=None,
-    sliding_window=None,
-    soft_cap=None,
-    kv_scale=None,
-):
+    layer: int | jax.Array = 0,
+    kv_scale: jax.Array | None = None,
+) -> jax.Array:
     """See `pallas_kernels.paged_attention`."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = kv_pages.shape[2:4]
-    rows, live = token_rows(cu_q_lens, num_seqs, num_tokens)
-    positions = token_positions(kv_lens, cu_q_lens, rows)
+    row, live = token_rows(rows, num_tokens)
+    positions = token_positions(rows, row)
 
     # [rows, pages_per_seq, heads, page_size, kv_dim] -> [rows, tokens, heads, kv_dim]
-    cells = kv_pages[layer][page_table].astype(jnp.float32).swapaxes(2, 3)
-    cells = cells.reshape(page_table.shape[0], -1, num_kv_heads, cells.shape[-1])
-    kv_positions = jnp.arange(page_table.shape[1] * page_size)
+    cells = kv_pages[layer][rows.page_table].astype(jnp.float32).swapaxes(2, 3)
+    cells = cells.reshape(rows.max_num_seqs, -1, num_kv_heads, cells.shape[-1])
+    kv_positions = jnp.arange(rows.pages_per_seq * page_size)
     # Cells that hold no token are zeroed, not just masked below: 0 * NaN is NaN.
-    filled = kv_positions[None, :] < kv_lens[:, None]
+    filled = kv_positions[None, :] < rows.kv_lens[:, None]
     cells = jnp.where(filled[:, :, None, None], cells, 0)
     scale = jnp.ones(2) if kv_scale is None else kv_scale
     keys = cells[..., :head_dim] * scale[0]
     values = cells[..., head_dim : 2 * head_dim] * scale[1]
 
     groups = (num_tokens, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("tkgd,tskd->tkgs", q.astype(jnp.float32).reshape(groups), keys[rows])
-    scores = scores * (head_dim**-0.5 if sm_scale is None else sm_scale)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    visible = kv_positions[None, :] <= positions[:, None]
-    if sliding_window is not None:
-        visible &= kv_positions[None, :] > positions[:, None] - sliding_window
+    scores = jnp.einsum("tkgd,tskd->tkgs", q.astype(jnp.float32).reshape(groups), keys[row])
+    scores = variant.capped(scores * variant.scale(head_dim))
+    visible = variant.sees(positions[:, None], kv_positions[None, :])
     scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
-    out = jnp.einsum("tkgs,tskd->tkgd", weights, values[rows]).reshape(q.shape)
+    out = jnp.einsum("tkgs,tskd->tkgd", weights, values[row]).reshape(q.shape)
     return jnp.where(live[:, None, None], out, 0).astype(q.dtype)
 
 
-def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer=0, kv_scale=None):
+def write_kv(
+    kv_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+    *,
+    layer: int | jax.Array = 0,
+    kv_scale: jax.Array | None = None,
+) -> jax.Array:
     """See `pallas_kernels.write_kv`."""
     num_pages, _, page_size = kv_pages.shape[1:4]
-    rows, live = token_rows(cu_q_lens, num_seqs, k.shape[0])
-    positions = token_positions(kv_lens, cu_q_lens, rows)
-    page_ids = page_table[rows, positions // page_size]
+    row, live = token_rows(rows, k.shape[0])
+    positions = token_positions(rows, row)
+    page_ids = rows.page_table[row, positions // page_size]
     # Padding tokens point past the pool, where the scatter drops them.
     page_ids = jnp.where(live, page_ids, num_pages)
     cells = pack_cells(k, v, kv_pages.dtype, kv_scale)

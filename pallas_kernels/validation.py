@@ -1,37 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the kernels' arguments: shapes and dtypes at trace time, contents in tests."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.pallas_kernels.rows import Rows
+
 
 def check_attention(
-    q, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, *, sliding_window, soft_cap, kv_scale
+    q: jax.Array, kv_pages: jax.Array, rows: Rows, *, kv_scale: jax.Array | None
 ) -> None:
     """Raises ValueError where the arguments of `paged_attention` do not fit together."""
     _check_rank("q", q, "[num_tokens, num_q_heads, head_dim]")
     _check_float("q", q)
     _check_pool(kv_pages, kv_scale)
-    _check_index(page_table, kv_lens, cu_q_lens, num_seqs)
+    _check_rows(rows)
     num_q_heads, num_kv_heads = q.shape[1], kv_pages.shape[2]
     if num_q_heads % num_kv_heads:
         raise ValueError(
             f"q has {num_q_heads} heads, not a multiple of the {num_kv_heads} KV heads of kv_pages"
         )
     _check_lanes("q", q.shape[2], kv_pages)
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window} must be at least 1, or None")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap={soft_cap} must be positive, or None")
 
 
-def check_write(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, kv_scale) -> None:
+def check_write(
+    kv_pages: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, *, kv_scale: jax.Array | None
+) -> None:
     """Raises ValueError where the arguments of `write_kv` do not fit together."""
     _check_rank("k", k, "[num_tokens, num_kv_heads, head_dim]")
     _check_float("k", k)
     _check_pool(kv_pages, kv_scale)
-    _check_index(page_table, kv_lens, cu_q_lens, num_seqs)
+    _check_rows(rows)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v is {v.dtype}{list(v.shape)}, but k is {k.dtype}{list(k.shape)}")
     if k.shape[1] != kv_pages.shape[2]:
@@ -58,21 +60,18 @@ def check_layer(kv_pages, layer) -> None:
         raise ValueError(f"layer={layer} is outside the {kv_pages.shape[0]} layers of kv_pages")
 
 
-def check_contents(kv_pages, page_table, kv_lens, cu_q_lens, num_seqs) -> None:
+def check_contents(kv_pages: jax.Array, rows: Rows) -> None:
     """Raises ValueError where the index arrays break the contract; for tests and debugging.
 
     Reads every array on the host, so it belongs in no hot path and under no `jit`.
 
     Args:
       kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim].
-      page_table: i32[max_num_seqs, pages_per_seq].
-      kv_lens: i32[max_num_seqs].
-      cu_q_lens: i32[max_num_seqs + 1].
-      num_seqs: i32[1].
+      rows: as the kernels get them.
     """
     num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
-    page_table, kv_lens, cu_q_lens = map(np.asarray, (page_table, kv_lens, cu_q_lens))
-    live = int(np.asarray(num_seqs)[0])
+    page_table, kv_lens = np.asarray(rows.page_table), np.asarray(rows.kv_lens)
+    cu_q_lens, live = np.asarray(rows.cu_q_lens), int(np.asarray(rows.num_seqs)[0])
     max_num_seqs, pages_per_seq = page_table.shape
     if not 0 <= live <= max_num_seqs:
         raise ValueError(f"num_seqs={live} is outside [0, {max_num_seqs}]")
@@ -127,26 +126,18 @@ def _check_pool(kv_pages: jax.Array, kv_scale: jax.Array | None) -> None:
         raise ValueError(f"kv_scale has shape {list(kv_scale.shape)}, expected [2]: keys, values")
 
 
-def _check_index(page_table, kv_lens, cu_q_lens, num_seqs) -> None:
-    _check_rank("page_table", page_table, "[max_num_seqs, pages_per_seq]")
-    rows = page_table.shape[0]
-    for name, array, shape in (
-        ("kv_lens", kv_lens, (rows,)),
-        ("cu_q_lens", cu_q_lens, (rows + 1,)),
-        ("num_seqs", num_seqs, (1,)),
-    ):
-        if array.shape != shape:
+def _check_rows(rows: Rows) -> None:
+    _check_rank("page_table", rows.page_table, "[max_num_seqs, pages_per_seq]")
+    count = rows.max_num_seqs
+    shapes = {"kv_lens": (count,), "cu_q_lens": (count + 1,), "num_seqs": (1,)}
+    for name, shape in shapes.items():
+        if getattr(rows, name).shape != shape:
             raise ValueError(
-                f"{name} has shape {list(array.shape)}, expected {list(shape)} for a page_table of "
-                f"{rows} rows"
+                f"{name} has shape {list(getattr(rows, name).shape)}, expected {list(shape)} for a "
+                f"page_table of {count} rows"
             )
-    for name, array in (
-        ("page_table", page_table),
-        ("kv_lens", kv_lens),
-        ("cu_q_lens", cu_q_lens),
-        ("num_seqs", num_seqs),
-    ):
-        _check_int32(name, array)
+    for field in dataclasses.fields(rows):
+        _check_int32(field.name, getattr(rows, field.name))
 
 
 def _check_lanes(name: str, head_dim: int, kv_pages: jax.Array) -> None:

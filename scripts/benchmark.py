@@ -184,7 +184,7 @@ def _engine(config: EngineConfig) -> Report:
         gc.collect()  # the pool goes before the next one comes
         engine = make_engine(dataclasses.replace(config, reservation=reservation))
         runs[reservation] = _measure(engine, workload, clock)
-    model = {"name": name, "num_params": model_config.num_params}
+    model = {"name": name, "num_params": Decoder(model_config).num_params}
     return _report("engine", config, workload, runs, model=model, cold_start=cold_start)
 
 

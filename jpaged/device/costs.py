@@ -12,6 +12,7 @@ from jpaged.host.admission import SchedulerConfig
 from jpaged.host.config import EngineConfig
 from jpaged.host.preemption import NO_COSTS, PreemptionCosts
 from jpaged.models.config import ModelConfig
+from jpaged.models.decoder import Decoder
 
 _COPY_BYTES = 4 * 2**20
 _MATMUL = (128, 1024, 1024)
@@ -51,7 +52,8 @@ def preemption_costs(
     """
     bytes_per_s = config.swap_bytes_per_s or _copied_bytes_per_s()
     flops_per_s = config.flops_per_s or _matmul_flops_per_s(config)
-    return PreemptionCosts(2 * page_bytes / bytes_per_s, 2 * model_config.num_params / flops_per_s)
+    flops_per_token = 2 * Decoder(model_config).num_params
+    return PreemptionCosts(2 * page_bytes / bytes_per_s, flops_per_token / flops_per_s)
 
 
 def _copied_bytes_per_s() -> float:

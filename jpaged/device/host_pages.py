@@ -5,6 +5,7 @@ import jax
 import numpy as np
 
 from jpaged.device.memory import PoolPlan
+from jpaged.pallas_kernels import layout
 
 
 class HostPages:
@@ -16,14 +17,13 @@ class HostPages:
 
     def __init__(self, num_pages: int, plan: PoolPlan):
         self.num_pages = num_pages
-        layers, _, *page = plan.shape
-        self._shape = (num_pages, layers, *page)
+        self._shape = (num_pages, *layout.page_shape(plan.shape))
         self._dtype = plan.dtype
         self._pages: np.ndarray | None = None
         self._arriving: list[tuple[list[int], jax.Array]] = []
 
     def put(self, host_pages: list[int], pages: jax.Array) -> None:
-        """Starts to copy pages, `[count, num_layers, num_kv_heads, page_size, kv_dim]`."""
+        """Starts to copy pages, as `layout.take_pages` gives them."""
         pages.copy_to_host_async()
         self._arriving.append((host_pages, pages))
 

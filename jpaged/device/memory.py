@@ -2,17 +2,16 @@
 """How large a page pool is, before it is allocated."""
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from jpaged import pallas_kernels
 from jpaged.host.checks import INT32_MAX
 from jpaged.host.config import EngineConfig
 from jpaged.models.config import ModelConfig
+from jpaged.pallas_kernels import layout
 
 _MAX_DEFAULT_SWAP_BYTES = 2**30
 
@@ -22,7 +21,7 @@ class PoolPlan:
     """A page pool's dimensions and why.
 
     Attributes:
-      shape: of the device pool; see `pallas_kernels.kv_pages_shape`.
+      shape: of the device pool; see `layout.kv_pages_shape`.
       dtype: of the device pool.
       max_model_len: tokens a sequence has at most.
       pages_per_seq: pages a sequence has at most.
@@ -38,12 +37,12 @@ class PoolPlan:
     @property
     def num_pages(self) -> int:
         """Pages, the reserved one included."""
-        return self.shape[1]
+        return self.shape[layout.PAGES_AXIS]
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers."""
-        return math.prod(self.shape) // self.num_pages * self.dtype.itemsize
+        return layout.page_bytes(self.shape, self.dtype)
 
     def num_host_pages(self, config: EngineConfig) -> int:
         """Pages that host memory gets room for; none where none could be swapped."""
@@ -82,7 +81,7 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
     pages_per_seq = -(-max_model_len // config.page_size)
 
     def plan(num_pages: int, reason: str) -> PoolPlan:
-        shape = pallas_kernels.kv_pages_shape(
+        shape = layout.kv_pages_shape(
             model_config.num_layers,
             num_pages,
             model_config.num_kv_heads,

@@ -22,6 +22,8 @@ from jpaged.host.growth.base import Candidate, Outcome
 from jpaged.host.logits_processors import idle_rows
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
+from jpaged.pallas_kernels import layout
+from jpaged.pallas_kernels.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +120,11 @@ class ModelRunner:
         self._kv_pages, self._tokens = self._new_pages(), self._new_tokens()
         self._host_pages = HostPages(num_host_pages, plan)
 
-        def step(params, kv_pages, token_ids, previous_slots, previous_tokens, **inputs):
+        def step(params, kv_pages, inputs, previous_slots, previous_tokens):
             # Slot -1 indexes the last sample, and is then not used.
-            token_ids = jnp.where(previous_slots < 0, token_ids, previous_tokens[previous_slots])
-            return apply(params, PagedInputs(token_ids=token_ids, **inputs), kv_pages)
+            sampled = previous_tokens[previous_slots]
+            token_ids = jnp.where(previous_slots < 0, inputs.token_ids, sampled)
+            return apply(params, dataclasses.replace(inputs, token_ids=token_ids), kv_pages)
 
         def sample(logits, rows):
             tokens, logprobs = sampling.sample(logits, rows)
@@ -145,8 +148,8 @@ class ModelRunner:
             self._counted("processed_beam_candidates", sampling.processed_beam_candidates),
             static_argnums=5,
         )
-        self._get_pages = jax.jit(self._counted("get_pages", _get_pages))
-        self._set_pages = jax.jit(self._counted("set_pages", _set_pages), donate_argnums=0)
+        self._get_pages = jax.jit(self._counted("get_pages", layout.take_pages))
+        self._set_pages = jax.jit(self._counted("set_pages", layout.put_pages), donate_argnums=0)
 
     def is_compiled(self, batch: Batch) -> bool:
         """Whether `run` would start at once: all that it calls ran before, but for page copies."""
@@ -167,17 +170,7 @@ class ModelRunner:
         if copies := list(copies):
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
         logits, self._kv_pages = self._step(
-            self.params,
-            self._kv_pages,
-            batch.token_ids,
-            batch.previous_slots,
-            self._tokens,
-            positions=batch.positions,
-            page_table=batch.page_table,
-            kv_lens=batch.kv_lens,
-            cu_q_lens=batch.cu_q_lens,
-            num_seqs=batch.num_seqs,
-            logits_indices=batch.logits_indices,
+            self.params, self._kv_pages, _inputs(batch), batch.previous_slots, self._tokens
         )
         if not self.is_compiled(batch):
             # What is compiled next would hide what the step takes, and compete with it.
@@ -344,6 +337,17 @@ class ModelRunner:
         return traced
 
 
+def _inputs(batch: Batch) -> PagedInputs:
+    """What the model consumes of a batch."""
+    arrays: Any = batch  # of NumPy, which jit takes for its own
+    return PagedInputs(
+        token_ids=arrays.token_ids,
+        positions=arrays.positions,
+        rows=Rows(arrays.page_table, arrays.kv_lens, arrays.cu_q_lens, arrays.num_seqs),
+        logits_indices=arrays.logits_indices,
+    )
+
+
 def _is_usable(kv_pages: jax.Array | None) -> bool:
     """Whether a pool is there: not donated to a call that was cut short, nor lost by a failure."""
     if kv_pages is None or kv_pages.is_deleted():
@@ -353,14 +357,6 @@ def _is_usable(kv_pages: jax.Array | None) -> bool:
     except Exception:
         return False
     return True
-
-
-def _get_pages(kv_pages: jax.Array, ids: jax.Array) -> jax.Array:
-    return jnp.swapaxes(kv_pages[:, ids], 0, 1)
-
-
-def _set_pages(kv_pages: jax.Array, ids: jax.Array, pages: jax.Array) -> jax.Array:
-    return kv_pages.at[:, ids].set(jnp.swapaxes(pages, 0, 1))
 
 
 def _parts(pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:

@@ -99,18 +99,14 @@ class BeamBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """A step as NumPy arrays, padded to `shape`; see `models.inputs.PagedInputs` for the meaning.
+    """A step as NumPy arrays, padded to `shape`.
 
     Attributes:
       shape: what it is padded to.
-      token_ids: i32[num_tokens]; not read where `previous_slots` is set.
+      token_ids, positions, logits_indices: as in `models.inputs.PagedInputs`; a token id is not
+        read where `previous_slots` is set.
+      page_table, kv_lens, cu_q_lens, num_seqs: as in `pallas_kernels.rows.Rows`.
       previous_slots: i32[num_tokens], which sample of the step before is this token, or -1.
-      positions: i32[num_tokens].
-      page_table: i32[num_rows, pages_per_seq].
-      kv_lens: i32[num_rows].
-      cu_q_lens: i32[num_rows + 1].
-      num_seqs: i32[1].
-      logits_indices: i32[num_rows], the token each sample continues.
       temperature, top_p, min_p: f32[num_rows], per sample.
       top_k, sample_positions: i32[num_rows], per sample.
       seeds, sample_indices: u32[num_rows], per sample.

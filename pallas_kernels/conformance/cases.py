@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.pallas_kernels.layout import kv_pages_shape
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
+
+_PLAIN = AttentionVariant()
 
 
 @dataclasses.dataclass
@@ -17,33 +21,41 @@ class Case:
 
     Attributes:
       q, k, v, kv_pages: float32, of numbers that `dtype` and `kv_dtype` represent exactly.
-      page_table, kv_lens, cu_q_lens, num_seqs, layer: as in `pallas_kernels.paged_attention`.
+      rows: the index arrays.
+      layer: as in `pallas_kernels.paged_attention`.
       dense: keys and values of each live row, [kv_len, num_kv_heads, head_dim], what the stored
         numbers stand for.
       dtype: of queries, and of new keys and values.
       kv_dtype: of the pool.
-      options: sm_scale, sliding_window, soft_cap and kv_scale where they are not the default.
+      variant: of the attention.
+      kv_scale: as in `pallas_kernels.paged_attention`; two numbers, or None.
     """
 
     q: np.ndarray
     k: np.ndarray
     v: np.ndarray
     kv_pages: np.ndarray
-    page_table: np.ndarray
-    kv_lens: np.ndarray
-    cu_q_lens: np.ndarray
-    num_seqs: np.ndarray
+    rows: Rows
     layer: int
     dense: list[tuple[np.ndarray, np.ndarray]]
     dtype: Any = np.float32
     kv_dtype: Any = np.float32
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    variant: AttentionVariant = _PLAIN
+    kv_scale: tuple[float, float] | None = None
 
     @property
     def index(self) -> tuple[jax.Array, ...]:
-        """The index arrays, in the order in which every kernel takes them."""
-        arrays = (self.page_table, self.kv_lens, self.cu_q_lens, self.num_seqs)
+        """The index arrays, in the order in which the public functions take them."""
+        arrays = (getattr(self.rows, field.name) for field in dataclasses.fields(Rows))
         return tuple(jnp.asarray(array) for array in arrays)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a call of the public function names because it is not the default."""
+        options = dataclasses.asdict(self.variant)
+        if self.kv_scale is not None:
+            options["kv_scale"] = jnp.asarray(self.kv_scale, jnp.float32)
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def make_case(
@@ -63,7 +75,8 @@ def make_case(
     kv_dtype: Any = None,
     written: bool = True,
     seed: int = 0,
-    **options: Any,
+    kv_scale: tuple[float, float] | None = None,
+    **variant: Any,
 ) -> Case:
     """Builds a case of rows `(q_len, kv_len)`.
 
@@ -83,11 +96,12 @@ def make_case(
       kv_dtype: see `Case`; dtype by default.
       written: whether this step's cells are filled.
       seed: of everything drawn.
-      **options: see `Case`.
+      kv_scale: see `Case`.
+      **variant: fields of `AttentionVariant`.
     """
     rng = np.random.default_rng(seed)
     kv_dtype = np.dtype(dtype if kv_dtype is None else kv_dtype)
-    key_scale, value_scale = options.get("kv_scale", (1.0, 1.0))
+    key_scale, value_scale = kv_scale or (1.0, 1.0)
     integers = jnp.iinfo(kv_dtype) if jnp.issubdtype(kv_dtype, jnp.integer) else None
     poison = integers.max if integers else np.nan
     pages_per_seq = max(-(-kv_len // page_size) for _, kv_len in lens) + pad_pages
@@ -135,20 +149,24 @@ def make_case(
         cells[..., head_dim : 2 * head_dim] = values[: len(positions)]
         kv_pages[at] = cells
     q[cu_q_lens[-1] :] = np.nan
+    index: dict[str, Any] = {
+        "page_table": page_table,
+        "kv_lens": np.array([kv_len for _, kv_len in lens] + [7] * pad_rows, np.int32),
+        "cu_q_lens": np.array(cu_q_lens + [cu_q_lens[-1]] * pad_rows, np.int32),
+        "num_seqs": np.array([len(lens)], np.int32),
+    }
     return Case(
         q=q,
         k=k,
         v=v,
         kv_pages=kv_pages,
-        page_table=page_table,
-        kv_lens=np.array([kv_len for _, kv_len in lens] + [7] * pad_rows, np.int32),
-        cu_q_lens=np.array(cu_q_lens + [cu_q_lens[-1]] * pad_rows, np.int32),
-        num_seqs=np.array([len(lens)], np.int32),
+        rows=Rows(**index),
         layer=layer,
         dense=dense,
         dtype=dtype,
         kv_dtype=kv_dtype,
-        options=options,
+        variant=AttentionVariant(**variant),
+        kv_scale=kv_scale,
     )
 
 

@@ -22,28 +22,26 @@ def check_attention(attend: Callable[..., jax.Array], case: Case) -> float:
       AssertionError: naming the first output that is off, with row, position and head.
       Exception: whatever `attend` raises.
     """
-    options = dict(case.options)
-    if "kv_scale" in options:
-        options["kv_scale"] = jnp.asarray(options["kv_scale"], jnp.float32)
     q = jnp.asarray(case.q, case.dtype)
     pool = jnp.asarray(case.kv_pages, case.kv_dtype)
     # The layer is traced, as a scan over layers needs it.
-    call = jax.jit(functools.partial(attend, **options))
+    call = jax.jit(functools.partial(attend, **case.options))
     got = call(q, pool, *case.index, layer=jnp.int32(case.layer))
     assert got.dtype == case.dtype, f"dtype {got.dtype} is not that of the queries, {case.dtype}"
     assert got.shape == q.shape, f"shape {got.shape} is not that of the queries, {q.shape}"
     want, bound = dense_attention(case)
-    live = int(case.cu_q_lens[case.num_seqs[0]])
+    kv_lens, cu_q_lens = np.asarray(case.rows.kv_lens), np.asarray(case.rows.cu_q_lens)
+    live = int(cu_q_lens[int(case.rows.num_seqs[0])])
     got = np.asarray(got.astype(jnp.float32), np.float64)[:live]
     shares = np.abs(got - want[:live]) / bound[:live]
     wrong = ~(shares <= 1)
     if wrong.any():
         token, head, lane = np.argwhere(wrong)[0]
-        row = int(np.searchsorted(case.cu_q_lens[1 : len(case.dense) + 1], token, side="right"))
-        position = int(case.kv_lens[row]) - int(case.cu_q_lens[row + 1] - token)
+        row = int(np.searchsorted(cu_q_lens[1 : len(case.dense) + 1], token, side="right"))
+        position = int(kv_lens[row]) - int(cu_q_lens[row + 1] - token)
         raise AssertionError(
             f"{wrong.sum()} of {wrong.size} numbers are wrong; the first in row {row}, position "
-            f"{position} of {case.kv_lens[row]}, head {head}, lane {lane}: "
+            f"{position} of {kv_lens[row]}, head {head}, lane {lane}: "
             f"{got[token, head, lane]:.6g} is not {want[token, head, lane]:.6g} "
             f"within {bound[token, head, lane]:.2g}"
         )
@@ -60,9 +58,7 @@ def check_write(write: Callable[..., jax.Array], case: Case) -> float:
       AssertionError: naming the first number that is off.
       Exception: whatever `write` raises.
     """
-    options = {}
-    if "kv_scale" in case.options:
-        options["kv_scale"] = jnp.asarray(case.options["kv_scale"], jnp.float32)
+    options = {name: value for name, value in case.options.items() if name == "kv_scale"}
     pool = poisoned_pool(case.kv_pages.shape, case.kv_dtype)
     new = (jnp.asarray(case.k, case.dtype), jnp.asarray(case.v, case.dtype))
     call = jax.jit(functools.partial(write, **options), donate_argnums=0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is right: dense float64 with a bound for each number, and a loop over cells."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ _LEAST_BLOCK = 8
 _FUNCTION_ULPS = 8
 
 
-def dense_attention(case: Case, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+def dense_attention(case: Case, **variant: Any) -> tuple[np.ndarray, np.ndarray]:
     """Float64 attention over each sequence's dense keys and values, one query at a time.
 
     The bound is a priori (Higham 2002, section 3.1: a sum of n products is off by at most n units
@@ -25,23 +26,22 @@ def dense_attention(case: Case, **options: Any) -> tuple[np.ndarray, np.ndarray]
 
     Args:
       case: what to compute.
-      **options: replace the case's own.
+      **variant: replaces fields of the case's own.
 
     Returns:
       float64[num_tokens, num_q_heads, head_dim], zero for padding, and how far a right
       implementation that accumulates in float32 can be off.
     """
-    options = case.options | options
-    window, cap = options.get("sliding_window"), options.get("soft_cap")
+    asked = dataclasses.replace(case.variant, **variant)
+    window, cap = asked.sliding_window, asked.soft_cap
     num_q_heads, head_dim = case.q.shape[1:]
-    scale = options.get("sm_scale")
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = head_dim**-0.5 if asked.sm_scale is None else asked.sm_scale
     u, out_u = 2.0**-24, float(jnp.finfo(case.dtype).eps) / 2
     weight_u = out_u if out_u > u else 0.0
     out, bound = np.zeros(case.q.shape), np.zeros(case.q.shape)
     for row, (keys, values) in enumerate(case.dense):
         group = num_q_heads // keys.shape[1]
-        start, end = case.cu_q_lens[row : row + 2]
+        start, end = (int(token) for token in case.rows.cu_q_lens[row : row + 2])
         for token in range(start, end):
             position = len(keys) - (end - token)
             first = 0 if window is None else max(0, position - window + 1)
@@ -72,21 +72,21 @@ def written_pool(case: Case, pool: np.ndarray) -> np.ndarray:
     """What `write_kv` should make of a pool: one cell at a time."""
     want = pool.copy()
     page_size, head_dim = pool.shape[3], case.k.shape[2]
-    scales = np.asarray(case.options.get("kv_scale", (1.0, 1.0)), np.float32)
+    scales = np.asarray(case.kv_scale or (1.0, 1.0), np.float32)
 
     def stored(numbers, scale):
-        if "kv_scale" in case.options:
+        if case.kv_scale is not None:
             numbers = numbers / scale
         if jnp.issubdtype(pool.dtype, jnp.integer):
             info = jnp.iinfo(pool.dtype)
             numbers = np.clip(np.round(numbers), info.min, info.max)
         return numbers.astype(pool.dtype)
 
-    for row in range(int(case.num_seqs[0])):
-        start, end = case.cu_q_lens[row : row + 2]
+    for row in range(int(case.rows.num_seqs[0])):
+        start, end = (int(token) for token in case.rows.cu_q_lens[row : row + 2])
         for token in range(start, end):
-            position = case.kv_lens[row] - (end - token)
-            page, slot = case.page_table[row, position // page_size], position % page_size
+            position = int(case.rows.kv_lens[row]) - (end - token)
+            page, slot = int(case.rows.page_table[row, position // page_size]), position % page_size
             for head in range(pool.shape[2]):
                 cell = want[case.layer, page, head, slot]
                 cell[:head_dim] = stored(case.k[token, head], scales[0])

@@ -19,14 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jpaged.pallas_kernels.gpu import work
 from jpaged.pallas_kernels.gpu.chip import Chip
-from jpaged.pallas_kernels.gpu.mosaic_kernel import (
-    BLOCK_TOKENS,
-    OUT_ROW_BYTES,
-    attend_tile,
-    block_pages,
-    pieces,
-)
+from jpaged.pallas_kernels.gpu.mosaic_kernel import OUT_ROW_BYTES, attend_tile, pieces
+from jpaged.pallas_kernels.gpu.mosaic_pages import BLOCK_TOKENS, block_pages
 from jpaged.pallas_kernels.gpu.tensor_core import Blackwell, Hopper
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 # What a multiprocessor keeps of its shared memory for each thread block.
 _BLOCK_SMEM_BYTES = 1024
@@ -41,20 +38,8 @@ def tensor_core_of(chip: Chip) -> Hopper | Blackwell:
     return Hopper() if chip.capability[0] == 9 else Blackwell()
 
 
-def plan_attention(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, chip: Chip
-) -> work.AttentionPlan:
-    """Checks that this lowering takes a call, and chooses its sizes.
-
-    Args:
-      q: as in `paged_attention`; only its shape and dtype matter, as those of the others.
-      kv_pages: likewise.
-      page_table: likewise.
-      chip: what to fit.
-
-    Raises:
-      ValueError: with the rule that the call breaks.
-    """
+def plan_attention(q: jax.Array, kv_pages: jax.Array, rows: Rows, chip: Chip) -> work.AttentionPlan:
+    """See `gpu.attention.Lowering`."""
     head_dim, page_size = q.shape[2], kv_pages.shape[3]
     eight_bit = kv_pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
     if kv_pages.dtype != q.dtype and not eight_bit:
@@ -80,12 +65,12 @@ def plan_attention(
         )
     # A second warpgroup saves reading keys once more, but 8-bit pages are converted by one alone.
     cores = tensor_core_of(chip)
-    num_wgs = 1 if work.is_decode(q, page_table) or eight_bit else cores.max_wgs
+    num_wgs = 1 if rows.is_decode(q.shape[0]) or eight_bit else cores.max_wgs
     for count in range(num_wgs, 0, -1):
         plan = work.plan_attention(
             q,
             kv_pages,
-            page_table,
+            rows,
             tile_rows=cores.rows * count,
             block_tokens=BLOCK_TOKENS,
             chip=chip,
@@ -131,26 +116,9 @@ def attend_tiles(
     *,
     plan: work.AttentionPlan,
     chip: Chip,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ) -> jax.Array:
-    """Attends to each tile's keys, split by split.
-
-    Args:
-      q_rows: [num_kv_heads, query_rows, head_dim], as `work.to_query_rows` gives them.
-      kv_pages: as in `paged_attention`.
-      page_table: likewise.
-      tiles: i32[max_tiles, len(FIELDS)], as `work.make_tiles` gives them.
-      layer: i32[].
-      scale: f32[2], what scores and results are multiplied by.
-      plan: sizes.
-      chip: what for.
-      sliding_window: as in `paged_attention`.
-      soft_cap: likewise.
-
-    Returns:
-      `plan.out_type`, of whose query rows only those that a tile owns are written.
-    """
+    """See `gpu.attention.Lowering`."""
     cores = tensor_core_of(chip)
     num_wgs, head_dim = plan.tile_rows // cores.rows, plan.head_dim
     num_stages = choose_stages(plan, chip)
@@ -182,8 +150,7 @@ def attend_tiles(
             plan=plan,
             cores=cores,
             num_pages=kv_pages.shape[1],
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
+            variant=variant,
         ),
         out_type=plan.out_type,
         # The last axis is the fastest: thread blocks side by side read all of a page, head by head.

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a thread block of the Mosaic GPU lowering does: one tile, one KV head, one split of keys."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jpaged.pallas_kernels import versions
 from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu.mosaic_pages import BLOCK_TOKENS, KeyBlocks
 from jpaged.pallas_kernels.gpu.tensor_core import Blackwell, Hopper
+from jpaged.pallas_kernels.variant import AttentionVariant
 
-# Tokens of a block of keys: the rows of a register tile, which dead values are cleared in.
-BLOCK_TOKENS = 64
 # Lanes of cells that are converted or cleared at once, in registers.
 _CELL_LANES = 128
 # A row of results in shared memory, whose boxes TMA takes from multiples of 128 bytes alone.
@@ -43,8 +46,7 @@ def attend_tile(
     plan: work.AttentionPlan,
     cores: Hopper | Blackwell,
     num_pages: int,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ):
     """A warpgroup's part in one split of a tile's keys, for one KV head."""
     head, tile, split = (jax.lax.axis_index(name) for name in ("head", "tile", "split"))
@@ -59,249 +61,237 @@ def attend_tile(
     def _():
         lowest_query = (field("first") + field("own_start")) // plan.group + field("to_position")
         lowest_key = jnp.int32(0)
-        if sliding_window is not None:
-            lowest_key = jnp.maximum(lowest_query - sliding_window + 1, 0)
-        find = functools.partial(
-            _find_pages,
-            page_table_ref,
+        if variant.sliding_window is not None:
+            lowest_key = variant.lowest_key(lowest_query)
+        blocks = KeyBlocks(
             plan=plan,
+            page_table_ref=page_table_ref,
+            cells_ref=cells_ref,
+            scratch=scratch,
+            head=head,
             seq=field("seq"),
             pages=(lowest_key // plan.page_size, (field("end_position") - 1) // plan.page_size),
+            layer_page=layer_ref[0] * num_pages,
+            first=first_block,
+            end=end_block,
         )
-        fetch = functools.partial(
-            _fetch_block,
-            cells_ref,
-            scratch,
-            plan=plan,
-            head=head,
-            first_page=layer_ref[0] * num_pages,
-            first_block=first_block,
-        )
-        _attend_blocks(
-            field,
-            find,
-            fetch,
-            q_ref,
-            scale_ref,
-            out_ref,
-            scratch,
+        wg = jax.lax.axis_index("wg")
+        warpgroup = _Warpgroup(
             plan=plan,
             cores=cores,
-            head=head,
-            split=split,
-            first_block=first_block,
-            end_block=end_block,
+            variant=variant,
+            blocks=blocks,
+            scale_ref=scale_ref,
+            scratch=scratch,
+            field=field,
+            index=wg,
+            first_row=field("first") + wg * scratch["q"].shape[1],
+            end_position=field("end_position"),
             lowest_query=lowest_query,
             lowest_key=lowest_key,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
         )
+        warpgroup.when_first(blocks.start)
+        warpgroup.load_queries(q_ref)
+        sums = warpgroup.attend()
+        warpgroup.when_first(blocks.finish)
+        warpgroup.store(out_ref, split, *sums)
 
 
-def _find_pages(page_table_ref, block, *, plan, seq, pages):
-    """Ids of the pages that a block lies in; for any block, as others than `pages` give way."""
-    tokens = [block * BLOCK_TOKENS + start for start, _ in _runs(plan)]
-    return [page_table_ref[seq, jnp.clip(token // plan.page_size, *pages)] for token in tokens]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Warpgroup:
+    """A warpgroup's rows of a tile, which meet the blocks of a split.
 
+    Attributes:
+      plan, cores, variant, scale_ref, scratch: as in `attend_tile`.
+      blocks: of keys and values.
+      field: reads a field of the tile by its name.
+      index: i32[], which of the thread block's warpgroups it is.
+      first_row: i32[], query row of its first row.
+      end_position: i32[], one past that of the tile's last query.
+      lowest_query: i32[], position of the tile's first query.
+      lowest_key: i32[], that of the first key that any of its queries sees.
+    """
 
-def _fetch_block(cells_ref, scratch, block, page_ids, *, plan, head, first_page, first_block):
-    """Starts the copies of a block's pages to the stage that it takes its turn in."""
-    stage = jax.lax.rem(block - first_block, scratch["kv"].shape[0])
-    for (start, size), page_id in zip(_runs(plan), page_ids, strict=True):
-        cell = ((first_page + page_id) * plan.num_kv_heads + head) * plan.page_size
-        cell += jax.lax.rem(block * BLOCK_TOKENS + start, plan.page_size)
-        plgpu.copy_gmem_to_smem(
-            cells_ref.at[pl.ds(cell, size), pl.ds(0, 2 * plan.head_dim)],
-            scratch["kv"].at[stage, pl.ds(start, size)],
-            scratch["kv_ready"].at[stage],
+    plan: work.AttentionPlan
+    cores: Hopper | Blackwell
+    variant: AttentionVariant
+    blocks: KeyBlocks
+    scale_ref: Any
+    scratch: dict[str, Any]
+    field: Callable[[str], jax.Array]
+    index: jax.Array
+    first_row: jax.Array
+    end_position: jax.Array
+    lowest_query: jax.Array
+    lowest_key: jax.Array
+
+    @property
+    def _num_wgs(self) -> int:
+        return self.scratch["q"].shape[0]
+
+    @property
+    def _rows(self) -> int:
+        return self.scratch["q"].shape[1]
+
+    @property
+    def _value_pieces(self) -> list[tuple[int, int]]:
+        return pieces(self.plan.head_dim, self.cores.max_value_lanes)
+
+    def when_first(self, act: Callable[[], None]) -> None:
+        """Acts in one of the thread block's warpgroups."""
+        act() if self._num_wgs == 1 else pl.when(self.index == 0)(act)
+
+    def load_queries(self, q_ref) -> None:
+        """Puts its rows of [num_kv_heads, query_rows, head_dim] where they are multiplied."""
+        # Not by TMA, which copies tiles of 8 rows, from multiples of 8 alone: others come as zeros.
+        home = q_ref.at[self.blocks.head, pl.ds(self.first_row, self._rows)]
+        self.scratch["q"][self.index] = versions.mosaic_load(home, self.cores.layout)
+        plgpu.commit_smem()
+
+    def attend(self) -> tuple[jax.Array, ...]:
+        """The sums over all blocks: largest score and sum of weights, each f32[rows], and values.
+
+        Values are weighted sums, f32[rows, width] for each of the pieces.
+        """
+        rows, layout, blocks = self._rows, self.cores.layout, self.blocks
+
+        def full(shape, value, layout):
+            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+        carry = (
+            blocks.find(blocks.first + blocks.num_stages - 1),
+            full((rows,), _MASKED, layout.reduce(1)),
+            full((rows,), 0, layout.reduce(1)),
+            *(full((rows, width), 0, layout) for _, width in self._value_pieces),
         )
+        attend_edge = functools.partial(self._attend_block, edge=True)
+        attend_plain = functools.partial(self._attend_block, edge=False)
+        # Blocks of which every row sees every key need no mask: [plain_start, plain_end).
+        plain_start = blocks.first
+        if self.variant.sliding_window is not None:
+            lowest = jnp.maximum(self.end_position - self.variant.sliding_window, 0)
+            plain_start = jnp.clip(pl.cdiv(lowest, BLOCK_TOKENS), blocks.first, blocks.end)
+            carry = jax.lax.fori_loop(blocks.first, plain_start, attend_edge, carry)
+        plain_end = jnp.clip((self.lowest_query + 1) // BLOCK_TOKENS, plain_start, blocks.end)
+        carry = jax.lax.fori_loop(plain_start, plain_end, attend_plain, carry)
+        _, *sums = jax.lax.fori_loop(plain_end, blocks.end, attend_edge, carry)
+        return tuple(sums)
 
-
-def _runs(plan: work.AttentionPlan) -> list[tuple[int, int]]:
-    """Start and size of the parts of a block that lie in one page each."""
-    size = BLOCK_TOKENS // block_pages(plan)
-    return [(start, size) for start in range(0, BLOCK_TOKENS, size)]
-
-
-def _attend_blocks(
-    field,
-    find,
-    fetch,
-    q_ref,
-    scale_ref,
-    out_ref,
-    scratch,
-    *,
-    plan: work.AttentionPlan,
-    cores: Hopper | Blackwell,
-    head,
-    split,
-    first_block,
-    end_block,
-    lowest_query,
-    lowest_key,
-    sliding_window,
-    soft_cap,
-):
-    """A warpgroup's rows of the tile meet blocks `[first_block, end_block)`."""
-    wg = jax.lax.axis_index("wg")
-    num_wgs, rows, head_dim = scratch["q"].shape
-    num_stages = scratch["kv"].shape[0]
-    first_row, end_position = field("first") + wg * rows, field("end_position")
-    value_pieces = pieces(head_dim, cores.max_value_lanes)
-
-    def when_first_wg(act):
-        act() if num_wgs == 1 else pl.when(wg == 0)(act)
-
-    def iota(shape, axis):
-        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=cores.layout)
-
-    def multiply(a_ref, b_ref, name):
-        return cores.multiply(a_ref, b_ref, name, scratch)
-
-    def start_fetches():
-        for i in range(num_stages - 1):
-            block = first_block + i
-            pl.when(block < end_block)(functools.partial(fetch, block, find(block)))
-
-    when_first_wg(start_fetches)
-    # Not by TMA, which copies tiles of 8 rows, from multiples of 8 alone: others come as zeros.
-    queries = versions.mosaic_load(q_ref.at[head, pl.ds(first_row, rows)], cores.layout)
-    scratch["q"][wg] = queries
-    plgpu.commit_smem()
-
-    def fetch_ahead(block, page_ids):
-        """Refills the stage that the block before had, with pages of known ids."""
-        done = scratch["kv_done"].at[jax.lax.rem(block - first_block - 1 + num_stages, num_stages)]
-
-        @pl.when(block > first_block)
-        def _():
-            plgpu.barrier_wait(done)
-
-        ahead = block + num_stages - 1
-        pl.when(ahead < end_block)(functools.partial(fetch, ahead, page_ids))
-
-    def cleared(cells, block):
-        """`cells` without the dead ones, which may be NaN: a weight of 0 would not help."""
-        token = plgpu.broadcasted_iota(jnp.int32, cells.shape, 0, layout=plgpu.Layout.WGMMA)
-        token = token + block * BLOCK_TOKENS
-        live = token < end_position
-        if sliding_window is not None:
-            # Instead of pages below the window others come, whose dead cells lie there then.
-            live &= token >= lowest_key
-        return jnp.where(live, cells, jnp.zeros_like(cells))
-
-    def put_cleared(source_ref, target_ref, first_lane, block):
-        """Puts keys or values, which start at `first_lane`, where they are multiplied."""
-        for lane, width in pieces(head_dim, _CELL_LANES):
-            at = (slice(None), pl.ds(first_lane + lane, width))
-            target_ref[at] = cleared(_convert(source_ref[at], plan.dtype), block)
-
-    def operands(block, stage):
-        """Keys and values [block, head_dim] as the tensor cores take them, dead ones cleared."""
-        kv_ref = scratch["kv"].at[stage]
-
-        def clear_values():
-            put_cleared(kv_ref, kv_ref, head_dim, block)
-            plgpu.commit_smem()
-
-        if plan.kv_dtype != plan.dtype:
-            for first_lane in (0, head_dim):
-                put_cleared(kv_ref, scratch["converted"], first_lane, block)
-            plgpu.commit_smem()
-            kv_ref = scratch["converted"]
-        else:
-
-            @pl.when((block + 1) * BLOCK_TOKENS > end_position)
-            def _():
-                when_first_wg(clear_values)
-                if num_wgs > 1:
-                    plgpu.barrier_arrive(scratch["cleared"])
-                    plgpu.barrier_wait(scratch["cleared"])
-
-        return kv_ref.at[:, pl.ds(0, head_dim)], kv_ref.at[:, pl.ds(head_dim, head_dim)]
-
-    def masked(scores, block):
-        row, key = iota(scores.shape, 0), iota(scores.shape, 1)
-        position = (row + first_row) // plan.group + field("to_position")
-        key = key + block * BLOCK_TOKENS
-        visible = key <= position
-        if sliding_window is not None:
-            visible &= key > position - sliding_window
-        return jnp.where(visible, scores, _MASKED)
-
-    def attend(block, carry, *, edge):
-        """`edge` is where some rows do not see some of the block's keys."""
+    def _attend_block(self, block, carry, *, edge: bool):
+        """Adds a block to the sums; `edge` is where some rows do not see some of its keys."""
         page_ids, peak, total, *accs = carry
-        stage = jax.lax.rem(block - first_block, num_stages)
-        when_first_wg(functools.partial(fetch_ahead, block, page_ids))
+        blocks, scratch = self.blocks, self.scratch
+        stage = blocks.stage(block)
+        self.when_first(functools.partial(blocks.fetch_ahead, block, page_ids))
         # For the next block; they come while this one is multiplied.
-        page_ids = find(block + num_stages)
+        page_ids = blocks.find(block + blocks.num_stages)
         plgpu.barrier_wait(scratch["kv_ready"].at[stage])
-        keys, values = operands(block, stage)
-        scores = multiply(scratch["q"].at[wg], keys.transpose((1, 0)), "scores")
-        if soft_cap is None:
-            scores = scores * (scale_ref[0] * _LOG2_E)
-        else:
-            # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's own tanh is off by 2**-11.
-            power = jnp.exp2(scores * (scale_ref[0] * (2 * _LOG2_E / soft_cap)))
-            scores = (soft_cap * _LOG2_E) * (1 - 2 / (1 + power))
+        keys, values = self._operands(block, stage)
+        scores = self._scaled(self._multiply(scratch["q"], keys.transpose((1, 0)), "scores"))
         if edge:
-            scores = masked(scores, block)
+            scores = self._masked(scores, block)
         new_peak = jnp.maximum(peak, scores.max(axis=1))
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(scores - _over_lanes(new_peak, scores.shape))
         total = total * shrink + weights.sum(axis=1)
-        scratch["weights"][wg] = weights.astype(plan.dtype)
+        scratch["weights"][self.index] = weights.astype(self.plan.dtype)
         plgpu.commit_smem()
-        for i, (lane, width) in enumerate(value_pieces):
-            added = multiply(
-                scratch["weights"].at[wg], values.at[:, pl.ds(lane, width)], f"values{lane}"
-            )
+        for i, (lane, width) in enumerate(self._value_pieces):
+            piece = values.at[:, pl.ds(lane, width)]
+            added = self._multiply(scratch["weights"], piece, f"values{lane}")
             accs[i] = accs[i] * _over_lanes(shrink, accs[i].shape) + added
         plgpu.barrier_arrive(scratch["kv_done"].at[stage])
         return page_ids, new_peak, total, *accs
 
-    def full(shape, value, layout):
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    def _multiply(self, a_ref, b_ref, name: str):
+        """The product of its own of `a_ref`, [num_wgs, rows, ...], with `b_ref`."""
+        return self.cores.multiply(a_ref.at[self.index], b_ref, name, self.scratch)
 
-    carry = (
-        find(first_block + num_stages - 1),
-        full((rows,), _MASKED, cores.layout.reduce(1)),
-        full((rows,), 0, cores.layout.reduce(1)),
-        *(full((rows, width), 0, cores.layout) for _, width in value_pieces),
-    )
-    attend_edge = functools.partial(attend, edge=True)
-    # Blocks of which every row sees every key need no mask: [plain_start, plain_end).
-    plain_start = first_block
-    if sliding_window is not None:
-        lowest = jnp.maximum(end_position - sliding_window, 0)
-        plain_start = jnp.clip(pl.cdiv(lowest, BLOCK_TOKENS), first_block, end_block)
-        carry = jax.lax.fori_loop(first_block, plain_start, attend_edge, carry)
-    plain_end = jnp.clip((lowest_query + 1) // BLOCK_TOKENS, plain_start, end_block)
-    carry = jax.lax.fori_loop(plain_start, plain_end, functools.partial(attend, edge=False), carry)
-    _, peak, total, *accs = jax.lax.fori_loop(plain_end, end_block, attend_edge, carry)
-    # The stages' last turns, of which only the last one nobody has waited for.
-    when_first_wg(
-        lambda: plgpu.barrier_wait(
-            scratch["kv_done"].at[jax.lax.rem(end_block - 1 - first_block, num_stages)]
+    def _operands(self, block, stage):
+        """Keys and values [block, head_dim] as the tensor cores take them, dead ones cleared."""
+        head_dim, kv_ref = self.plan.head_dim, self.scratch["kv"].at[stage]
+
+        def clear_values():
+            self._put_cleared(kv_ref, kv_ref, head_dim, block)
+            plgpu.commit_smem()
+
+        if self.plan.kv_dtype != self.plan.dtype:
+            for first_lane in (0, head_dim):
+                self._put_cleared(kv_ref, self.scratch["converted"], first_lane, block)
+            plgpu.commit_smem()
+            kv_ref = self.scratch["converted"]
+        else:
+
+            @pl.when((block + 1) * BLOCK_TOKENS > self.end_position)
+            def _():
+                self.when_first(clear_values)
+                if self._num_wgs > 1:
+                    plgpu.barrier_arrive(self.scratch["cleared"])
+                    plgpu.barrier_wait(self.scratch["cleared"])
+
+        return kv_ref.at[:, pl.ds(0, head_dim)], kv_ref.at[:, pl.ds(head_dim, head_dim)]
+
+    def _put_cleared(self, source_ref, target_ref, first_lane: int, block) -> None:
+        """Puts keys or values, which start at `first_lane`, where they are multiplied."""
+        for lane, width in pieces(self.plan.head_dim, _CELL_LANES):
+            at = (slice(None), pl.ds(first_lane + lane, width))
+            target_ref[at] = self._cleared(_convert(source_ref[at], self.plan.dtype), block)
+
+    def _cleared(self, cells, block):
+        """`cells` without the dead ones, which may be NaN: a weight of 0 would not help."""
+        token = plgpu.broadcasted_iota(jnp.int32, cells.shape, 0, layout=plgpu.Layout.WGMMA)
+        token = token + block * BLOCK_TOKENS
+        live = token < self.end_position
+        if self.variant.sliding_window is not None:
+            # Instead of pages below the window others come, whose dead cells lie there then.
+            live &= token >= self.lowest_key
+        return jnp.where(live, cells, jnp.zeros_like(cells))
+
+    def _scaled(self, scores):
+        """Scores, scaled and capped, in units of log 2."""
+        cap = self.variant.soft_cap
+        if cap is None:
+            return scores * (self.scale_ref[0] * _LOG2_E)
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's own tanh is off by 2**-11.
+        power = jnp.exp2(scores * (self.scale_ref[0] * (2 * _LOG2_E / cap)))
+        return (cap * _LOG2_E) * (1 - 2 / (1 + power))
+
+    def _masked(self, scores, block):
+        """Scores without those of keys that a row does not see."""
+        row, key = (
+            plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=self.cores.layout)
+            for axis in (0, 1)
         )
-    )
+        position = (row + self.first_row) // self.plan.group + self.field("to_position")
+        key = key + block * BLOCK_TOKENS
+        return jnp.where(self.variant.sees(position, key), scores, _MASKED)
 
-    box = (
-        jnp.maximum(field("own_start") - wg * rows, 0),
-        jnp.minimum(field("own_end") - wg * rows, rows),
-        out_ref.at[split, head, pl.ds(first_row, rows)],
-    )
-    store = functools.partial(_store_rows, scratch["out"].at[wg], *box)
-    for (lane, width), acc in zip(value_pieces, accs, strict=True):
-        results = acc * _over_lanes(scale_ref[1] / total, acc.shape)
-        for start, count in pieces(width, scratch["out"].shape[2]):
-            piece = results[:, start : start + count].astype(plan.out_type.dtype)
-            store(piece, lane + start)
-    if plan.num_splits > 1:
-        lse = peak / _LOG2_E + jnp.log(total)
-        store(_over_lanes(lse, (rows, work.LSE_LANES)), head_dim)
+    def store(self, out_ref, split, peak, total, *accs) -> None:
+        """Brings home what becomes of the sums of `attend`.
+
+        Args:
+          out_ref: [num_splits, num_kv_heads, query_rows, out_lanes].
+          split: i32[], which.
+          peak: the first of the sums.
+          total: the second.
+          *accs: the others.
+        """
+        out_smem_ref, rows = self.scratch["out"], self._rows
+        store = functools.partial(
+            _store_rows,
+            out_smem_ref.at[self.index],
+            jnp.maximum(self.field("own_start") - self.index * rows, 0),
+            jnp.minimum(self.field("own_end") - self.index * rows, rows),
+            out_ref.at[split, self.blocks.head, pl.ds(self.first_row, rows)],
+        )
+        for (lane, width), acc in zip(self._value_pieces, accs, strict=True):
+            results = acc * _over_lanes(self.scale_ref[1] / total, acc.shape)
+            for start, count in pieces(width, out_smem_ref.shape[2]):
+                piece = results[:, start : start + count].astype(self.plan.out_type.dtype)
+                store(piece, lane + start)
+        if self.plan.num_splits > 1:
+            lse = peak / _LOG2_E + jnp.log(total)
+            store(_over_lanes(lse, (rows, work.LSE_LANES)), self.plan.head_dim)
 
 
 def _store_rows(smem_ref, own_start, own_end, home_ref, numbers, lane):
@@ -356,8 +346,3 @@ def pieces(lanes: int, limit: int) -> list[tuple[int, int]]:
     if lanes > limit:
         width = next(width for width in (128, 64, 32, 16) if width <= limit and lanes % width == 0)
     return [(lane, width) for lane in range(0, lanes, width)]
-
-
-def block_pages(plan: work.AttentionPlan) -> int:
-    """Pages that a block of keys lies in."""
-    return max(1, BLOCK_TOKENS // plan.page_size)

@@ -16,6 +16,8 @@ from jax.experimental.pallas import triton as plt
 from jpaged.pallas_kernels.gpu import work
 from jpaged.pallas_kernels.gpu.chip import Chip
 from jpaged.pallas_kernels.gpu.work import AttentionPlan
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 _MIN_CAPABILITY = (8, 0)
 # The first that Triton converts float8_e4m3fn for.
@@ -37,10 +39,8 @@ _MASKED = -1e30
 _LOG2_E = math.log2(math.e)
 
 
-def plan_attention(
-    q: jax.Array, kv_pages: jax.Array, page_table: jax.Array, chip: Chip
-) -> AttentionPlan:
-    """Chooses the tiles of one call.
+def plan_attention(q: jax.Array, kv_pages: jax.Array, rows: Rows, chip: Chip) -> AttentionPlan:
+    """See `gpu.attention.Lowering`.
 
     Those of decode hold the queries of one token and are small, so that several thread blocks share
     a multiprocessor, and some multiply while others wait for cells. Others are as large as
@@ -49,26 +49,17 @@ def plan_attention(
 
     `page_size` is free: each key's page id is looked up by itself, so that a block of keys may
     start and end anywhere in a page.
-
-    Args:
-      q: as in `paged_attention`; only its shape and dtype matter, as those of the others.
-      kv_pages: likewise.
-      page_table: likewise.
-      chip: what to plan for.
-
-    Raises:
-      ValueError: if the chip or the kernel cannot do this; the message has the rule.
     """
     _check(q, kv_pages, chip)
     group, lanes = q.shape[1] // kv_pages.shape[2], _lanes(q.shape[2])
     float32, wide = q.dtype == jnp.float32, lanes > 128
     tile_rows = max(_MIN_DOT, _power_of_two(group))
-    if not work.is_decode(q, page_table):
+    if not rows.is_decode(q.shape[0]):
         tile_rows = max(tile_rows, 32 if float32 else _LARGE_TILE // (2 if wide else 1))
     plan = work.plan_attention(
         q,
         kv_pages,
-        page_table,
+        rows,
         tile_rows=tile_rows,
         block_tokens=(32 if float32 else 64) // (2 if wide else 1),
         chip=chip,
@@ -176,38 +167,18 @@ def attend_tiles(
     *,
     plan: AttentionPlan,
     chip: Chip | None = None,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attends each tile's queries to its keys, split by split.
-
-    Args:
-      q_rows: dtype[num_kv_heads, query_rows, head_dim], as `work.to_query_rows` gives them.
-      kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim].
-      page_table: i32[max_num_seqs, pages_per_seq].
-      tiles: i32[max_tiles, len(FIELDS)], as `work.make_tiles` gives them.
-      layer: i32[].
-      scale: f32[2], what products of queries and stored keys are multiplied by, and what results.
-      plan: of `plan_attention`.
-      chip: for other lowerings; the plan says all that this one needs to know.
-      sliding_window: as in `paged_attention`.
-      soft_cap: likewise.
-      interpret: whether to run on any device, without Triton.
-
-    Returns:
-      An array of `plan.out_type`, for `work.merge_splits`; query rows that no tile owns, and splits
-      that a tile does not have, hold anything.
-    """
-    del chip
+    """See `gpu.attention.Lowering`; `interpret` runs it on any device, without Triton."""
+    del chip  # the plan says all that there is to know
     whole = pl.BlockSpec(memory_space=pl.ANY)
     return pl.pallas_call(
         functools.partial(
             attention_kernel,
             plan=plan,
             num_pages=kv_pages.shape[1],
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
+            variant=variant,
         ),
         grid=(plan.max_tiles, plan.num_kv_heads, plan.num_splits),
         in_specs=[whole] * 6,
@@ -242,8 +213,7 @@ def attention_kernel(
     *,
     plan: AttentionPlan,
     num_pages: int,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ):
     """One split of a tile's keys, for one KV head."""
     tile, head, split = (pl.program_id(axis) for axis in range(3))
@@ -271,8 +241,8 @@ def attention_kernel(
 
         position = position_of(query_row)
         lowest = 0
-        if sliding_window is not None:
-            lowest = position_of(field("first") + field("own_start")) - sliding_window + 1
+        if variant.sliding_window is not None:
+            lowest = position_of(field("first") + field("own_start")) - variant.sliding_window + 1
 
         def within(mask, lane):
             """`mask` of rows, for those lanes that a row has."""
@@ -300,16 +270,13 @@ def attention_kernel(
                 _multiply(q, load(part, 0), 1) for q, part in zip(q_parts, parts, strict=True)
             ]
             scores = functools.reduce(jnp.add, scores)
-            if soft_cap is None:
+            if variant.soft_cap is None:
                 scores = scores * (score_scale * _LOG2_E)
             else:
                 # tanh(x) = 1 - 2 / (1 + exp(2 x)): off by little beside 1, if not beside itself.
-                power = jnp.exp2(scores * (score_scale * (2 * _LOG2_E / soft_cap)))
-                scores = (soft_cap * _LOG2_E) * (1 - 2 / (1 + power))
-            keys, positions = key[None, :], position[:, None]
-            visible = keys <= positions
-            if sliding_window is not None:
-                visible &= keys > positions - sliding_window
+                power = jnp.exp2(scores * (score_scale * (2 * _LOG2_E / variant.soft_cap)))
+                scores = (variant.soft_cap * _LOG2_E) * (1 - 2 / (1 + power))
+            visible = variant.sees(keys=key[None, :], queries=position[:, None])
             scores = jnp.where(visible, scores, _MASKED)
             new_peak = jnp.maximum(peak, scores.max(axis=1))
             shrink = jnp.exp2(peak - new_peak)

@@ -20,6 +20,8 @@ import numpy as np
 
 from jpaged.pallas_kernels.gpu.chip import Chip
 from jpaged.pallas_kernels.reference import token_rows
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 from jpaged.pallas_kernels.worklist import expand
 
 FIELDS = (
@@ -102,15 +104,10 @@ class AttentionPlan:
         return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def is_decode(q: jax.Array, page_table: jax.Array) -> bool:
-    """Whether a call has no more tokens than rows, and so is taken for decode."""
-    return q.shape[0] <= page_table.shape[0]
-
-
 def plan_attention(
     q: jax.Array,
     kv_pages: jax.Array,
-    page_table: jax.Array,
+    rows: Rows,
     *,
     tile_rows: int,
     block_tokens: int,
@@ -121,7 +118,7 @@ def plan_attention(
     Args:
       q: as in `paged_attention`; only its shape and dtype matter, as those of the others.
       kv_pages: likewise.
-      page_table: likewise.
+      rows: likewise.
       tile_rows: see `AttentionPlan`.
       block_tokens: likewise.
       chip: what to fill.
@@ -129,7 +126,7 @@ def plan_attention(
     Raises:
       ValueError: if a KV head has more query heads than `tile_rows`.
     """
-    (num_tokens, num_q_heads, head_dim), num_rows = q.shape, page_table.shape[0]
+    num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size, kv_dim = kv_pages.shape[2:]
     group = num_q_heads // num_kv_heads
     if group > tile_rows:
@@ -138,14 +135,14 @@ def plan_attention(
             f"{num_kv_heads}"
         )
     tile_tokens = tile_rows // group
-    if is_decode(q, page_table):
+    if rows.is_decode(num_tokens):
         max_tiles = num_tokens
         wanted = _decode_splits(max_tiles * num_kv_heads, _BLOCKS_PER_SM * chip.num_sms)
     else:
         # As many as there is room for, and no more: what splits of many queries give is large.
-        max_tiles = min(num_tokens, -(-num_tokens // tile_tokens) + num_rows)
+        max_tiles = min(num_tokens, -(-num_tokens // tile_tokens) + rows.max_num_seqs)
         wanted = _BLOCKS_PER_SM * chip.num_sms // (max_tiles * num_kv_heads)
-    max_blocks = -(-page_table.shape[1] * page_size // block_tokens)
+    max_blocks = -(-rows.pages_per_seq * page_size // block_tokens)
     return AttentionPlan(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
@@ -188,39 +185,28 @@ def to_query_rows(q: jax.Array, plan: AttentionPlan) -> jax.Array:
 
 
 def make_tiles(
-    kv_lens: jax.Array,
-    cu_q_lens: jax.Array,
-    num_seqs: jax.Array,
-    num_tokens: int,
-    *,
-    plan: AttentionPlan,
-    sliding_window: int | None,
+    rows: Rows, num_tokens: int, *, plan: AttentionPlan, variant: AttentionVariant
 ) -> tuple[jax.Array, jax.Array]:
     """Cuts each sequence's queries into tiles, from its first one on.
 
     Args:
-      kv_lens: i32[rows].
-      cu_q_lens: i32[rows + 1].
-      num_seqs: i32[1].
+      rows: the step's.
       num_tokens: length of the token axis.
       plan: sizes.
-      sliding_window: as in `paged_attention`.
+      variant: of which the window matters.
 
     Returns:
       i32[max_tiles, len(FIELDS)], where those without a tile have no blocks, and how many splits
       the keys of each token's tile have, i32[num_tokens]; 0 for padding tokens.
     """
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    q_lens = jnp.where(jnp.arange(kv_lens.shape[0]) < num_seqs[0], q_lens, 0)
-    tiles = (q_lens + plan.tile_tokens - 1) // plan.tile_tokens
+    cu_q_lens = rows.cu_q_lens
+    tiles = (rows.q_lens() + plan.tile_tokens - 1) // plan.tile_tokens
     seq, place, count = expand(tiles, plan.max_tiles)
     start = cu_q_lens[seq] + place * plan.tile_tokens
     end = jnp.minimum(start + plan.tile_tokens, cu_q_lens[seq + 1])
-    to_position = kv_lens[seq] - cu_q_lens[seq + 1]
+    to_position = rows.kv_lens[seq] - cu_q_lens[seq + 1]
     end_position = end + to_position
-    lowest = jnp.zeros_like(start)
-    if sliding_window is not None:
-        lowest = jnp.maximum(start + to_position - sliding_window + 1, 0)
+    lowest = variant.lowest_key(start + to_position)
     # Padding rows hold anything: no block must come of them.
     live = jnp.arange(plan.max_tiles) < count
     first_block = jnp.where(live, lowest // plan.block_tokens, 0)
@@ -241,9 +227,9 @@ def make_tiles(
         "split_blocks": split_blocks,
     }
     splits = (end_block - first_block + split_blocks - 1) // split_blocks
-    rows, token_live = token_rows(cu_q_lens, num_seqs, num_tokens)
+    row, token_live = token_rows(rows, num_tokens)
     first_tile = jnp.cumsum(tiles, dtype=jnp.int32) - tiles
-    tile = first_tile[rows] + (jnp.arange(num_tokens) - cu_q_lens[rows]) // plan.tile_tokens
+    tile = first_tile[row] + (jnp.arange(num_tokens) - cu_q_lens[row]) // plan.tile_tokens
     splits = jnp.where(token_live, splits.at[tile].get(mode="clip"), 0)
     return jnp.stack([fields[name] for name in FIELDS], axis=1), splits
 

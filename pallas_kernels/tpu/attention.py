@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pallas_kernels.reference import token_rows
+from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.tpu import spans as spans_lib
 from jpaged.pallas_kernels.tpu.chip import in_hbm
 from jpaged.pallas_kernels.tpu.kernel import attention_kernel
@@ -24,24 +25,20 @@ from jpaged.pallas_kernels.tpu.plan import (
     vmem_limit,
 )
 from jpaged.pallas_kernels.tuning import TpuTiles
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 
 # Jitted by itself as every backend's functions are: called outside jit it is one program, in which
 # alone the pool can be kept in HBM, and a model's layers, which differ in `layer` alone, are traced
 # and lowered once.
-@functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap", "tiles"))
+@functools.partial(jax.jit, static_argnames=("variant", "tiles"))
 def paged_attention(
     q,
     kv_pages,
-    page_table,
-    kv_lens,
-    cu_q_lens,
-    num_seqs,
+    rows: Rows,
+    variant: AttentionVariant,
     *,
     layer,
-    sm_scale,
-    sliding_window,
-    soft_cap,
     kv_scale,
     tiles: TpuTiles | None = None,
 ) -> jax.Array:
@@ -50,47 +47,44 @@ def paged_attention(
     A step that has no more tokens than rows is taken for decode and gets tiles of one query. In any
     other, rows with one query get those too, so that they do not pay for the others' large tiles.
     """
-    num_tokens, max_num_seqs = q.shape[0], page_table.shape[0]
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    q_lens = jnp.where(jnp.arange(max_num_seqs) < num_seqs[0], q_lens, 0)
+    first_tokens, q_lens = rows.cu_q_lens[:-1], rows.q_lens()
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
-    scale = scale * jnp.array([sm_scale, 1.0], jnp.float32)
+    scale = scale * jnp.array([variant.scale(q.shape[2]), 1.0], jnp.float32)
 
     def attend(q, first_tokens, q_lens, decode):
-        plan = plan_attention(q, kv_pages, page_table, decode=decode, tiles=tiles)
+        plan = plan_attention(q, kv_pages, rows, decode=decode, tiles=tiles)
         num_blocks = pl.cdiv(q.shape[0], plan.q_tile)
         work = spans_lib.make_tiles(
-            kv_lens,
+            rows.kv_lens,
             first_tokens,
             q_lens,
             q_tile=plan.q_tile,
             num_blocks=num_blocks,
-            max_tiles=plan.max_tiles(q.shape[0], max_num_seqs),
+            max_tiles=plan.max_tiles(q.shape[0], rows.max_num_seqs),
         )
         out = _attend_tiles(
             _to_blocks(q, num_blocks, plan),
             kv_pages,
-            page_table,
+            rows.page_table,
             work,
             layer,
             scale,
             plan=plan,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
+            variant=variant,
             name="paged_attention_decode" if decode else "paged_attention_prefill",
         )
         return _from_blocks(out, q.shape[0], plan)
 
-    rows, live = token_rows(cu_q_lens, num_seqs, num_tokens)
-    if num_tokens <= max_num_seqs:
-        out = attend(q, cu_q_lens[:-1], q_lens, decode=True)
+    row, live = token_rows(rows, q.shape[0])
+    if rows.is_decode(q.shape[0]):
+        out = attend(q, first_tokens, q_lens, decode=True)
     else:
         single = q_lens == 1
-        own = jnp.arange(max_num_seqs, dtype=jnp.int32)
-        row_q = q.at[cu_q_lens[:-1]].get(mode="clip")
+        own = jnp.arange(rows.max_num_seqs, dtype=jnp.int32)
+        row_q = q.at[first_tokens].get(mode="clip")
         decoded = attend(row_q, own, jnp.where(single, 1, 0), decode=True)
-        prefilled = attend(q, cu_q_lens[:-1], jnp.where(single, 0, q_lens), decode=False)
-        out = jnp.where(single[rows][:, None, None], decoded[rows], prefilled)
+        prefilled = attend(q, first_tokens, jnp.where(single, 0, q_lens), decode=False)
+        out = jnp.where(single[row][:, None, None], decoded[row], prefilled)
     return jnp.where(live[:, None, None], out, jnp.zeros((), q.dtype))
 
 
@@ -115,9 +109,7 @@ def _from_blocks(out, num_tokens: int, plan: AttentionPlan):
     return out[:num_tokens]
 
 
-def _attend_tiles(
-    q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, sliding_window, soft_cap, name
-):
+def _attend_tiles(q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, variant, name):
     num_rows, pages_per_seq = page_table.shape
     num_parts = plan.num_parts(pages_per_seq)
     # A part is a row of its own with nothing above or below it: copied without stride.
@@ -129,7 +121,7 @@ def _attend_tiles(
         table_part=plan.table_part,
         num_rows=num_rows,
         num_parts=num_parts,
-        sliding_window=sliding_window,
+        variant=variant,
     )
     check_scalars("attention", plan.smem_bytes(spans.shape[1] - 1), num_rows)
     scalars = jnp.stack([num_spans, jnp.asarray(layer, jnp.int32)])
@@ -152,9 +144,7 @@ def _attend_tiles(
     part = (1, 1, plan.table_part)
     out_block = (1, heads, plan.block_rows, plan.head_dim)
     return pl.pallas_call(
-        functools.partial(
-            attention_kernel, plan=plan, sliding_window=sliding_window, soft_cap=soft_cap
-        ),
+        functools.partial(attention_kernel, plan=plan, variant=variant),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(jnp.maximum(num_spans, 1),),

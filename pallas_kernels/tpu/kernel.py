@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pallas_kernels.tpu.plan import LANES, AttentionPlan
 from jpaged.pallas_kernels.tpu.spans import FIELDS
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 # Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.
 _MASKED = -1e30
@@ -37,8 +38,7 @@ def attention_kernel(
     sems,  # DMA[2], one a half of pages_ref
     *,
     plan: AttentionPlan,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    variant: AttentionVariant,
 ):
     """One span of a tile: all of its groups of pages, and the start of the next span's first."""
     span, num_spans, layer = pl.program_id(0), scalars_ref[0], scalars_ref[1]
@@ -86,8 +86,7 @@ def attention_kernel(
         acc_ref,
         scale=scale_ref[0],
         plan=plan,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
+        variant=variant,
     )
     first_group = field("first_page") // plan.group_pages
     end_group = pl.cdiv(field("end_page"), plan.group_pages)
@@ -140,15 +139,15 @@ def attention_kernel(
         # Groups of which every query sees every token, and after which comes another whole group,
         # need no mask and no condition: [plain_start, plain_end).
         plain_start = first_group
-        if sliding_window is not None:
-            lowest = jnp.maximum(end_position - sliding_window, 0)
+        if variant.sliding_window is not None:
+            lowest = jnp.maximum(end_position - variant.sliding_window, 0)
             plain_start = jnp.clip(pl.cdiv(lowest, plan.group_tokens), first_group, end_group)
         plain_end = jnp.minimum(
             (first_position + 1) // plan.group_tokens, field("end_page") // plan.group_pages - 1
         )
         plain_end = jnp.maximum(plain_start, plain_end)
         slot = slot_ref[0]
-        if sliding_window is not None:
+        if variant.sliding_window is not None:
             slot = jax.lax.fori_loop(first_group, plain_start, edge_step, slot)
         slot = jax.lax.fori_loop(plain_start, plain_end, plain_step, slot)
         slot_ref[0] = jax.lax.fori_loop(plain_end, end_group, edge_step, slot)
@@ -182,8 +181,7 @@ def _attend_group(
     edge=None,
     scale,
     plan: AttentionPlan,
-    sliding_window,
-    soft_cap,
+    variant: AttentionVariant,
 ):
     """Adds a group of pages, which is in half `slot` of `pages_ref`, to the running sums.
 
@@ -208,10 +206,9 @@ def _attend_group(
         queries = first - first_place + place
         keys = group * tokens + jax.lax.broadcasted_iota(jnp.int32, (rows, tokens), 1)
         cell = group * tokens + jax.lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
-        visible, live = keys <= queries, cell < end
-        if sliding_window is not None:
-            visible &= keys > queries - sliding_window
-            live &= cell > first - sliding_window
+        visible, live = variant.sees(queries, keys), cell < end
+        if variant.sliding_window is not None:
+            live &= cell > first - variant.sliding_window
         visible = jnp.concatenate([visible] * plan.softmax_heads, axis=0)
 
     for first_head in range(0, plan.num_kv_heads, plan.softmax_heads):
@@ -225,9 +222,7 @@ def _attend_group(
             scores = multiply(q_ref[0, head], keys, (((1,), (1,)), ((), ())))
             scores_ref[place, :] = scores[:rows]
         all_rows = len(heads) * rows
-        scores = scores_ref[:all_rows, :] * scale
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = variant.capped(scores_ref[:all_rows, :] * scale)
         if visible is not None:
             scores = jnp.where(visible[:all_rows], scores, _MASKED)
         at = pl.ds(first_head * rows, all_rows)

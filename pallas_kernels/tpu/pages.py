@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jpaged.pallas_kernels.layout import NULL_PAGE
 from jpaged.pallas_kernels.reference import pack_cells
+from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.tpu.plan import (
     LANES,
     SUBLANES,
@@ -29,7 +30,7 @@ _STRIP_FIELDS = ("page_id", "slot", "first", "end", "token")
 
 
 @jax.jit  # like attention
-def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer, kv_scale):
+def write_kv(kv_pages, k, v, rows: Rows, *, layer, kv_scale) -> jax.Array:
     """See `pallas_kernels.write_kv`.
 
     Memory moves in tiles of 8 to 32 slots, depending on the dtype. Each such strip that gets a
@@ -37,11 +38,9 @@ def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer,
     """
     check_pool(kv_pages)
     strip_slots = math.gcd(SUBLANES * 4 // kv_pages.dtype.itemsize, kv_pages.shape[3])
-    strips, num_strips = _make_strips(
-        page_table, kv_lens, cu_q_lens, num_seqs, k.shape[0], kv_pages.shape[3], strip_slots
-    )
+    strips, num_strips = _make_strips(rows, k.shape[0], kv_pages.shape[3], strip_slots)
     smem_bytes = 4 * SUBLANES * round_up(strips.shape[1], LANES)
-    check_scalars("a token write", smem_bytes, page_table.shape[0])
+    check_scalars("a token write", smem_bytes, rows.max_num_seqs)
     # In float32, which every pool dtype fits in, and padded so that a strip's tokens can be fetched
     # with those around them: cell `slot` of a strip then lies at place `slot`.
     cells = pack_cells(k, v, kv_pages.dtype, kv_scale).astype(jnp.float32)
@@ -75,7 +74,7 @@ def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer,
     )(strips, scalars, cells, kv_pages)
 
 
-def _make_strips(page_table, kv_lens, cu_q_lens, num_seqs, num_tokens, page_size, strip_slots):
+def _make_strips(rows: Rows, num_tokens: int, page_size: int, strip_slots: int):
     """Which strips get tokens.
 
     Returns:
@@ -83,22 +82,20 @@ def _make_strips(page_table, kv_lens, cu_q_lens, num_seqs, num_tokens, page_size
       `[slot, slot + strip_slots)` of a page; those from `slot + first` to `slot + end` get the
       tokens from `token` on.
     """
-    max_num_seqs = kv_lens.shape[0]
-    live = jnp.arange(max_num_seqs) < num_seqs[0]
-    q_lens = jnp.where(live, cu_q_lens[1:] - cu_q_lens[:-1], 0)
+    kv_lens, q_lens = rows.kv_lens, rows.q_lens()
     first_position = kv_lens - q_lens
     first_strip = first_position // strip_slots
     counts = jnp.where(q_lens > 0, (kv_lens - 1) // strip_slots + 1 - first_strip, 0)
-    max_strips = min(num_tokens, num_tokens // strip_slots + 2 * max_num_seqs)
+    max_strips = min(num_tokens, num_tokens // strip_slots + 2 * rows.max_num_seqs)
     row, offset, num_strips = expand(counts, max_strips)
     start = (first_strip[row] + offset) * strip_slots
     first = jnp.maximum(start, first_position[row])
     fields = {
-        "page_id": page_table.at[row, start // page_size].get(mode="clip"),
+        "page_id": rows.page_table.at[row, start // page_size].get(mode="clip"),
         "slot": start % page_size,
         "first": first - start,
         "end": jnp.minimum(start + strip_slots, kv_lens[row]) - start,
-        "token": cu_q_lens[row] + first - first_position[row],
+        "token": rows.cu_q_lens[row] + first - first_position[row],
     }
     return jnp.stack([fields[name] for name in _STRIP_FIELDS]), num_strips
 

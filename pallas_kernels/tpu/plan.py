@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.pallas_kernels import tuning
+from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.tpu.chip import Chip, target_chip
 
 LANES = 128
@@ -125,7 +126,7 @@ class AttentionPlan:
 def plan_attention(
     q: jax.Array,
     kv_pages: jax.Array,
-    page_table: jax.Array,
+    rows: Rows,
     *,
     decode: bool,
     chip: Chip | None = None,
@@ -136,7 +137,7 @@ def plan_attention(
     Args:
       q: as in `paged_attention`; only its shape and dtype matter, as those of the others.
       kv_pages: likewise.
-      page_table: likewise.
+      rows: likewise.
       decode: whether tiles have one query.
       chip: what to fit; by default that which the trace is for.
       tiles: instead of those of `tuning`.
@@ -170,7 +171,7 @@ def plan_attention(
         kv_dtype=jnp.dtype(kv_pages.dtype),
         q_tile=1 if decode else tiles.q_tile,
         group_pages=group_pages,
-        table_part=min(_MAX_TABLE_PART, round_up(page_table.shape[1], max(LANES, group_pages))),
+        table_part=min(_MAX_TABLE_PART, round_up(rows.pages_per_seq, max(LANES, group_pages))),
     )
     limit = chip.vmem_bytes - _VMEM_RESERVE_BYTES
     while plan.vmem_bytes > limit and plan.q_tile > 1:

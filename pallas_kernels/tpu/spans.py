@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jpaged.pallas_kernels.variant import AttentionVariant
 from jpaged.pallas_kernels.worklist import expand
 
 FIELDS = (
@@ -94,7 +95,7 @@ def make_spans(
     table_part: int,
     num_rows: int,
     num_parts: int,
-    sliding_window: int | None,
+    variant: AttentionVariant,
 ) -> tuple[jax.Array, jax.Array]:
     """Cuts the pages that each tile sees where parts of the page table meet.
 
@@ -104,15 +105,13 @@ def make_spans(
       table_part: pages of a part.
       num_rows: rows of the table.
       num_parts: parts of a row of the table.
-      sliding_window: as in `paged_attention`.
+      variant: of which the window matters.
 
     Returns:
       i32[len(FIELDS), max_tiles * num_parts + 1] and how many of them are live, i32[].
     """
     max_tiles = tiles.row.shape[0]
-    lowest = jnp.zeros_like(tiles.first_position)
-    if sliding_window is not None:
-        lowest = jnp.maximum(tiles.first_position - sliding_window + 1, 0)
+    lowest = variant.lowest_key(tiles.first_position)
     first_page, end_page = lowest // page_size, (tiles.end_position + page_size - 1) // page_size
     first_part = first_page // table_part
     parts = jnp.where(

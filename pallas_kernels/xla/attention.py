@@ -6,6 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
+
 # Tokens whose keys and values are gathered at once, for every page size that divides it: the order
 # of every sum then depends on positions alone.
 _KV_BLOCK_TOKENS = 128
@@ -18,20 +21,9 @@ _MASKED = -1e30
 
 
 # Jitted by itself so that a model's layers, which differ in `layer` alone, trace and lower it once.
-@functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap"))
+@functools.partial(jax.jit, static_argnames="variant")
 def paged_attention(
-    q,
-    kv_pages,
-    page_table,
-    kv_lens,
-    cu_q_lens,
-    num_seqs,
-    *,
-    layer,
-    sm_scale,
-    sliding_window,
-    soft_cap,
-    kv_scale,
+    q, kv_pages, rows: Rows, variant: AttentionVariant, *, layer, kv_scale
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`.
 
@@ -44,11 +36,12 @@ def paged_attention(
     num_kv_heads, page_size = kv_pages.shape[2:4]
     cell_dim = 2 * head_dim  # lanes past it are alignment
     group = num_q_heads // num_kv_heads
-    tile = 1 if num_tokens <= page_table.shape[0] else _QUERY_TILE_TOKENS
+    kv_lens, cu_q_lens = rows.kv_lens, rows.cu_q_lens
+    tile = 1 if rows.is_decode(num_tokens) else _QUERY_TILE_TOKENS
     block_pages = max(1, _KV_BLOCK_TOKENS // page_size)
     block = block_pages * page_size
     # The last block of a full row must not run past the table: dynamic_slice would shift it.
-    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % block_pages)))
+    page_table = jnp.pad(rows.page_table, ((0, 0), (0, -rows.pages_per_seq % block_pages)))
     layer = jnp.int32(layer)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
 
@@ -56,13 +49,13 @@ def paged_attention(
     # query cannot pay for splitting a cell's lanes: it is padded over the values' lanes instead,
     # and its sum over cells drops the keys' lanes at the end.
     pad = tile - 1
-    scaled = q.astype(jnp.float32) * (sm_scale * scale[0])
+    scaled = q.astype(jnp.float32) * (variant.scale(head_dim) * scale[0])
     scaled = jnp.pad(scaled, ((pad, pad), (0, 0), (0, head_dim if tile == 1 else 0)))
 
     # Row r owns the tiles [last_tiles[r - 1], last_tiles[r]).
     first_positions = kv_lens - (cu_q_lens[1:] - cu_q_lens[:-1])
     num_tiles = (kv_lens + tile - 1) // tile - first_positions // tile
-    num_tiles = jnp.where(jnp.arange(kv_lens.shape[0]) < num_seqs[0], num_tiles, 0)
+    num_tiles = jnp.where(jnp.arange(rows.max_num_seqs) < rows.num_seqs[0], num_tiles, 0)
     last_tiles = jnp.cumsum(num_tiles)
 
     def load_block(row, index, kv_len):
@@ -91,13 +84,9 @@ def paged_attention(
             cells = load_block(row, index, kv_len)
             keys = cells if tile == 1 else cells[..., :head_dim]
             values = cells if tile == 1 else cells[..., head_dim:]
-            scores = jnp.einsum("kmd,ksd->kms", q_tile, keys)
-            if soft_cap is not None:
-                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            scores = variant.capped(jnp.einsum("kmd,ksd->kms", q_tile, keys))
             kv_positions = (index * block + jnp.arange(block))[None, None, :]
-            visible = kv_positions <= positions
-            if sliding_window is not None:
-                visible &= kv_positions > positions - sliding_window
+            visible = variant.sees(positions, kv_positions)
             scores = jnp.where(visible, scores, _MASKED)
             new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
             weights = jnp.where(visible, jnp.exp(scores - new_peak), 0)
@@ -112,7 +101,7 @@ def paged_attention(
             jnp.zeros((*queries, 1)),
             jnp.zeros((*queries, cell_dim if tile == 1 else head_dim)),
         )
-        first_key = 0 if sliding_window is None else jnp.maximum(start - sliding_window + 1, 0)
+        first_key = 0 if variant.sliding_window is None else variant.lowest_key(start)
         last_key = jnp.minimum(start + tile, kv_len)
         _, total, acc = jax.lax.fori_loop(
             first_key // block, (last_key + block - 1) // block, attend_block, state

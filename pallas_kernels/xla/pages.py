@@ -6,20 +6,19 @@ import jax.numpy as jnp
 
 from jpaged.pallas_kernels import reference
 from jpaged.pallas_kernels.reference import pack_cells, token_positions, token_rows
+from jpaged.pallas_kernels.rows import Rows
 
 copy_pages = jax.jit(reference.copy_pages)
 
 
 @jax.jit  # traced once for all layers, like attention
-def write_kv(
-    kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer, kv_scale
-) -> jax.Array:
+def write_kv(kv_pages, k, v, rows: Rows, *, layer, kv_scale) -> jax.Array:
     """See `pallas_kernels.write_kv`; a loop over the live tokens, one cell of all heads each."""
     page_size = kv_pages.shape[3]
     cells = pack_cells(k, v, kv_pages.dtype, kv_scale)
-    rows, _ = token_rows(cu_q_lens, num_seqs, k.shape[0])
-    positions = token_positions(kv_lens, cu_q_lens, rows)
-    page_ids = page_table[rows, positions // page_size]
+    row, _ = token_rows(rows, k.shape[0])
+    positions = token_positions(rows, row)
+    page_ids = rows.page_table[row, positions // page_size]
     slots = positions % page_size
     layer, zero = jnp.int32(layer), jnp.int32(0)
 
@@ -27,4 +26,4 @@ def write_kv(
         start = (layer, page_ids[token], zero, slots[token], zero)
         return jax.lax.dynamic_update_slice(kv_pages, cells[token][None, None, :, None, :], start)
 
-    return jax.lax.fori_loop(0, cu_q_lens[num_seqs[0]], write_token, kv_pages)
+    return jax.lax.fori_loop(0, rows.cu_q_lens[rows.num_seqs[0]], write_token, kv_pages)

@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
     (output / "params" / "commit_success.txt").unlink(missing_ok=True)
     tokenizer.save(str(output / "tokenizer.json"))
     card = _MODEL_CARD.format(
-        num_params=_CONFIG.num_params,
+        num_params=decoder.num_params,
         vocab_size=_CONFIG.vocab_size,
         prompt=_PROMPTS[1],
         train_tokens=int(token_counts.sum()),

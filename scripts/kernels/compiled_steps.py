@@ -20,8 +20,8 @@ from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
 from jpaged.scripts.kernels.kernel_cases import (
     ATTENTION_SHAPES,
     AttentionShape,
-    index_structs,
     pool_struct,
+    rows_struct,
     try_compile,
 )
 
@@ -99,26 +99,22 @@ def compile_step(
     )
     where = sharding.placements(params, sharding.param_shardings(params, mesh))
     params = jax.tree.map(_placed, params, where)
-    pool = _placed(pool, sharding.pool_sharding(mesh))
-    page_table, kv_lens, cu_q_lens, num_seqs = index_structs(num_rows, -(-kv_len // page_size))
+    pool_sharding = sharding.pool_sharding(mesh)
+    pool = _placed(pool, pool_sharding)
     tokens: Any = Struct((num_tokens,), jnp.int32)
-    rows: Any = Struct((num_rows,), jnp.int32)
+    samples: Any = Struct((num_rows,), jnp.int32)
     inputs = PagedInputs(
         token_ids=tokens,
         positions=tokens,
-        page_table=page_table,
-        kv_lens=kv_lens,
-        cu_q_lens=cu_q_lens,
-        num_seqs=num_seqs,
-        logits_indices=rows,
+        rows=rows_struct(num_rows, -(-kv_len // page_size)),
+        logits_indices=samples,
     )
     compiled = try_compile(compiler, mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,))
     if isinstance(compiled, str):
         return StepFacts(error=compiled)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    own = list(pool.shape)
-    own[2] //= num_devices
+    own = pool_sharding.shard_shape(pool.shape)
     dims = ",".join(map(str, own))
     ops = re.findall(rf"= \w+\[{dims}\]\S* ([\w-]+)\(", text)
     passing = {"get-tuple-element", "parameter", "custom-call", "bitcast"}

@@ -26,8 +26,8 @@ from typing import Any
 import jax.numpy as jnp
 from absl import app, flags
 
-from jpaged import pallas_kernels
 from jpaged.models.shapes import SHAPES
+from jpaged.pallas_kernels import dispatch, layout
 from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
 from jpaged.scripts.flags import check_names, run
 from jpaged.scripts.kernels.compiled_steps import compile_step
@@ -36,9 +36,9 @@ from jpaged.scripts.kernels.kernel_cases import (
     Struct,
     coverage_cases,
     in_place_error,
-    index_structs,
     num_bytes,
     pool_struct,
+    rows_struct,
     try_compile,
 )
 
@@ -173,44 +173,36 @@ def compile_kernel(
     kv_dtype = jnp.dtype(kv_dtype or dtype)
     pages = num_pages or num_rows * -(-kv_len // page_size) + 1
     pool = pool_struct(shape, pages, page_size, kv_dtype, backend="gpu")
-    index = index_structs(num_rows, -(-kv_len // page_size))
+    rows = rows_struct(num_rows, -(-kv_len // page_size))
     layer, scale = Struct((), jnp.int32), Struct((2,), jnp.float32)
     scaled = kv_dtype.itemsize == 1
     num_tokens = num_rows + 203 if kernel == "mixed" else num_rows
 
-    def attend(pool, q, layer, scale, *index):
-        return pallas_kernels.paged_attention(
-            q,
-            pool,
-            *index,
-            layer=layer,
-            sliding_window=shape.sliding_window,
-            soft_cap=shape.soft_cap,
-            kv_scale=scale if scaled else None,
-            backend="gpu",
+    def attend(pool, q, layer, scale, rows):
+        kv_scale = scale if scaled else None
+        return dispatch.attend(
+            q, pool, rows, shape.variant, layer=layer, kv_scale=kv_scale, backend="gpu"
         )
 
-    def write(pool, new, layer, scale, *index):
+    def write(pool, new, layer, scale, rows):
         kv_scale = scale if scaled else None
-        return pallas_kernels.write_kv(
-            pool, new, new, *index, layer=layer, kv_scale=kv_scale, backend="gpu"
-        )
+        return dispatch.write(pool, new, new, rows, layer=layer, kv_scale=kv_scale, backend="gpu")
 
     def copy(pool, source_ids, target_ids):
-        return pallas_kernels.copy_pages(pool, source_ids, target_ids, backend="gpu")
+        return dispatch.copy_pages(pool, source_ids, target_ids, backend="gpu")
 
     held_bytes = None  # beside a pool that is donated
     if kernel == "copy":
         ids = Struct((_NUM_COPIES,), jnp.int32)
         function, args = copy, (ids, ids)
-        held_bytes = _NUM_COPIES * num_bytes(pool) // pages
+        held_bytes = _NUM_COPIES * layout.page_bytes(pool.shape, pool.dtype)
     elif kernel == "write":
         tokens = Struct((num_tokens, shape.num_kv_heads, shape.head_dim), dtype)
-        function, args = write, (tokens, layer, scale, *index)
+        function, args = write, (tokens, layer, scale, rows)
         held_bytes = 0
     else:
         tokens = Struct((num_tokens, shape.num_q_heads, shape.head_dim), dtype)
-        function, args = attend, (tokens, layer, scale, *index)
+        function, args = attend, (tokens, layer, scale, rows)
     donated = () if held_bytes is None else (0,)
     compiled = try_compile(compiler, compiler.mesh(), function, pool, *args, donate_argnums=donated)
     if isinstance(compiled, str):

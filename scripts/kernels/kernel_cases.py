@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jpaged import pallas_kernels
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 Struct = jax.ShapeDtypeStruct
 # Of the pool: what calls and steps may take beside it, and still count as working in place.
@@ -28,6 +30,11 @@ class AttentionShape:
     head_dim: int
     sliding_window: int | None = None
     soft_cap: float | None = None
+
+    @property
+    def variant(self) -> AttentionVariant:
+        """Which attention it computes."""
+        return AttentionVariant(sliding_window=self.sliding_window, soft_cap=self.soft_cap)
 
 
 # Gemma 2 and 3 alternate layers with and without a window; those with it are listed here. The two
@@ -102,10 +109,11 @@ def pool_struct(
     return Struct(pool, dtype)
 
 
-def index_structs(num_rows: int, pages_per_seq: int) -> Any:
-    """page_table, kv_lens, cu_q_lens and num_seqs, which stand for arrays."""
+def rows_struct(num_rows: int, pages_per_seq: int) -> Rows:
+    """What stands for the index arrays of a step."""
     shapes = ((num_rows, pages_per_seq), (num_rows,), (num_rows + 1,), (1,))
-    return tuple(Struct(shape, jnp.int32) for shape in shapes)
+    structs: Any = (Struct(shape, jnp.int32) for shape in shapes)
+    return Rows(*structs)
 
 
 def in_place_error(compiled: jax.stages.Compiled, pool: Struct, held_bytes: int = 0) -> str | None:

@@ -13,6 +13,8 @@ import numpy as np
 
 from jpaged import pallas_kernels
 from jpaged.pallas_kernels import reference
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 OWN = ("gpu", "gpu-mosaic", "gpu-triton", "tpu", "xla")
 PEERS = ("xla", "jax_triton", "cudnn", "torch_sdpa", "torch_flex")
@@ -76,8 +78,9 @@ class Inputs:
         q_key, key = jax.random.split(jax.random.key(0, impl="rbg"))
         shape = (sum(case.q_lens), case.num_q_heads, case.head_dim)
         self.q = jax.random.normal(q_key, shape, case.dtype)
-        cells = (1 + sum(pages), case.num_kv_heads, case.page_size, 2 * case.head_dim)
-        self.pool = _draw(jax.random.split(key, case.layers), cells, case.kv_dtype)
+        sizes = (1 + sum(pages), case.num_kv_heads, case.page_size, case.head_dim)
+        _, *layer = pallas_kernels.kv_pages_shape(case.layers, *sizes, backend="gpu")
+        self.pool = _draw(jax.random.split(key, case.layers), tuple(layer), case.kv_dtype)
         self.table, self.kv_lens = jnp.asarray(table), jnp.array(case.kv_lens, jnp.int32)
         cu_q_lens = jnp.asarray(np.cumsum([0, *case.q_lens]), jnp.int32)
         self.rest = (self.table, self.kv_lens, cu_q_lens, jnp.array([len(pages)], jnp.int32))
@@ -94,15 +97,17 @@ class Inputs:
         """Some tokens, and their results in layer 0, f32[tokens, num_q_heads, head_dim]."""
         ends = np.cumsum(self.case.q_lens)
         tokens = np.unique(np.linspace(0, ends[-1] - 1, 16).astype(int))
-        attend, results = jax.jit(reference.paged_attention), []
+        attend, results = jax.jit(reference.paged_attention, static_argnums=3), []
         with jax.default_matmul_precision("highest"):
             # One by one, for less memory: a token ends the sequence that it sees.
             for token in tokens:
                 row = np.searchsorted(ends, token, side="right")
                 length = self.case.kv_lens[row] - ends[row] + token + 1
                 q, lens = self.q[token][None].astype("float32"), jnp.array([length], jnp.int32)
-                rest = (self.table[row][None], lens, jnp.arange(2), jnp.ones(1, jnp.int32))
-                results.append(np.asarray(attend(q, self.pool, *rest, kv_scale=self.kv_scale)[0]))
+                one = jnp.ones(1, jnp.int32)
+                rows = Rows(self.table[row][None], lens, jnp.arange(2, dtype=jnp.int32), one)
+                out = attend(q, self.pool, rows, AttentionVariant(), kv_scale=self.kv_scale)
+                results.append(np.asarray(out[0]))
         return tokens, np.stack(results)
 
 

@@ -9,17 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged import pallas_kernels
-from jpaged.pallas_kernels import tpu
+from jpaged.pallas_kernels import layout, tpu
 from jpaged.pallas_kernels.aot import TARGETS, Loop, Schedule, TpuCompiler
 from jpaged.pallas_kernels.tpu.plan import plan_attention
 from jpaged.pallas_kernels.tuning import TpuTiles
 from jpaged.scripts.kernels.kernel_cases import (
     AttentionShape,
     in_place_error,
-    index_structs,
-    num_bytes,
     pool_struct,
+    rows_struct,
     try_compile,
 )
 
@@ -56,10 +54,8 @@ class KernelFacts:
 
 def kv_bytes_per_token(shape: AttentionShape, kv_dtype: Any) -> int:
     """Bytes of a token's keys and values in one layer, as stored on a TPU."""
-    *_, heads, _, kv_dim = pallas_kernels.kv_pages_shape(
-        1, 1, shape.num_kv_heads, 8, shape.head_dim, backend="tpu"
-    )
-    return heads * kv_dim * jnp.dtype(kv_dtype).itemsize
+    cell = layout.kv_pages_shape(1, 1, shape.num_kv_heads, 1, shape.head_dim, backend="tpu")
+    return layout.page_bytes(cell, kv_dtype)
 
 
 def floor_s(target: str, num_bytes: float) -> float:
@@ -106,29 +102,24 @@ def compile_attention(
     pool: Any = pool_struct(
         shape, num_pages or num_rows * kv_len // page_size + 1, page_size, kv_dtype
     )
-    index = index_structs(num_rows, -(-kv_len // page_size))
+    rows = rows_struct(num_rows, -(-kv_len // page_size))
     mesh = compiler.mesh(target)
-    attend = functools.partial(
-        tpu.paged_attention,
-        sm_scale=shape.head_dim**-0.5,
-        sliding_window=shape.sliding_window,
-        soft_cap=shape.soft_cap,
-        tiles=tiles,
-    )
 
-    def call(q, pool, layer, scale, *index):
-        return attend(q, pool, *index, layer=layer, kv_scale=scale)
+    def attend(q, pool, layer, scale, rows):
+        return tpu.paged_attention(
+            q, pool, rows, shape.variant, layer=layer, kv_scale=scale, tiles=tiles
+        )
 
     scale = Struct((2,), jnp.float32)
     layer = Struct((), jnp.int32)
-    compiled = try_compile(compiler, mesh, call, q, pool, layer, scale, *index)
+    compiled = try_compile(compiler, mesh, attend, q, pool, layer, scale, rows)
     if isinstance(compiled, str):
         return KernelFacts(error=compiled)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        plan = plan_attention(q, pool, index[0], decode=decode, tiles=tiles)
+        plan = plan_attention(q, pool, rows, decode=decode, tiles=tiles)
     kind = "decode" if decode else "prefill"
     schedule = compiler.schedule(target, f"paged_attention_{kind}")
-    num_spans = plan.max_tiles(num_tokens, num_rows) * plan.num_parts(index[0].shape[1])
+    num_spans = plan.max_tiles(num_tokens, num_rows) * plan.num_parts(rows.pages_per_seq)
     return _facts(schedule, plan.group_tokens, compiled, plan.smem_bytes(num_spans))
 
 
@@ -150,12 +141,12 @@ def compile_write(
     )
     new = Struct((num_rows, shape.num_kv_heads, shape.head_dim), dtype)
 
-    def write(pool, k, v, layer, scale, *index):
-        return tpu.write_kv(pool, k, v, *index, layer=layer, kv_scale=scale)
+    def write(pool, k, v, layer, scale, rows):
+        return tpu.write_kv(pool, k, v, rows, layer=layer, kv_scale=scale)
 
     layer, scale = Struct((), jnp.int32), Struct((2,), jnp.float32)
-    index = index_structs(num_rows, -(-kv_len // page_size))
-    return _in_place(compiler, target, write, pool, new, new, layer, scale, *index)
+    rows = rows_struct(num_rows, -(-kv_len // page_size))
+    return _in_place(compiler, target, write, pool, new, new, layer, scale, rows)
 
 
 def compile_copy(
@@ -176,7 +167,7 @@ def compile_copy(
     )
     ids = Struct((_NUM_COPIES,), jnp.int32)
     # It holds all pages before it writes the first.
-    held_bytes = _NUM_COPIES * num_bytes(pool) // pool.shape[1]
+    held_bytes = _NUM_COPIES * layout.page_bytes(pool.shape, pool.dtype)
     return _in_place(compiler, target, tpu.copy_pages, pool, ids, ids, held_bytes=held_bytes)
 
 
@@ -185,7 +176,7 @@ def _in_place(
     target: str,
     function: Callable[..., Any],
     pool: Struct,
-    *args: Struct,
+    *args: Any,
     held_bytes: int = 0,
 ) -> KernelFacts:
     """Compiles what must give its first argument back, in the same memory."""
@@ -225,7 +216,7 @@ def compile_ragged(
     q = Struct((num_rows, shape.num_q_heads, shape.head_dim), jnp.bfloat16)
     num_pages = num_rows * kv_len // page_size + 1
     pages = Struct((num_pages, page_size, 2 * shape.num_kv_heads, shape.head_dim), jnp.bfloat16)
-    page_table, kv_lens, cu_q_lens, num_seqs = index_structs(num_rows, -(-kv_len // page_size))
+    rows = rows_struct(num_rows, -(-kv_len // page_size))
     attend = functools.partial(
         ragged_paged_attention,
         sliding_window=shape.sliding_window,
@@ -234,13 +225,12 @@ def compile_ragged(
         num_queries_per_block=blocks[1],
     )
     mesh = compiler.mesh(target)
-    compiled = try_compile(
-        compiler, mesh, attend, q, pages, kv_lens, page_table, cu_q_lens, num_seqs
-    )
+    index = (rows.kv_lens, rows.page_table, rows.cu_q_lens, rows.num_seqs)
+    compiled = try_compile(compiler, mesh, attend, q, pages, *index)
     if isinstance(compiled, str):
         return KernelFacts(error=compiled)
     schedule = compiler.schedule(target, "ragged_paged_attention_kernel")
-    table_bytes = 4 * page_table.shape[0] * page_table.shape[1]
+    table_bytes = 4 * rows.max_num_seqs * rows.pages_per_seq
     return _facts(schedule, blocks[0] * page_size, compiled, table_bytes)
 
 

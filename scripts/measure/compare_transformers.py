@@ -128,7 +128,7 @@ def _write_model(directory: pathlib.Path) -> None:
     import jax.numpy as jnp
     import safetensors.numpy
 
-    from jpaged.models.config import config_to_hf
+    from jpaged.models.config_json import config_to_hf
     from jpaged.models.decoder import Decoder
     from jpaged.models.families import tensor_name
 

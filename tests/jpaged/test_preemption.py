@@ -8,6 +8,7 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.host.outputs import GenerationInterrupted
+from jpaged.models.decoder import Decoder
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps, with_prefix
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine
 
@@ -66,7 +67,7 @@ class TestPreemption:
         lines = [r.getMessage() for r in caplog.records if "preempted" in r.getMessage()]
         # A page: 2 layers, 2 heads, 8 slots, 32 lanes of 4 bytes, there and back.
         swap_ms = 4 * 2 * 2 * 2 * 8 * 32 * 4 / 1e9 * 1e3
-        token_ms = 2 * TINY.num_params / 1e9 * 1e3
+        token_ms = 2 * Decoder(TINY).num_params / 1e9 * 1e3
         assert lines == [
             "preempted request '1' (sequence 0), as request '1' needs pages: 4 pages swapped to "
             f"host memory (32 tokens; swapping costs {swap_ms:.1f} ms, computing "

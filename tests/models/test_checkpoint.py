@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from jpaged.models import checkpoint
 from jpaged.models.checkpoint import CheckpointError
-from jpaged.models.config import ModelConfigError, load_config
+from jpaged.models.config import ModelConfigError
+from jpaged.models.config_json import load_config
 from jpaged.models.decoder import Decoder
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -102,7 +103,7 @@ class TestSafetensors:
         for hf_name, tensor in tensors.items():
             assert tensor.dtype == np.float32
             np.testing.assert_array_equal(at(params, hf_name), tensor, err_msg=hf_name)
-        assert sum(tensor.size for tensor in tensors.values()) == config.num_params
+        assert sum(tensor.size for tensor in tensors.values()) == Decoder(config).num_params
 
     @pytest.mark.parametrize("name", ALL)
     def test_the_tree_is_the_decoder_s(self, name):

@@ -10,14 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jpaged.models.config import (
-    ModelConfig,
-    ModelConfigError,
-    RopeScaling,
-    config_from_hf,
-    config_to_hf,
-    load_config,
-)
+from jpaged.models.config import ModelConfig, ModelConfigError, RopeScaling
+from jpaged.models.config_json import config_from_hf, config_to_hf, load_config
+from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -220,7 +215,7 @@ class TestPublishedModels:
             bos_token_id=1,
             eos_token_ids=(2,),
         )
-        assert config.num_params == 6_738_415_616
+        assert Decoder(config).num_params == 6_738_415_616
         assert config.kv_bytes_per_token(2) == 512 * 1024
 
     def test_llama_3_1_8b(self):
@@ -237,7 +232,7 @@ class TestPublishedModels:
         assert (config.bos_token_id, config.eos_token_ids) == (128000, (128001,))
         assert config.max_position_embeddings == 131072
         assert not config.qk_norm and not config.tie_word_embeddings
-        assert config.num_params == 8_030_261_248
+        assert Decoder(config).num_params == 8_030_261_248
         assert config.kv_bytes_per_token(2) == 128 * 1024
 
     def test_llama_3_2_1b(self):
@@ -245,7 +240,7 @@ class TestPublishedModels:
         assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (32, 8, 64)
         assert config.rope_scaling.factor == 32.0
         assert config.tie_word_embeddings
-        assert config.num_params == 1_235_814_400
+        assert Decoder(config).num_params == 1_235_814_400
         assert config.kv_bytes_per_token(2) == 32 * 1024
 
     def test_qwen3_0_6b(self):
@@ -254,7 +249,7 @@ class TestPublishedModels:
         assert config.qk_norm and config.tie_word_embeddings and config.rope_scaling is None
         assert config.rope_theta == 1_000_000.0
         assert (config.bos_token_id, config.eos_token_ids) == (151643, (151645,))
-        assert config.num_params == 596_049_920
+        assert Decoder(config).num_params == 596_049_920
         assert config.kv_bytes_per_token(2) == 112 * 1024
 
 
@@ -294,7 +289,7 @@ def test_shapes_that_are_measured_are_the_published_ones():
     }
     read = {name: config_from_hf(fields) for name, fields in published.items()}
     assert read == {name: SHAPES[name] for name in published}
-    assert SHAPES["smollm2-135m"].num_params == 134_515_008
+    assert Decoder(SHAPES["smollm2-135m"]).num_params == 134_515_008
 
 
 class TestRecordedModels:

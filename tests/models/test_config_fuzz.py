@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.models.config import ModelConfig, ModelConfigError, load_config
+from jpaged.models.config import ModelConfig, ModelConfigError
+from jpaged.models.config_json import load_config
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
 from tests.models.test_config import LLAMA_3_1_8B
 

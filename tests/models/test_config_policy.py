@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from jpaged.models.config import ModelConfig, ModelConfigError, config_from_hf, load_config
+from jpaged.models.config import ModelConfig, ModelConfigError
+from jpaged.models.config_json import config_from_hf, load_config
 from tests.models.test_config import LLAMA3_ROPE, LLAMA_2_7B, LLAMA_3_1_8B, QWEN3_0_6B
 
 # What transformers 5.24 computes the same with (greedy output compared), where it takes it at all:

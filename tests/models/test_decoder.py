@@ -16,6 +16,7 @@ from jpaged.models import checkpoint
 from jpaged.models.decoder import Decoder, stack_layers
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.layers import linear
+from jpaged.pallas_kernels.rows import Rows
 from tests import tolerances
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -223,27 +224,29 @@ class Pages:
         inputs = {
             "token_ids": np.full(num_tokens, 5, np.int32),
             "positions": np.full(num_tokens, 10**6, np.int32),
+            "logits_indices": np.zeros(self.ROWS, np.int32),
+        }
+        rows = {
             "page_table": np.zeros((self.ROWS, self.PAGES_PER_SEQ), np.int32),
             "kv_lens": np.full(self.ROWS, 3, np.int32),
             "cu_q_lens": np.full(self.ROWS + 1, sum(counts), np.int32),
             "num_seqs": np.array([len(live)], np.int32),
-            "logits_indices": np.zeros(self.ROWS, np.int32),
         }
         token = 0
         for row, i in enumerate(live):
             start, end = self.done[i], self.done[i] + counts[i]
             inputs["token_ids"][token : token + counts[i]] = self.prompts[i][start:end]
             inputs["positions"][token : token + counts[i]] = np.arange(start, end)
-            inputs["page_table"][row] = self.tables[i]
-            inputs["kv_lens"][row] = end
-            inputs["cu_q_lens"][row] = token
+            rows["page_table"][row] = self.tables[i]
+            rows["kv_lens"][row] = end
+            rows["cu_q_lens"][row] = token
             self.done[i] = end
             token += counts[i]
         if samples is None:
-            samples = inputs["cu_q_lens"][1 : len(live) + 1] - 1
+            samples = rows["cu_q_lens"][1 : len(live) + 1] - 1
         inputs["logits_indices"][: len(samples)] = samples
-        arrays = {key: jnp.asarray(array) for key, array in inputs.items()}
-        logits, self.pool = self.apply(self.params, PagedInputs(**arrays), self.pool)
+        step = jax.tree.map(jnp.asarray, PagedInputs(rows=Rows(**rows), **inputs))
+        logits, self.pool = self.apply(self.params, step, self.pool)
         assert logits.dtype == jnp.float32
         return np.asarray(logits)[: len(samples)]
 
@@ -440,7 +443,7 @@ class TestParams:
     @pytest.mark.parametrize("name", ALL)
     def test_count(self, name):
         _, config, params = load(name)
-        assert config.num_params == sum(x.size for x in jax.tree.leaves(params))
+        assert Decoder(config).num_params == sum(x.size for x in jax.tree.leaves(params))
 
     def test_kv_bytes(self):
         _, config, params = load("llama_linear_rope_mqa")
@@ -517,10 +520,7 @@ def test_a_donated_step_holds_one_pool(scan_layers, num_tokens):
     inputs = PagedInputs(
         token_ids=ints((num_tokens,)),
         positions=ints((num_tokens,)),
-        page_table=ints((4, 64)),
-        kv_lens=ints((4,)),
-        cu_q_lens=ints((5,)),
-        num_seqs=ints((1,)),
+        rows=Rows(ints((4, 64)), ints((4,)), ints((5,)), ints((1,))),
         logits_indices=ints((4,)),
     )
     apply = Decoder(config, scan_layers=scan_layers, backend="xla").apply

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jpaged.models import checkpoint
-from jpaged.models.config import config_from_hf
+from jpaged.models.config_json import config_from_hf
 from tests.models.test_checkpoint_fuzz import CONFIG, make_tensors
 
 pytestmark = pytest.mark.slow

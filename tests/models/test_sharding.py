@@ -14,6 +14,7 @@ from jpaged.models import sharding
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.shapes import SHAPES
+from jpaged.pallas_kernels.rows import Rows
 
 CONFIG = dataclasses.replace(
     SHAPES["qwen3-0.6b"],
@@ -38,10 +39,12 @@ def step_inputs():
     return PagedInputs(
         token_ids=jnp.array([3, 7, 11, 20, 41, 5], jnp.int32),
         positions=jnp.array([0, 1, 2, 3, 4, 0], jnp.int32),
-        page_table=jnp.array([[2, 3], [1, 0]], jnp.int32),
-        kv_lens=jnp.array([5, 1], jnp.int32),
-        cu_q_lens=jnp.array([0, 5, 6], jnp.int32),
-        num_seqs=jnp.array([2], jnp.int32),
+        rows=Rows(
+            page_table=jnp.array([[2, 3], [1, 0]], jnp.int32),
+            kv_lens=jnp.array([5, 1], jnp.int32),
+            cu_q_lens=jnp.array([0, 5, 6], jnp.int32),
+            num_seqs=jnp.array([2], jnp.int32),
+        ),
         logits_indices=jnp.array([4, 5], jnp.int32),
     )
 

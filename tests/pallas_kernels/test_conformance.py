@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from jpaged import pallas_kernels
-from jpaged.pallas_kernels import conformance, reference
+from jpaged.pallas_kernels import conformance
+from tests.pallas_kernels import specification
 
 XLA = {
     name: functools.partial(getattr(pallas_kernels, name), backend="xla")
     for name in ("paged_attention", "write_kv", "copy_pages")
 }
-SPECIFICATION = {name: getattr(reference, name) for name in XLA}
+SPECIFICATION = {name: getattr(specification, name) for name in XLA}
 
 
 @pytest.mark.parametrize("case", conformance.suite())
@@ -34,7 +35,7 @@ def attention_fault(function):
 
     @functools.wraps(function)
     def attend(q, kv_pages, *index, **options):
-        return reference.paged_attention(*function(q, kv_pages, *index, options), **options)
+        return specification.paged_attention(*function(q, kv_pages, *index, options), **options)
 
     return attend
 
@@ -51,7 +52,7 @@ def misses_the_newest_token(q, pool, table, kv_lens, cu, num_seqs, options):
 
 def ignores(option):
     def attend(*args, **options):
-        return reference.paged_attention(*args, **options | {option: None})
+        return specification.paged_attention(*args, **options | {option: None})
 
     attend.__name__ = f"ignores_{option}"
     return attend
@@ -87,12 +88,12 @@ def interleaves_the_groups(q, pool, table, kv_lens, cu, num_seqs, options):
 
 
 def multiplies_dead_cells(q, pool, *index, **options):
-    out = reference.paged_attention(q, pool, *index, **options)
+    out = specification.paged_attention(q, pool, *index, **options)
     return out + 0 * pool[options["layer"], 0].sum()  # the null page
 
 
 def gives_float32(q, pool, *index, **options):
-    return reference.paged_attention(q, pool, *index, **options).astype(jnp.float32)
+    return specification.paged_attention(q, pool, *index, **options).astype(jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -120,15 +121,15 @@ def test_a_fault_of_attention_is_found(fault, case):
 
 def writes_padding_too(pool, k, v, table, kv_lens, cu, num_seqs, **options):
     cu = jnp.where(jnp.arange(len(cu)) > num_seqs, k.shape[0], cu)
-    return reference.write_kv(pool, k, v, table, kv_lens, cu, num_seqs + 1, **options)
+    return specification.write_kv(pool, k, v, table, kv_lens, cu, num_seqs + 1, **options)
 
 
 def writes_the_layer_below(*args, layer):
-    return reference.write_kv(*args, layer=layer - 1)
+    return specification.write_kv(*args, layer=layer - 1)
 
 
 def swaps_keys_and_values(pool, k, v, *index, layer):
-    return reference.write_kv(pool, v, k, *index, layer=layer)
+    return specification.write_kv(pool, v, k, *index, layer=layer)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_a_refusal_is_no_failure_and_a_crash_is_one():
 
 def test_a_failure_says_where():
     def wrong_once(q, pool, *index, **options):
-        out = reference.paged_attention(q, pool, *index, **options)
+        out = specification.paged_attention(q, pool, *index, **options)
         return out.at[4, 1, 2].add(0.5)
 
     case = conformance.make_case([(1, 5), (6, 9)])

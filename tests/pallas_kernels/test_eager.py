@@ -39,7 +39,7 @@ def test_every_function_runs_outside_jit(name):
     )
     pool = conformance.poisoned_pool(case.kv_pages.shape, dtype)
     last = pool.shape[1] - 1
-    index = (case.page_table, case.kv_lens, case.cu_q_lens, case.num_seqs)
+    index = jax.tree.leaves(case.rows)
     spec = {"layer": case.layer, "backend": backend}
     with interpret():
         out = pallas_kernels.paged_attention(
@@ -51,7 +51,7 @@ def test_every_function_runs_outside_jit(name):
         copied = pallas_kernels.copy_pages(pool, ids, ids[[1, 0, 2]], backend=backend)
         jax.block_until_ready((out, written, copied))
     want, bound = conformance.dense_attention(case)
-    live = int(case.cu_q_lens[case.num_seqs[0]])
+    live = int(case.rows.cu_q_lens[case.rows.num_seqs[0]])
     error = np.abs(np.asarray(out, np.float64)[:live] - want[:live])
     assert (error <= bound[:live]).all() and not np.asarray(out, np.float32)[live:].any()
     # As bytes, of which those of NaN are equal too.

@@ -19,6 +19,7 @@ from jpaged.pallas_kernels import conformance, kv_pages_shape, versions
 from jpaged.pallas_kernels.gpu import mosaic, triton
 from jpaged.pallas_kernels.gpu.attention import choose_lowering
 from jpaged.pallas_kernels.gpu.chip import Chip, target_chip
+from jpaged.pallas_kernels.rows import Rows
 
 ATTEND = functools.partial(pallas_kernels.paged_attention, backend="gpu")
 H100 = Chip("NVIDIA H100", (9, 0), 132, 227 * 1024)
@@ -91,17 +92,17 @@ def test_splits_of_a_prefill_and_garbage_in_padding(capability):
         lens, head_dim=64, num_kv_heads=1, page_size=8, pad_rows=3, dtype=jnp.bfloat16
     )
     for row, (_, kv_len) in enumerate(lens):
-        case.page_table[row, -(-kv_len // 8) :] = 10**6
-    case.page_table[len(lens) :], case.kv_lens[len(lens) :] = -(10**6), 2**31 - 1
-    case.cu_q_lens[len(lens) + 1 :] = 2**31 - 1
+        case.rows.page_table[row, -(-kv_len // 8) :] = 10**6
+    case.rows.page_table[len(lens) :], case.rows.kv_lens[len(lens) :] = -(10**6), 2**31 - 1
+    case.rows.cu_q_lens[len(lens) + 1 :] = 2**31 - 1
     check(case, capability)
 
 
 @interpreted
 def test_a_step_without_rows_gives_zeros():
     case = conformance.make_case([(1, 9)] * 3, head_dim=64, page_size=8, dtype=jnp.bfloat16)
-    case.num_seqs[0] = 0
-    case.page_table[:], case.kv_lens[:], case.cu_q_lens[1:] = 10**6, 10**6, 10**6
+    case.rows.num_seqs[0] = 0
+    case.rows.page_table[:], case.rows.kv_lens[:], case.rows.cu_q_lens[1:] = 10**6, 10**6, 10**6
     q = jnp.full(case.q.shape, jnp.nan, jnp.bfloat16)
     with conformance.interpret_gpu():
         out = jax.jit(ATTEND)(q, jnp.asarray(case.kv_pages, jnp.bfloat16), *case.index)
@@ -190,7 +191,7 @@ def arguments(
     return (
         jax.ShapeDtypeStruct((num_tokens, heads[0], head_dim), dtype),
         jax.ShapeDtypeStruct(shape, kv_dtype or dtype),
-        jax.ShapeDtypeStruct((64, 128), jnp.int32),
+        Rows(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((64, 128), (64,), (65,), (1,)))),
     )
 
 
@@ -300,10 +301,9 @@ def test_an_unknown_chip_is_refused():
     ids=["decode", "mixed", "int8"],
 )
 def test_lowers_for_cuda_without_a_gpu(name, changes):
-    index = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((64,), (65,), (1,))]
     with on_gpu(name):
         traced = jax.jit(functools.partial(ATTEND, kv_scale=jnp.ones(2))).trace(
-            *arguments(**changes), *index
+            *jax.tree.leaves(arguments(**changes))
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1
@@ -328,7 +328,6 @@ def test_a_group_of_warps_that_is_asked_too_much_of_is_caught_at_lowering():
 
 def test_it_needs_a_gpu_or_interpretation():
     message = r"^backend 'gpu' on platform 'cpu': .*pallas_kernels.conformance.interpret_gpu\(\)$"
-    args = [jnp.zeros(spec.shape, spec.dtype) for spec in arguments(num_tokens=2)]
-    index = jnp.zeros(64, jnp.int32), jnp.zeros(65, jnp.int32), jnp.zeros(1, jnp.int32)
+    specs = jax.tree.leaves(arguments(num_tokens=2))
     with pytest.raises(ValueError, match=message):
-        ATTEND(*args, *index)
+        ATTEND(*(jnp.zeros(spec.shape, spec.dtype) for spec in specs))

@@ -15,6 +15,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jpaged.pallas_kernels import conformance, kv_pages_shape
 from jpaged.pallas_kernels.gpu import triton, work
 from jpaged.pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 A100 = Chip("NVIDIA A100", (8, 0), 108, 163 * 1024)
 L4 = Chip("NVIDIA L4", (8, 9), 58, 99 * 1024)
@@ -43,38 +45,20 @@ ALWAYS = {
 }
 
 
-def paged_attention(
-    q,
-    kv_pages,
-    page_table,
-    kv_lens,
-    cu_q_lens,
-    num_seqs,
-    *,
-    layer,
-    sm_scale=None,
-    sliding_window=None,
-    soft_cap=None,
-    kv_scale=None,
-    chip=L4,
-    interpret=True,
-):
-    plan = triton.plan_attention(q, kv_pages, page_table, chip)
-    tiles, splits = work.make_tiles(
-        kv_lens, cu_q_lens, num_seqs, q.shape[0], plan=plan, sliding_window=sliding_window
-    )
+def paged_attention(q, kv_pages, *index, layer, kv_scale=None, chip=L4, interpret=True, **variant):
+    rows, variant = Rows(*index), AttentionVariant(**variant)
+    plan = triton.plan_attention(q, kv_pages, rows, chip)
+    tiles, splits = work.make_tiles(rows, q.shape[0], plan=plan, variant=variant)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale
-    score_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     out = triton.attend_tiles(
         work.to_query_rows(q, plan),
         kv_pages,
-        page_table,
+        rows.page_table,
         tiles,
         layer,
-        scale * jnp.array([score_scale, 1.0], jnp.float32),
+        scale * jnp.array([variant.scale(q.shape[-1]), 1.0], jnp.float32),
         plan=plan,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
+        variant=variant,
         interpret=interpret,
     )
     return work.merge_splits(out, splits, plan)
@@ -120,7 +104,7 @@ def test_queries_that_see_nothing_of_a_split_take_nothing_from_it(window, dtype)
     )
     large = Chip("large", (8, 9), 1000, 99 * 1024)
     plan = triton.plan_attention(
-        case.q.astype(dtype), case.kv_pages.astype(dtype), case.page_table, large
+        case.q.astype(dtype), case.kv_pages.astype(dtype), case.rows, large
     )
     assert plan.num_splits >= 4
     conformance.check_attention(functools.partial(paged_attention, chip=large), case)
@@ -133,7 +117,7 @@ def test_pages_that_no_query_sees_any_more_are_not_read():
     )
     for row, (q_len, kv_len) in enumerate([(1, 300), (9, 130)]):
         # The null page, which is NaN here.
-        case.page_table[row, : (kv_len - q_len - window + 1) // page_size] = 0
+        case.rows.page_table[row, : (kv_len - q_len - window + 1) // page_size] = 0
     conformance.check_attention(paged_attention, case)
 
 
@@ -163,7 +147,7 @@ def arguments(
     return (
         jax.ShapeDtypeStruct((num_tokens, num_q_heads, head_dim), dtype),
         jax.ShapeDtypeStruct(shape, kv_dtype or dtype),
-        jax.ShapeDtypeStruct((8, 64), jnp.int32),
+        Rows(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8, 64), (8,), (9,), (1,)))),
     )
 
 
@@ -232,8 +216,7 @@ def test_takes_pools_on_either_side_of_those_it_refuses():
     ids=["decode", "window and cap", "float32 and int8", "float8", "many pages"],
 )
 def test_lowers_for_cuda_without_a_gpu(chip, changes, options):
-    q, kv_pages, page_table = arguments(**changes)
-    index = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (9,), (1,))]
+    q, kv_pages, rows = arguments(**changes)
     # jax asks it which GPU it lowers for.
     device = AbstractDevice(chip.name, num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
@@ -241,7 +224,7 @@ def test_lowers_for_cuda_without_a_gpu(chip, changes, options):
     layer = jax.ShapeDtypeStruct((), jnp.int32)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(lambda *args: attend(*args[:-1], layer=args[-1])).trace(
-            q, kv_pages, page_table, *index, layer
+            q, kv_pages, *jax.tree.leaves(rows), layer
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 1

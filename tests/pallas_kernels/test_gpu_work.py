@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from jpaged.pallas_kernels.gpu import work
 from jpaged.pallas_kernels.gpu.chip import Chip
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 ROWS, CAPACITY = 6, 40
 GARBAGE = st.sampled_from([0, 1, -1, 7, 10**6, 2**31 - 1, -(2**31)])
@@ -27,10 +29,11 @@ def plan_of(
     num_sms=1,
     capacity=CAPACITY,
 ):
+    rows = ((num_rows, capacity // 8), (num_rows,), (num_rows + 1,), (1,))
     return work.plan_attention(
         jax.ShapeDtypeStruct((num_tokens, heads[0], 32), jnp.bfloat16),
         jax.ShapeDtypeStruct((2, 99, heads[1], 8, 64), jnp.bfloat16),
-        jax.ShapeDtypeStruct((num_rows, capacity // 8), jnp.int32),
+        Rows(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in rows)),
         tile_rows=tile_rows,
         block_tokens=block_tokens,
         chip=Chip("some", (9, 0), num_sms, 2**17),
@@ -39,7 +42,7 @@ def plan_of(
 
 @st.composite
 def steps(draw, num_tokens):
-    """Live rows' `(q_len, kv_len)`, and index arrays whose padding holds garbage."""
+    """Live rows' `(q_len, kv_len)`, and rows whose padding holds garbage."""
     lens, left = [], num_tokens
     for _ in range(draw(st.integers(0, ROWS))):
         q_len = min(left, draw(st.integers(0, 3) | st.integers(0, CAPACITY)))
@@ -50,10 +53,16 @@ def steps(draw, num_tokens):
     cu = [0, *itertools.accumulate(q_len for q_len, _ in lens)]
     kv_lens = [kv_len for _, kv_len in lens] + garbage[:spare]
     arrays = (kv_lens, cu + garbage[spare : 2 * spare], [len(lens)])
-    return lens, tuple(np.array(array, np.int32) for array in arrays)
+    return lens, rows_of(*arrays)
 
 
-make_tiles = jax.jit(work.make_tiles, static_argnums=3, static_argnames=("plan", "sliding_window"))
+def rows_of(kv_lens, cu_q_lens, num_seqs):
+    """Rows of which the page table does not matter."""
+    arrays = (np.array(array, np.int32) for array in (kv_lens, cu_q_lens, num_seqs))
+    return Rows(np.zeros((len(kv_lens), 1), np.int32), *arrays)
+
+
+make_tiles = jax.jit(work.make_tiles, static_argnums=1, static_argnames=("plan", "variant"))
 
 
 @pytest.mark.parametrize("num_sms", [1, 40], ids=["few splits", "many splits"])
@@ -65,8 +74,9 @@ def test_every_query_is_in_one_tile_and_every_key_it_sees_in_one_split(
     num_tokens, heads, window, num_sms, data
 ):
     plan = plan_of(num_tokens, heads=heads, num_sms=num_sms)
-    lens, index = data.draw(steps(num_tokens))
-    tiles, splits = make_tiles(*index, num_tokens, plan=plan, sliding_window=window)
+    lens, rows = data.draw(steps(num_tokens))
+    variant = AttentionVariant(sliding_window=window)
+    tiles, splits = make_tiles(rows, num_tokens, plan=plan, variant=variant)
     owners, token_splits = {}, {}
     for row in np.asarray(tiles).tolist():
         tile = dict(zip(work.FIELDS, row, strict=True))
@@ -107,13 +117,11 @@ def test_every_query_is_in_one_tile_and_every_key_it_sees_in_one_split(
 
 def test_where_keys_are_cut_depends_on_no_other_sequence():
     plan = plan_of(3, num_sms=40)
-    alone = np.array([40, 0, 0, 0, 0, 0], np.int32)
-    among = np.array([40, 9, 30, 0, 0, 0], np.int32)
-    cu_q_lens = np.array([0, 1, 2, 3, 3, 3, 3], np.int32)
-    for kv_lens, num_seqs in ((alone, 1), (among, 3)):
-        tiles, splits = make_tiles(
-            kv_lens, cu_q_lens, np.array([num_seqs], np.int32), 3, plan=plan, sliding_window=None
-        )
+    cu_q_lens = [0, 1, 2, 3, 3, 3, 3]
+    alone = rows_of([40, 0, 0, 0, 0, 0], cu_q_lens, [1])
+    among = rows_of([40, 9, 30, 0, 0, 0], cu_q_lens, [3])
+    for rows in (alone, among):
+        tiles, splits = make_tiles(rows, 3, plan=plan, variant=AttentionVariant())
         assert (splits[0], tiles[0, work.FIELDS.index("split_blocks")]) == (2, 5)
 
 

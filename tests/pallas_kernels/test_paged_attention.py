@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged import pallas_kernels
-from jpaged.pallas_kernels import reference
 from jpaged.pallas_kernels.conformance import dense_attention, make_case
 from tests import tolerances
+from tests.pallas_kernels import specification
 
 IMPLEMENTATIONS = {
-    "reference": reference.paged_attention,
+    "reference": specification.paged_attention,
     "xla": functools.partial(pallas_kernels.paged_attention, backend="xla"),
 }
 
@@ -80,7 +80,7 @@ class TestContract:
 
     def test_no_live_row_gives_zeros(self, implementation):
         case = make_case([(1, 3), (2, 5)])
-        case.num_seqs[0] = 0
+        case.rows.num_seqs[0] = 0
         assert not run(implementation, case).any()
 
     def test_hand_worked(self, implementation):
@@ -88,7 +88,7 @@ class TestContract:
         case = make_case(
             [(1, 2)], num_q_heads=1, num_kv_heads=1, head_dim=2, page_size=1, pad_tokens=0
         )
-        first, second = case.page_table[0, :2]
+        first, second = case.rows.page_table[0, :2]
         case.q[0, 0] = [1.0, 0.0]
         case.kv_pages[1, first, 0, 0] = [0.0, 5.0, 8.0, 0.0]
         case.kv_pages[1, second, 0, 0] = [np.log(3.0), 7.0, 0.0, 4.0]
@@ -132,7 +132,7 @@ def test_chunks_of_a_prompt_give_the_same_bits():
         chunk = make_case([(200, 200), (1, 77)], head_dim=32, pad_tokens=55)
         chunk.q[: 200 - first] = case.q[first:200]
         chunk.q[200 - first] = case.q[200]
-        chunk.cu_q_lens[1:] -= first
+        chunk.rows.cu_q_lens[1:] -= first
         np.testing.assert_array_equal(run("xla", chunk)[: 201 - first], whole[first:201])
 
 
@@ -145,7 +145,7 @@ def test_page_sizes_give_the_same_bits(pad_tokens):
             rng = np.random.default_rng(row)
             keys[:], values[:] = rng.standard_normal((2, *keys.shape))
             for position in range(len(keys)):
-                page = case.page_table[row, position // page_size]
+                page = case.rows.page_table[row, position // page_size]
                 cell = case.kv_pages[case.layer, page, :, position % page_size]
                 cell[:, :32], cell[:, 32:64] = keys[position], values[position]
         case.q[:4] = np.random.default_rng(9).standard_normal(case.q[:4].shape)
@@ -162,7 +162,7 @@ def test_quantised_pages(implementation, pool_dtype):
     """What is read is the stored number times its scale, and that is near what was written."""
     case = make_case([(q_len, q_len) for q_len, _ in MIXED if q_len], written=False)
     scale = np.array([0.04, 0.05], np.float32)
-    write = {"reference": reference.write_kv, "xla": pallas_kernels.write_kv}[implementation]
+    write = {"reference": specification.write_kv, "xla": pallas_kernels.write_kv}[implementation]
     pool = write(
         jnp.zeros(case.kv_pages.shape, pool_dtype),
         jnp.asarray(case.k),
@@ -173,8 +173,8 @@ def test_quantised_pages(implementation, pool_dtype):
     )
     cells = np.asarray(pool.astype(jnp.float32))[1].swapaxes(1, 2) * np.repeat(scale, 16)
     for row, written in enumerate(case.dense):
-        kv_len = int(case.kv_lens[row])
-        stored = cells[case.page_table[row]].reshape(-1, 2, 32)[:kv_len]
+        kv_len = int(case.rows.kv_lens[row])
+        stored = cells[case.rows.page_table[row]].reshape(-1, 2, 32)[:kv_len]
         case.dense[row] = stored[..., :16], stored[..., 16:]
         for part, want, step in zip(case.dense[row], written, scale, strict=True):
             # Half a step for integers; float8_e4m3 has 3 bits of mantissa.

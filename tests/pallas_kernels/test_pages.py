@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 
 from jpaged import pallas_kernels
-from jpaged.pallas_kernels import reference, versions
+from jpaged.pallas_kernels import versions
 from jpaged.pallas_kernels.conformance import make_case, poisoned_pool, written_pool
+from tests.pallas_kernels import specification
 
 WRITES = {
-    "reference": reference.write_kv,
+    "reference": specification.write_kv,
     "xla": functools.partial(pallas_kernels.write_kv, backend="xla"),
 }
 COPIES = {
-    "reference": reference.copy_pages,
+    "reference": specification.copy_pages,
     "xla": functools.partial(pallas_kernels.copy_pages, backend="xla"),
 }
 BITS = {2: np.uint16, 4: np.uint32}
@@ -97,7 +98,7 @@ class TestWrite:
 
     def test_no_live_row_changes_nothing(self, implementation):
         case = make_case(MIXED)
-        case.num_seqs[0] = 0
+        case.rows.num_seqs[0] = 0
         pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, 1)
         np.testing.assert_array_equal(bits_of(out), bits_of(pool))
@@ -106,9 +107,9 @@ class TestWrite:
         """What padding rows, tokens and table entries hold does not matter, garbage included."""
         case = make_case(MIXED, pad_rows=3, pad_tokens=9)
         for row, (_, kv_len) in enumerate(MIXED):
-            case.page_table[row, -(-kv_len // 4) :] = 10**6
-        case.page_table[len(MIXED) :] = -(10**6)
-        case.kv_lens[len(MIXED) :] = 10**8
+            case.rows.page_table[row, -(-kv_len // 4) :] = 10**6
+        case.rows.page_table[len(MIXED) :] = -(10**6)
+        case.rows.kv_lens[len(MIXED) :] = 10**8
         pool = poisoned_pool(case.kv_pages.shape)
         out = run_write(implementation, case, pool, 1)
         np.testing.assert_array_equal(bits_of(out), bits_of(written(case, pool, 1)))
@@ -137,7 +138,7 @@ class TestWrite:
             kv_scale=jnp.array([0.5, 0.25], jnp.float32),
         )
         want = np.full(pool.shape, 99, np.int8)
-        cells = want[1, case.page_table[0, 0], 0]
+        cells = want[1, case.rows.page_table[0, 0], 0]
         cells[:, :4] = np.array([0, 1, -1, -1])[:, None]
         cells[:, 4:] = np.array([2, -4, 127, -128])[:, None]
         np.testing.assert_array_equal(np.asarray(out), want)

@@ -108,7 +108,7 @@ def test_page_tables_that_come_in_parts(window, monkeypatch):
     case = conformance.make_case(
         lens, head_dim=128, num_q_heads=2, num_kv_heads=1, page_size=8, **window
     )
-    assert case.page_table.shape[1] > 2 * 128
+    assert case.rows.page_table.shape[1] > 2 * 128
     check(case)
 
 
@@ -119,9 +119,9 @@ def test_a_step_without_rows_gives_zeros_and_reads_nothing(num_tokens):
     Copies run as they start: those that nobody waits for would not run otherwise.
     """
     case = conformance.make_case([(1, 9)] * 3, head_dim=128, page_size=8, pad_tokens=num_tokens - 3)
-    case.num_seqs[0] = 0
-    case.page_table[:], case.kv_lens[:] = 10**6, 10**6
-    case.cu_q_lens[1:] = 10**6
+    case.rows.num_seqs[0] = 0
+    case.rows.page_table[:], case.rows.kv_lens[:] = 10**6, 10**6
+    case.rows.cu_q_lens[1:] = 10**6
     q, pool = jnp.full(case.q.shape, jnp.nan), jnp.asarray(case.kv_pages)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(dma_execution_mode="eager")):
         out = jax.jit(TPU["paged_attention"])(q, pool, *case.index)
@@ -130,7 +130,7 @@ def test_a_step_without_rows_gives_zeros_and_reads_nothing(num_tokens):
 
 def test_a_step_without_rows_writes_nothing():
     case = conformance.make_case([(1, 9)] * 3, head_dim=128, page_size=8)
-    case.num_seqs[0] = 0
+    case.rows.num_seqs[0] = 0
     check_write(case)
 
 
@@ -155,11 +155,11 @@ def test_no_more_tokens_than_rows_and_garbage_in_padding():
     """Decode's kernel alone; a row of several queries, and padding that points nowhere."""
     lens = [(1, 9), (3, 8), (0, 5), (1, 130), (1, 16)]
     case = conformance.make_case(lens, head_dim=128, page_size=8, pad_rows=4, pad_tokens=2)
-    assert len(case.q) < len(case.kv_lens)
+    assert len(case.q) < len(case.rows.kv_lens)
     for row, (_, kv_len) in enumerate(lens):
-        case.page_table[row, -(-kv_len // 8) :] = 10**6
-    case.page_table[len(lens) :], case.kv_lens[len(lens) :] = -(10**6), 10**8
-    case.cu_q_lens[len(lens) + 1 :] = 10**8
+        case.rows.page_table[row, -(-kv_len // 8) :] = 10**6
+    case.rows.page_table[len(lens) :], case.rows.kv_lens[len(lens) :] = -(10**6), 10**8
+    case.rows.cu_q_lens[len(lens) + 1 :] = 10**8
     check(case)
     check_write(case)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jpaged.pallas_kernels import kv_pages_shape, tuning
+from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.tpu.chip import Chip
 from jpaged.pallas_kernels.tpu.plan import check_pool, check_scalars, plan_attention, vmem_limit
 
@@ -33,7 +34,7 @@ def plan_of(
     return plan_attention(
         jax.ShapeDtypeStruct((50, num_q_heads, head_dim), dtype),
         jax.ShapeDtypeStruct((*shape[:4], kv_dim or shape[4]), kv_dtype or dtype),
-        jax.ShapeDtypeStruct((4, pages_per_seq), jnp.int32),
+        Rows(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((4, pages_per_seq), (4,), (5,), (1,)))),
         decode=decode,
         chip=chip,
     )

@@ -17,7 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jpaged.pallas_kernels import tuning
+from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.tpu import attention, pages, spans
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 ROWS = 6
 PAGE_SIZE = 8
@@ -36,6 +38,7 @@ def tiles_of(kv_lens, cu_q_lens, num_seqs, *, num_tokens, q_tile):
         return jnp.zeros((q_blocks.shape[0], 1, plan.block_rows, plan.head_dim))
 
     tiles = tuning.TpuTiles(group_tokens=256, q_tile=q_tile)
+    page_table = jnp.zeros((kv_lens.shape[0], PAGES_PER_SEQ), jnp.int32)
     with (
         unittest.mock.patch.object(attention, "_attend_tiles", take),
         unittest.mock.patch.object(tuning, "tpu_tiles", lambda *_, **__: tiles),
@@ -44,14 +47,9 @@ def tiles_of(kv_lens, cu_q_lens, num_seqs, *, num_tokens, q_tile):
         attention.paged_attention.__wrapped__(
             jnp.zeros((num_tokens, 1, 128)),
             jnp.zeros((1, 2, 1, PAGE_SIZE, 256)),
-            jnp.zeros((kv_lens.shape[0], PAGES_PER_SEQ), jnp.int32),
-            kv_lens,
-            cu_q_lens,
-            num_seqs,
+            Rows(page_table, kv_lens, cu_q_lens, num_seqs),
+            AttentionVariant(),
             layer=0,
-            sm_scale=1.0,
-            sliding_window=None,
-            soft_cap=None,
             kv_scale=None,
         )
     return taken
@@ -189,7 +187,7 @@ def seen_pages(first, end, window, page_size):
 
 make_spans = jax.jit(
     spans.make_spans,
-    static_argnames=("page_size", "table_part", "num_rows", "num_parts", "sliding_window"),
+    static_argnames=("page_size", "table_part", "num_rows", "num_parts", "variant"),
 )
 
 
@@ -208,7 +206,7 @@ def test_every_page_that_a_tile_sees_is_in_one_span(table_part, window, step):
             table_part=table_part,
             num_rows=ROWS,
             num_parts=num_parts,
-            sliding_window=window,
+            variant=AttentionVariant(sliding_window=window),
         )
         assert table.shape == (len(spans.FIELDS), tiles.row.shape[0] * num_parts + 1)
         assert count < table.shape[1]
@@ -238,7 +236,7 @@ def test_the_first_span_can_be_fetched_though_none_is_live(garbage, no_queries):
             table_part=16,
             num_rows=ROWS,
             num_parts=3,
-            sliding_window=20,
+            variant=AttentionVariant(sliding_window=20),
         )
         first = dict(zip(spans.FIELDS, np.asarray(table)[:, 0].tolist(), strict=True))
         assert count == 0
@@ -256,8 +254,7 @@ def strips_of(lens, garbage, num_tokens, page_size, strip_slots):
     rng = np.random.default_rng(len(lens))
     table = rng.permutation(ROWS * PAGES_PER_SEQ).astype(np.int32).reshape(ROWS, PAGES_PER_SEQ)
     strips, count = make_strips(
-        table,
-        *index_arrays(lens, ROWS, garbage),
+        Rows(table, *index_arrays(lens, ROWS, garbage)),
         num_tokens=num_tokens,
         page_size=page_size,
         strip_slots=strip_slots,

@@ -326,7 +326,7 @@ class TestContents:
         return make_case(list(self.LENS), page_size=4)
 
     def check(self, case):
-        validation.check_contents(case.kv_pages, *case.index)
+        validation.check_contents(case.kv_pages, case.rows)
 
     def rejects(self, case, message):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
@@ -336,40 +336,40 @@ class TestContents:
         self.check(case)
 
     def test_padding_may_hold_anything(self, case):
-        case.page_table[0, 3:] = -7
-        case.page_table[2:] = 10**6
-        case.kv_lens[2:] = -1
-        case.cu_q_lens[3:] = -1
+        case.rows.page_table[0, 3:] = -7
+        case.rows.page_table[2:] = 10**6
+        case.rows.kv_lens[2:] = -1
+        case.rows.cu_q_lens[3:] = -1
         self.check(case)
 
     def test_no_row(self, case):
-        case.num_seqs[0] = 0
+        case.rows.num_seqs[0] = 0
         self.check(case)
 
     def test_full_table(self, case):
-        case.page_table[0] = [1, 2, 3, 4, 5, 6]
-        case.kv_lens[0] = 24
+        case.rows.page_table[0] = [1, 2, 3, 4, 5, 6]
+        case.rows.kv_lens[0] = 24
         self.check(case)
 
     @pytest.mark.parametrize("live", [-1, 5])
     def test_num_seqs(self, case, live):
-        case.num_seqs[0] = live
+        case.rows.num_seqs[0] = live
         self.rejects(case, f"num_seqs={live} is outside [0, 4]")
 
     def test_cu_q_lens_start(self, case):
-        case.cu_q_lens[0] = 1
+        case.rows.cu_q_lens[0] = 1
         self.rejects(case, "cu_q_lens=[1 1 6] must start at 0 and never fall")
 
     def test_cu_q_lens_fall(self, case):
-        case.cu_q_lens[1] = 7
+        case.rows.cu_q_lens[1] = 7
         self.rejects(case, "cu_q_lens=[0 7 6] must start at 0 and never fall")
 
     def test_more_queries_than_tokens(self, case):
-        case.kv_lens[1] = 4
+        case.rows.kv_lens[1] = 4
         self.rejects(case, "row 1: 5 queries, but kv_lens is 4")
 
     def test_more_tokens_than_the_table_holds(self, case):
-        case.kv_lens[0] = 25
+        case.rows.kv_lens[0] = 25
         self.rejects(
             case, "row 0: kv_lens=25 needs 7 pages of 4 tokens, but the page table holds 6"
         )
@@ -377,12 +377,13 @@ class TestContents:
     @pytest.mark.parametrize("page", [0, -1, 11, 2**30])
     def test_page_outside_the_pool(self, case, page):
         assert case.kv_pages.shape[1] == 11
-        case.page_table[0, 2] = page
+        case.rows.page_table[0, 2] = page
         self.rejects(case, f"row 0: page ids [{page}] are outside [1, 11)")
 
     def test_last_page_of_the_pool(self, case):
-        case.page_table[0, 2] = 10
+        case.rows.page_table[0, 2] = 10
         self.check(case)
 
     def test_arrays_of_jax(self, case):
-        validation.check_contents(*map(jnp.asarray, (np.nan_to_num(case.kv_pages), *case.index)))
+        rows = jax.tree.map(jnp.asarray, case.rows)
+        validation.check_contents(jnp.asarray(np.nan_to_num(case.kv_pages)), rows)
