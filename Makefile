@@ -79,7 +79,7 @@ demo: $(DEV) ## Train the shipped checkpoint anew (DEMO_ARGS=)
 	$(BIN)/python -m scripts.demo.train_demo $(DEMO_ARGS)
 
 figures: $(PLOTS) ## Make docs/paper_figures.md and its plots anew
-	$(BIN)/jpaged simulate --report=docs
+	$(BIN)/python -m scripts.measure.paper_figures --output=docs
 
 libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
 

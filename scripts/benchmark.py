@@ -72,19 +72,10 @@ from jpaged.scripts.flags import (
     engine_config_from_flags,
     run,
 )
-from jpaged.simulation.simulator import Item
-from jpaged.simulation.workload import (
-    SPEC_HELP,
-    Report,
-    Trace,
-    Workload,
-    cache_report,
-    compare_runs,
-    make_workload,
-    parse_lengths,
-    run_scheduler,
-    sparkline,
-)
+from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
+from jpaged.simulation.report import Report, Trace, cache_report, compare_runs, sparkline
+from jpaged.simulation.serving import run_scheduler
+from jpaged.simulation.workload import Item, Workload, make_workload
 from jpaged.text import load_tokenizer
 
 _MODEL = flags.DEFINE_string(

@@ -24,8 +24,9 @@ from absl import app, flags
 from jpaged.host.admission import SchedulerConfig
 from jpaged.host.batch import ShapeBuckets, build_batch
 from jpaged.scripts.flags import run
-from jpaged.simulation.simulator import PagedSimulator, finish_step
-from jpaged.simulation.workload import Uniform, make_workload
+from jpaged.simulation.lengths import Uniform
+from jpaged.simulation.paged import PagedSimulator, finish_step
+from jpaged.simulation.workload import make_workload
 
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Running sequences.", lower_bound=1)
 _NUM_TOKENS = flags.DEFINE_integer(

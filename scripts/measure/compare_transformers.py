@@ -48,7 +48,8 @@ from jpaged.scripts.flags import (
     engine_config_from_flags,
     run,
 )
-from jpaged.simulation.workload import Uniform, make_workload
+from jpaged.simulation.lengths import Uniform
+from jpaged.simulation.workload import make_workload
 
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Interpreter that has transformers.")
 _SHAPE = flags.DEFINE_enum("shape", "smollm2-135m", sorted(SHAPES), "Shape of the model.")
