@@ -24,7 +24,7 @@ import tqdm
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.scripts.demo.demo_corpus import stories
+from jpaged.scripts.demo.corpus import stories
 from jpaged.scripts.flags import run
 from jpaged.simulation.lengths import parse_lengths
 from jpaged.simulation.paper import BUDGETS, COSTS, LOADS, PAPER, VOCAB_SIZE
