@@ -29,6 +29,10 @@ RUN := $(VENV)/.run-py$(PYVER)
 TEST := $(VENV)/.test-py$(PYVER)
 DEV := $(VENV)/.dev-py$(PYVER)
 PLOTS := $(VENV)/.plots-py$(PYVER)
+DOCS := $(VENV)/.docs-py$(PYVER)
+# Where pyright finds jpaged.models and the rest: it does not follow jpaged's __path__. The place is
+# the one that pyproject.toml names, whatever VENV is.
+LINKS := .venv/links/.made
 # The TPU compiler, in a folder of its own: installed as a package, it would complain at every start
 # on a machine without a TPU. `pallas_kernels.aot` knows the place.
 LIBTPU := $(VENV)/libtpu/.made-py$(PYVER)
@@ -49,7 +53,7 @@ endef
 # Two pips must not write into one environment at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help generate test lint types format bench demo figures constraints clean libtpu cuda-compiler
+.PHONY: help generate test lint types docs format bench demo figures constraints clean libtpu cuda-compiler
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,8 +69,11 @@ lint: $(DEV) ## Check style and formatting (ruff)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-types: $(DEV) ## Check types (pyright)
+types: $(DEV) $(LINKS) ## Check types (pyright)
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/python -m pyright --pythonpath $(BIN)/python
+
+docs: $(DOCS) ## Write the API reference to build/api, from the docstrings (pdoc)
+	$(BIN)/python -W error docs/api.py build/api
 
 format: $(DEV) ## Format the code and apply ruff's safe fixes
 	$(BIN)/python -m ruff check --fix-only .
@@ -79,7 +86,7 @@ demo: $(DEV) ## Train the shipped checkpoint anew (DEMO_ARGS=)
 	$(BIN)/python -m scripts.demo.train_demo $(DEMO_ARGS)
 
 figures: $(PLOTS) ## Make docs/paper_figures.md and its plots anew
-	$(BIN)/jpaged simulate --report=docs
+	$(BIN)/python -m scripts.measure.paper_figures --output=docs
 
 libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
 
@@ -89,7 +96,7 @@ cuda-compiler: $(CUDA_COMPILER) ## Install the GPU compiler (700 MB), with which
 constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at a version)
 	@set -e; tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	$(PYTHON) -m venv "$$tmp"; \
-	"$$tmp/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev,train,plots]' \
+	"$$tmp/bin/python" -m pip install -qq --disable-pip-version-check -e '.[dev,train,plots,docs]' \
 	  $(if $(JAX),jax==$(JAX) jaxlib==$(JAX)); \
 	{ echo "# SPDX-License-Identifier: Apache-2.0"; \
 	  echo "# Made by: make constraints PYTHON=python$(PYVER:3%=3.%)$(if $(JAX), JAX=$(JAX))"; \
@@ -137,6 +144,16 @@ $(TEST): $(MADE) $(INPUTS)
 $(PLOTS): $(MADE) $(INPUTS)
 	$(call install,[plots])
 	@touch $(RUN) $@
+
+$(DOCS): $(MADE) $(INPUTS)
+	$(call install,[docs])
+	@touch $(RUN) $@
+
+$(LINKS): $(MADE)
+	@mkdir -p .venv/links/jpaged
+	@for floor in models pallas_kernels scripts; do \
+	  ln -sfn "$(CURDIR)/$$floor" .venv/links/jpaged/$$floor; done
+	@touch .venv/links/jpaged/__init__.py $@
 
 $(DEV): $(MADE) $(INPUTS)
 	$(call install,[dev$(,)train])

@@ -14,7 +14,7 @@ PROGRAMS = {
     "generate": "Generates text from prompts.",
     "benchmark": "Measures throughput, latency and how well the page pool is used.",
     "conformance": "Holds an implementation of the paged-attention contract to dense float64.",
-    "simulate": "Serves requests without a model, and reproduces the paper's figures.",
+    "simulate": "Serves requests without a model, with pages and without, by a cost model.",
 }
 
 

@@ -44,25 +44,21 @@ The report on standard output ends with a line that is one JSON object:
 """
 
 import dataclasses
-import gc
 import json
-import os
 import pathlib
-import platform
 import time
 from collections.abc import Callable
-from importlib import metadata
-from typing import Any
 
 import jax
-import numpy as np
-import psutil
 from absl import app, flags
 
 from jpaged.device.memory import default_dtype
 from jpaged.engine import Engine
 from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
+from jpaged.measure import machine
+from jpaged.measure.machine import CompileClock
+from jpaged.measure.runs import measure_reservations
 from jpaged.models import checkpoint, find
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
@@ -72,19 +68,10 @@ from jpaged.scripts.flags import (
     engine_config_from_flags,
     run,
 )
-from jpaged.simulation.simulator import Item
-from jpaged.simulation.workload import (
-    SPEC_HELP,
-    Report,
-    Trace,
-    Workload,
-    cache_report,
-    compare_runs,
-    make_workload,
-    parse_lengths,
-    run_scheduler,
-    sparkline,
-)
+from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
+from jpaged.simulation.report import Report, cache_report, compare_runs, sparkline
+from jpaged.simulation.serving import run_scheduler
+from jpaged.simulation.workload import Workload, make_workload
 from jpaged.text import load_tokenizer
 
 _MODEL = flags.DEFINE_string(
@@ -156,36 +143,32 @@ def _engine(config: EngineConfig) -> Report:
     for role, spec in (("prompt", _PROMPT_LEN.value), ("output", _OUTPUT_LEN.value)):
         parse_lengths(spec, role)  # before the model is loaded
     enable_compilation_cache()
-    clock = _CompileClock()
+    clock = CompileClock()
     start = time.perf_counter()
     name, model_config, params, tokenizer = _load_model(config)
     load_s = time.perf_counter() - start
-
-    make_engine: Callable[[EngineConfig], Engine] = lambda own: Engine(  # noqa: E731
-        model_config, params, own, tokenizer
+    measured = measure_reservations(
+        lambda own: Engine(model_config, params, own, tokenizer),
+        config,
+        ("paged", "max") if _COMPARE.value else (config.reservation,),
+        lambda max_model_len: _workload(max_model_len, model_config.vocab_size),
+        SamplingParams(
+            temperature=_TEMPERATURE.value,
+            top_k=_TOP_K.value,
+            seed=_SEED.value % 2**32,
+            ignore_eos=True,
+        ),
+        clock,
+        warmup=_WARMUP.value,
     )
-    reservations = ("paged", "max") if _COMPARE.value else (config.reservation,)
-    engine = make_engine(dataclasses.replace(config, reservation=reservations[0]))
-    stats = engine.stats()
-    config = dataclasses.replace(
-        config, num_pages=stats.num_usable_pages + 1, max_model_len=stats.max_model_len
+    return _report(
+        "engine",
+        measured.config,
+        measured.workload,
+        measured.runs,
+        model={"name": name, "num_params": Decoder(model_config).num_params},
+        cold_start={"model_load_s": load_s, **measured.cold_start},
     )
-    workload = _workload(stats.max_model_len, model_config.vocab_size)
-    pages_per_seq = -(-stats.max_model_len // stats.page_size)
-    if "max" in reservations and stats.num_usable_pages < pages_per_seq:
-        raise app.UsageError(
-            f"reservation 'max' takes {pages_per_seq} pages a sequence and the pool has "
-            f"{stats.num_usable_pages}; raise --num_pages or lower --max_model_len"
-        )
-    cold_start = {"model_load_s": load_s, **_cold_start(engine, workload.items[0], clock)}
-    runs = {reservations[0]: _measure(engine, workload, clock)}
-    for reservation in reservations[1:]:
-        del engine
-        gc.collect()  # the pool goes before the next one comes
-        engine = make_engine(dataclasses.replace(config, reservation=reservation))
-        runs[reservation] = _measure(engine, workload, clock)
-    model = {"name": name, "num_params": Decoder(model_config).num_params}
-    return _report("engine", config, workload, runs, model=model, cold_start=cold_start)
 
 
 def _load_model(config: EngineConfig):
@@ -212,115 +195,6 @@ def _workload(max_model_len: int, vocab_size: int) -> Workload:
     )
 
 
-class _CompileClock:
-    """Counts the seconds that JAX spends on tracing, lowering and compiling.
-
-    Attributes:
-      seconds: spent so far; reading a program from the cache counts too.
-      cache_hits, cache_misses: of the persistent compilation cache.
-    """
-
-    def __init__(self):
-        self.seconds = 0.0
-        self.cache_hits = 0
-        self.cache_misses = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
-        jax.monitoring.register_event_listener(self._on_event)
-
-    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds += duration_secs
-
-    def _on_event(self, event: str, **_: Any) -> None:
-        self.cache_hits += event == "/jax/compilation_cache/cache_hits"
-        self.cache_misses += event == "/jax/compilation_cache/cache_misses"
-
-
-def _cold_start(engine: Engine, item: Item, clock: _CompileClock) -> Report:
-    """Serves one token of a first request."""
-    engine.add_request(item.prompt_token_ids, _sampling_params(1, 0))
-    while not engine.step():
-        pass
-    first_token_s = _seconds_since_process_start()
-    return {
-        "first_token_s": first_token_s,
-        "compilations": engine.stats().num_compilations,
-        "compile_s": clock.seconds,
-        "cache_hits": clock.cache_hits,
-        "cache_misses": clock.cache_misses,
-    }
-
-
-def _measure(engine: Engine, workload: Workload, clock: _CompileClock) -> Report:
-    """Runs the workload once to compile, unless --nowarmup, and once to be measured."""
-    warmup = None
-    if _WARMUP.value:
-        ran = _run(engine, workload, clock)
-        warmup = {key: ran[key] for key in ("wall_s", "compilations", "compile_s")}
-        # From here on the engine logs what it still compiles, with its shape.
-        engine.warm_up([])
-    return {**_run(engine, workload, clock), "warmup": warmup}
-
-
-def _run(engine: Engine, workload: Workload, clock: _CompileClock) -> Report:
-    while engine.has_unfinished_requests:
-        engine.step()
-    engine.reset_stats()
-    compilations, compile_s = engine.stats().num_compilations, clock.seconds
-    trace, outputs = Trace(), []
-    num_decode_steps, decode_s = 0, 0.0
-    start = time.perf_counter()
-    for index, item in enumerate(workload.items):
-        params = _sampling_params(item.num_output_tokens, _SEED.value + index)
-        engine.add_request(item.prompt_token_ids, params)
-    while engine.has_unfinished_requests:
-        outputs += engine.step()
-        stats = engine.stats()
-        trace.record(stats)
-        num_decode_steps += stats.totals.decode_s > decode_s
-        decode_s = stats.totals.decode_s
-    wall_s = time.perf_counter() - start
-
-    stats = engine.stats()
-    num_output_tokens = stats.totals.num_generated_tokens
-    first = [output.time_to_first_token_s for output in outputs]
-    rest = [
-        (output.latency_s - output.time_to_first_token_s) / (len(tokens) - 1)
-        for output in outputs
-        if len(tokens := output.outputs[0].token_ids) > 1
-    ]
-    return {
-        "wall_s": wall_s,
-        "output_tokens_per_s": num_output_tokens / wall_s,
-        "total_tokens_per_s": (workload.num_prompt_tokens + num_output_tokens) / wall_s,
-        "prefill_tokens_per_s": stats.prefill_tokens_per_s,
-        "decode_tokens_per_s": stats.decode_tokens_per_s,
-        "mean_decode_step_s": decode_s / num_decode_steps if num_decode_steps else None,
-        "time_to_first_token_s": _percentiles(first),
-        "latency_s": _percentiles([output.latency_s for output in outputs]),
-        "time_per_output_token_s": _percentiles(rest),
-        "compilations": stats.num_compilations - compilations,
-        "compile_s": clock.seconds - compile_s,
-        **cache_report(stats, trace, workload),
-    }
-
-
-def _sampling_params(max_tokens: int, seed: int) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        seed=seed % 2**32,
-        ignore_eos=True,
-    )
-
-
-def _percentiles(values: list) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {f"p{q}": float(np.percentile(values, q)) for q in (50, 90, 99)}
-
-
 def _report(
     benchmark: str,
     config: EngineConfig,
@@ -330,23 +204,10 @@ def _report(
     model: Report | None = None,
     cold_start: Report | None = None,
 ) -> Report:
-    device = jax.devices()[0]
     return {
         "benchmark": benchmark,
-        "hardware": {
-            "cpu": _cpu_name(),
-            "cpu_cores": len(psutil.Process().cpu_affinity())
-            if hasattr(psutil.Process, "cpu_affinity")
-            else os.cpu_count(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "platform": device.platform,
-            "device": device.device_kind,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": metadata.version("jaxlib"),
-        },
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
         "model": model,
         "config": dataclasses.asdict(config),
         "workload": {
@@ -465,26 +326,6 @@ _ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ),
     ("contiguous: sequences that fit", lambda r: f"{r['contiguous']['fits']}"),
 )
-
-
-def _seconds_since_process_start() -> float:
-    """From /proc to a hundredth of a second; psutil's clock is only good to a second on Linux."""
-    try:
-        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, AttributeError):
-        return time.time() - psutil.Process().create_time()
-
-
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

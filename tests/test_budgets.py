@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets of size, so that the code stays small enough to read in one sitting.
+"""Budgets of size, so that the code stays small enough to read.
 
-The host side of PagedAttention is what this project explains: pool, table, sequence, scheduler and
-engine together are to be read in an evening, hence 1,775 lines, comments and blank lines included.
-A file of more than 500 lines has a second subject that wants a file of its own; the demo corpus,
-which is tables of words and sentences, is left out. A change that breaks a budget simplifies
-something, or argues in CHANGELOG.md for the number that it puts here.
+A folder is what a newcomer reads to change one thing, so each has a budget: what it has, and room
+for a tenth more. The memory management is what this project explains: pool, table, sequence,
+scheduler and engine together are to be read in an evening, hence 1,775 lines. A file of more than
+400 lines has a second subject that wants a file of its own. Comments and blank lines count, and the
+tables of the demo's corpus do not. A change that breaks a budget simplifies something, or argues in
+CHANGELOG.md for the number that it puts here.
 """
 
 import pathlib
@@ -13,27 +14,59 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CORE = ["page_pool.py", "page_table.py", "sequence.py", "scheduler.py", "engine.py"]
+MAX_FOLDER_LINES = {
+    "jpaged": 2400,
+    "jpaged/host": 4200,
+    "jpaged/device": 1100,
+    "jpaged/simulation": 1250,
+    "jpaged/measure": 300,
+    "models": 2400,
+    "pallas_kernels": 6300,
+    "scripts": 1700,
+    "scripts/kernels": 1250,
+    "scripts/measure": 1000,
+    "scripts/demo": 400,
+    "scripts/fixtures": 1000,
+}
+CORE = [
+    *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
+    "engine.py",
+]
 MAX_CORE_LINES = 1775
-MAX_FILE_LINES = 500
+MAX_FILE_LINES = 400
+# Older than that limit; whoever cuts one takes it out, and none comes in.
+LARGER = {"jpaged/engine.py": 501, "jpaged/host/scheduler.py": 500, "models/config.py": 481}
+TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 
-FILES = sorted(
-    path
-    for package in ("scripts", "jpaged", "models", "pallas_kernels")
-    for path in (ROOT / package).rglob("*.py")
-    if not path.name.startswith("demo_")
-)
+LINES = {
+    name: len(path.read_text(encoding="utf-8").splitlines())
+    for floor in ("scripts", "jpaged", "models", "pallas_kernels")
+    for path in sorted((ROOT / floor).rglob("*.py"))
+    if (name := path.relative_to(ROOT).as_posix()) not in TABLES
+}
 
 
-def num_lines(path):
-    return len(path.read_text(encoding="utf-8").splitlines())
+def folder_of(name):
+    """The closest folder with a budget."""
+    parents = map(str, pathlib.PurePosixPath(name).parents)
+    return next(parent for parent in parents if parent in MAX_FOLDER_LINES)
 
 
 def test_the_core_can_be_read_in_one_sitting():
-    lines = {name: num_lines(ROOT / "jpaged" / name) for name in CORE}
+    lines = {name: LINES[f"jpaged/{name}"] for name in CORE}
     assert sum(lines.values()) <= MAX_CORE_LINES, lines
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_file_has_one_subject(path):
-    assert num_lines(path) <= MAX_FILE_LINES
+@pytest.mark.parametrize("folder", MAX_FOLDER_LINES)
+def test_a_folder_stays_small(folder):
+    lines = {name: count for name, count in LINES.items() if folder_of(name) == folder}
+    assert 0 < sum(lines.values()) <= MAX_FOLDER_LINES[folder], lines
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_file_has_one_subject(name):
+    assert LINES[name] <= LARGER.get(name, MAX_FILE_LINES)
+
+
+def test_what_was_cut_needs_no_exception():
+    assert [name for name in LARGER if LINES[name] <= MAX_FILE_LINES] == []

@@ -166,5 +166,11 @@ def test_help_of_a_program_shows_its_flags():
 def test_the_metadata_is_whole():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["dynamic"] == ["version"] and project["urls"]
-    for extra in ("cuda", "tpu", "train", "plots", "test", "dev"):
+    for extra in ("cuda", "tpu", "train", "plots", "docs", "test", "dev"):
         assert project["optional-dependencies"][extra]
+
+
+def test_the_citation_is_of_this_version():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {jpaged.__version__}\n" in text
+    assert "\nlicense: Apache-2.0\n" in text

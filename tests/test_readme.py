@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What README.md says is so: its snippet runs, its tree is the tree, its commands exist."""
 
-import fnmatch
 import pathlib
 import re
 import subprocess
@@ -23,20 +22,25 @@ def test_python_snippet_runs():
 
 
 def test_tree_lists_every_module():
+    """A heading of the tree is a folder; what is below it, comma by comma, lies in that folder."""
     (tree,) = re.findall(r"## Tree\n\n```\n(.*?)```", README, re.DOTALL)
-    listed: dict[str, list[str]] = {}
-    package = ""
+    listed, folder = set(), ""
     for line in tree.splitlines():
-        if not line.startswith(" "):
-            package = line.split()[0].rstrip("/")
+        names = re.match(r" *([^\s,]+(?:, [^\s,]+)*)", line)[1].split(", ")
+        if line.startswith(" "):
+            listed |= {f"{folder}{name}" for name in names}
         else:
-            listed.setdefault(package, []).append(line.split()[0])
-    for package in ("pallas_kernels", "models", "jpaged", "scripts"):
-        modules = {p.name for p in (ROOT / package).glob("*.py")} - {"__init__.py"}
-        unlisted = {m for m in modules if not any(fnmatch.fnmatch(m, p) for p in listed[package])}
-        assert not unlisted, f"{package}: {unlisted}"
-        for pattern in listed[package]:
-            assert list((ROOT / package).glob(pattern.rstrip("/"))), f"{package}/{pattern} is gone"
+            folder = names[0]
+            assert all((ROOT / name).exists() for name in names), line
+    gone = {name for name in listed if not (ROOT / name).exists()}
+    assert not gone
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for floor in ("pallas_kernels", "models", "jpaged", "scripts")
+        for path in (ROOT / floor).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert modules <= listed, modules - listed
 
 
 def test_make_targets_exist():
@@ -45,14 +49,26 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_scripts_and_flags_exist():
-    for script, arguments in re.findall(r"python -m (scripts\.\w+)(.*)", README):
-        source = subprocess.run(
-            [sys.executable, "-m", script, "--helpfull"],
+def test_programs_and_flags_exist():
+    commands = re.findall(r"(?:[`/]|-m )(jpaged|scripts[\w.]+)((?:\\\n|[^`\n])*)", README)
+    flags: dict[tuple[str, ...], set[str]] = {}
+    for module, arguments in commands:
+        program = (module,)
+        if module == "jpaged":
+            name = re.match(r" (\w+)", arguments)
+            if name is None:
+                continue
+            program = (module, name[1])
+        flags.setdefault(program, set()).update(re.findall(r"--(\w+)", arguments))
+    assert ("jpaged", "generate") in flags and ("scripts.measure.benchmark_host",) in flags
+    for program, names in flags.items():
+        shown = subprocess.run(
+            [sys.executable, "-m", *program, "--helpfull"],
             cwd=ROOT, capture_output=True, text=True, timeout=120,
         ).stdout  # fmt: skip
-        for flag in re.findall(r"--(\w+)", arguments):
-            assert f"--{flag}" in source or f"--[no]{flag}" in source, f"{script} --{flag}"
+        assert "--[no]helpfull" in shown, program
+        for name in names:
+            assert f"--{name}" in shown or f"--[no]{name}" in shown, f"{program} --{name}"
 
 
 def test_the_tree_search_runs():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the plots of docs/paper_figures.md; `scripts.simulate --report` calls it.
+"""Draws the plots of docs/paper_figures.md; `scripts.measure.paper_figures` calls it.
 
 Not part of a package, as nothing else needs matplotlib. Equal figures give equal files.
 """
@@ -46,7 +46,7 @@ def draw(figures: dict[str, Any], paper: dict[str, Any], folder: pathlib.Path) -
 
     Args:
       figures: as figures.json has them.
-      paper: the paper's numbers, `scripts.simulate.PAPER`.
+      paper: the paper's numbers, `jpaged.simulation.paper.PAPER`.
       folder: where to.
     """
     for name, plot in (

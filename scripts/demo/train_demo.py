@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the checkpoint that the repository ships, on text that `scripts.demo.demo_corpus` writes.
+"""Trains the checkpoint that the repository ships, on text that `scripts.demo.corpus` writes.
 
     python -m scripts.demo.train_demo
 
@@ -27,8 +27,8 @@ from tqdm import tqdm
 from jpaged.models.checkpoint import save_orbax
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder, Params
-from jpaged.scripts.demo.demo_corpus import stories
-from jpaged.scripts.demo.demo_tokenizer import EOS, train_tokenizer
+from jpaged.scripts.demo.corpus import stories
+from jpaged.scripts.demo.tokenizer import EOS, train_tokenizer
 
 _OUTPUT = flags.DEFINE_string("output", "models/demo", "Directory to write the checkpoint to.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the corpus, the weights and the samples.")
@@ -83,7 +83,7 @@ It knows little else. Do not rely on anything that it states as a fact.
 
 ## Training
 
-Trained from scratch on {train_tokens:,} tokens that `scripts/demo/demo_corpus.py` wrote: tales,
+Trained from scratch on {train_tokens:,} tokens that `scripts/demo/corpus.py` wrote: tales,
 fables, letters, descriptions, how-tos and facts, put together from templates by a seeded random
 generator.
 No other text was used. The command was

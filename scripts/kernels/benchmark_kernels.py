@@ -50,7 +50,7 @@ from absl import app, flags
 
 from jpaged.pallas_kernels import dispatch
 from jpaged.scripts.flags import check_names, run
-from jpaged.scripts.kernels.kernel_contenders import (
+from jpaged.scripts.kernels.contenders import (
     OWN,
     PEERS,
     UNCACHED_BYTES,

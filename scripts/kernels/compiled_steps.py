@@ -3,7 +3,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,13 +16,9 @@ from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
-from jpaged.scripts.kernels.kernel_cases import (
-    ATTENTION_SHAPES,
-    AttentionShape,
-    pool_struct,
-    rows_struct,
-    try_compile,
-)
+from jpaged.pallas_kernels.aot.cases import AttentionShape, pool_struct, rows_struct
+from jpaged.pallas_kernels.aot.program import collectives, operations_giving, try_compile
+from jpaged.scripts.kernels.shapes import ATTENTION_SHAPES
 
 Struct = jax.ShapeDtypeStruct
 
@@ -112,21 +107,15 @@ def compile_step(
     compiled = try_compile(compiler, mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,))
     if isinstance(compiled, str):
         return StepFacts(error=compiled)
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None
+    memory = compiled.memory_analysis()
+    assert memory is not None
     own = pool_sharding.shard_shape(pool.shape)
-    dims = ",".join(map(str, own))
-    ops = re.findall(rf"= \w+\[{dims}\]\S* ([\w-]+)\(", text)
-    passing = {"get-tuple-element", "parameter", "custom-call", "bitcast"}
-    collectives = re.findall(
-        r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text
-    )
     return StepFacts(
         alias_bytes=memory.alias_size_in_bytes,
         pool_bytes=math.prod(own) * jnp.dtype(jnp.bfloat16).itemsize,
         temp_bytes=memory.temp_size_in_bytes,
-        pool_ops=tuple(op for op in ops if op not in passing),
-        collectives={name: collectives.count(name) for name in sorted(set(collectives))},
+        pool_ops=operations_giving(compiled, own),
+        collectives=collectives(compiled),
     )
 
 

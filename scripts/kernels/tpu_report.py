@@ -33,15 +33,9 @@ import tqdm
 from absl import app, flags
 
 from jpaged.pallas_kernels.aot import TARGETS, TpuCompiler
-from jpaged.scripts.flags import check_names, run
-from jpaged.scripts.kernels.compiled_steps import STEP_CONFIGS, StepFacts, compile_step
-from jpaged.scripts.kernels.kernel_cases import (
-    ATTENTION_SHAPES,
-    MAX_TEMP_SHARE,
-    AttentionShape,
-    coverage_cases,
-)
-from jpaged.scripts.kernels.tpu_kernels import (
+from jpaged.pallas_kernels.aot.cases import AttentionShape, coverage_cases
+from jpaged.pallas_kernels.aot.program import MAX_TEMP_SHARE
+from jpaged.pallas_kernels.aot.tpu_kernels import (
     KernelFacts,
     compile_attention,
     compile_case,
@@ -49,6 +43,9 @@ from jpaged.scripts.kernels.tpu_kernels import (
     floor_s,
     kv_bytes_per_token,
 )
+from jpaged.scripts.flags import check_names, run
+from jpaged.scripts.kernels.compiled_steps import STEP_CONFIGS, StepFacts, compile_step
+from jpaged.scripts.kernels.shapes import ATTENTION_SHAPES
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to compile for.")
 _SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to compile.")

@@ -17,10 +17,11 @@ import tqdm
 from absl import app, flags
 
 from jpaged.pallas_kernels.aot import TARGETS, TpuCompiler
+from jpaged.pallas_kernels.aot.cases import AttentionShape
+from jpaged.pallas_kernels.aot.tpu_kernels import KernelFacts, compile_attention
 from jpaged.pallas_kernels.tuning import TpuRow, TpuTiles
 from jpaged.scripts.flags import check_names, run
-from jpaged.scripts.kernels.kernel_cases import ATTENTION_SHAPES, AttentionShape
-from jpaged.scripts.kernels.tpu_kernels import KernelFacts, compile_attention
+from jpaged.scripts.kernels.shapes import ATTENTION_SHAPES
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to choose for.")
 _SHAPES = flags.DEFINE_list("shapes", list(ATTENTION_SHAPES), "Shapes of models to choose for.")

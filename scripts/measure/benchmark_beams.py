@@ -18,16 +18,15 @@ faster than linear.
 import itertools
 import json
 import os
-import platform
 import time
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.measure import machine
 from jpaged.scripts.flags import run
 
 _MODEL = flags.DEFINE_string("model", "demo", "Model directory; demo is the shipped checkpoint.")
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
         "num_prompt_tokens": _PROMPT_LEN.value,
         "max_tokens": _MAX_TOKENS.value,
         "page_size": _PAGE_SIZE.value,
-        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "versions": machine.versions(),
         "cpu_cores": os.cpu_count(),
         "widths": rows,
         "growth": max((wide / narrow for narrow, wide in pairs), default=1.0),

@@ -26,8 +26,9 @@ from jpaged.host.batch import ShapeBuckets, build_batch
 from jpaged.host.growth.base import Outcome
 from jpaged.host.reader import StepReader
 from jpaged.scripts.flags import run
-from jpaged.simulation.simulator import PagedSimulator
-from jpaged.simulation.workload import Uniform, make_workload
+from jpaged.simulation.lengths import Uniform
+from jpaged.simulation.paged import PagedSimulator
+from jpaged.simulation.workload import make_workload
 
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Running sequences.", lower_bound=1)
 _NUM_TOKENS = flags.DEFINE_integer(

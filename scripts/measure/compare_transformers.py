@@ -29,13 +29,11 @@ ties, which rounding decides, so a difference is not yet a fault.
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -48,7 +46,8 @@ from jpaged.scripts.flags import (
     engine_config_from_flags,
     run,
 )
-from jpaged.simulation.workload import Uniform, make_workload
+from jpaged.simulation.lengths import Uniform
+from jpaged.simulation.workload import make_workload
 
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "Interpreter that has transformers.")
 _SHAPE = flags.DEFINE_enum("shape", "smollm2-135m", sorted(SHAPES), "Shape of the model.")
@@ -75,14 +74,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--peer_python=PATH must name an interpreter that has transformers")
     if engine_config_from_flags().dtype not in (None, "float32"):
         raise app.UsageError("both engines are compared in float32: leave --dtype alone")
+    from jpaged.measure import machine  # not above: the peer has no jax
+
     prompts = [item.prompt_token_ids for item in _workload()]
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
         _write_model(directory)
         theirs, their_tokens, versions = _run_transformers(directory, prompts)
         ours, our_tokens = _run_jpaged(directory, prompts)
-    versions |= {"python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in ("jax", "jaxlib")}
     report = {
         "shape": _SHAPE.value,
         "num_requests": _NUM_REQUESTS.value,
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> None:
         "output_len": _OUTPUT_LEN.value,
         "threads": _num_threads(),
         "compilation_cache": bool(flags.FLAGS.compilation_cache_dir),
-        "versions": versions,
+        "versions": versions | machine.versions(),
         "jpaged": ours,
         "transformers": theirs,
         "ratio": {

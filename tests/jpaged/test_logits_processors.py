@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.device import sampling
 from jpaged.defaults import default_params
+from jpaged.device import sampling
 from jpaged.host.logits_processors import LogitsProcessors, idle_rows
 from jpaged.models.generation_config import GenerationConfig
 from tests.jpaged.exact import EXACT, everything, run_steps

@@ -10,7 +10,12 @@ import sys
 import pytest
 from absl import app, flags
 
-from jpaged.scripts.flags import enable_compilation_cache
+from jpaged.host.config import EngineConfig
+from jpaged.scripts.flags import (
+    define_engine_flags,
+    enable_compilation_cache,
+    engine_config_from_flags,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -171,3 +176,28 @@ class TestCompilationCache:
         monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
         with pytest.raises(app.UsageError, match="Permission denied"):
             enable_compilation_cache(self.values(tmp_path))
+
+
+class TestEngineFlags:
+    def test_every_field_has_a_flag_with_its_default_and_a_help_text(self):
+        values = flags.FlagValues()
+        define_engine_flags(values)
+        define_engine_flags(values)  # once more is no error
+        values(["program"])
+        assert engine_config_from_flags(values) == EngineConfig()
+        assert all(values[name].help for name in values)
+        assert values.compilation_cache_dir
+
+    def test_values_reach_the_config(self):
+        values = flags.FlagValues()
+        define_engine_flags(values)
+        values(["program", "--page_size=8", "--noscan_layers", "--memory_fraction=0.5"])
+        expected = EngineConfig(page_size=8, scan_layers=False, memory_fraction=0.5)
+        assert engine_config_from_flags(values) == expected
+
+    def test_bad_values_are_usage_errors(self):
+        values = flags.FlagValues()
+        define_engine_flags(values)
+        values(["program", "--page_size=0"])
+        with pytest.raises(app.UsageError, match="page_size=0 must be at least 1"):
+            engine_config_from_flags(values)

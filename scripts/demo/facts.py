@@ -3,7 +3,7 @@
 
 from typing import NamedTuple
 
-from jpaged.scripts.demo.demo_words import options, rows
+from jpaged.scripts.demo.words import options, rows
 
 
 class Animal(NamedTuple):

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from jpaged.scripts.demo.demo_corpus import stories
-from jpaged.scripts.demo.demo_tokenizer import BOS, EOS, train_tokenizer
+from jpaged.scripts.demo.corpus import stories
+from jpaged.scripts.demo.tokenizer import BOS, EOS, train_tokenizer
 
 _NUM_STORIES = 2000
 

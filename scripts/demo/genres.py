@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Templates of the demo corpus' other genres: fables, places, letters, markets, facts and more."""
 
-from jpaged.scripts.demo.demo_tales import beats
+from jpaged.scripts.demo.tales import beats
 
 FABLES = {
     "the {a} who was too proud": beats("""

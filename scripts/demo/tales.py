@@ -2,10 +2,10 @@
 """Templates of the demo corpus' tales: how they open, what happens, and how they end.
 
 A text is a list of beats with a blank line between them, and a beat is a list of alternatives that
-start with "- ". `scripts.demo.demo_corpus.Writer` describes the notation inside an alternative.
+start with "- ". `scripts.demo.corpus.Writer` describes the notation inside an alternative.
 """
 
-from jpaged.scripts.demo.demo_words import options
+from jpaged.scripts.demo.words import options
 
 Beat = tuple[str, ...]
 

@@ -1,30 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serving without a device: the buddy allocator, both simulators and the cost model."""
-
-import pathlib
-import subprocess
-import sys
+"""What serves without a device, with pages and without."""
 
 import hypothesis
 import pytest
-from hypothesis import stateful
 from hypothesis import strategies as st
 
 from jpaged.host.admission import RequestTooLongError, SchedulerConfig
-from jpaged.simulation.simulator import (
-    CONTIGUOUS_POLICIES,
-    BuddyAllocator,
-    ContiguousSimulator,
-    CostModel,
-    Item,
-    Memory,
-    PagedSimulator,
-    StepWork,
-    reserved_slots,
-)
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-WORK = StepWork(2, 3, 10, 4, Memory(10))
+from jpaged.simulation.buddy import BuddyAllocator
+from jpaged.simulation.contiguous import CONTIGUOUS_POLICIES, ContiguousSimulator, reserved_slots
+from jpaged.simulation.costs import Memory, StepWork
+from jpaged.simulation.paged import PagedSimulator
+from jpaged.simulation.workload import Item
 
 
 def config(**changes):
@@ -35,107 +21,6 @@ def config(**changes):
 
 def item(num_prompt, num_output, **options):
     return Item(list(range(num_prompt)), num_output, **options)
-
-
-class TestBuddyAllocator:
-    def test_halves_blocks_and_merges_them(self):
-        buddy = BuddyAllocator(16)
-        assert buddy.free_blocks == [(0, 16)]
-        assert (buddy.allocate(3), buddy.allocate(4), buddy.allocate(1)) == (0, 4, 8)
-        assert [buddy.block_size(start) for start in (0, 4, 8)] == [4, 4, 1]
-        assert buddy.free_blocks == [(9, 1), (10, 2), (12, 4)]
-        assert buddy.num_free_slots == 7
-        # Seven slots are free, but not in a row.
-        assert buddy.allocate(5) is None
-        buddy.free(0)
-        assert buddy.free_blocks == [(0, 4), (9, 1), (10, 2), (12, 4)]
-        buddy.free(8)
-        # 8 merges with 9, then 10, then 12; not with 0, whose buddy is in use.
-        assert buddy.free_blocks == [(0, 4), (8, 8)]
-        assert buddy.allocate(8) == 8
-        buddy.free(4)
-        assert buddy.free_blocks == [(0, 8)]
-
-    def test_takes_the_smallest_block_that_serves(self):
-        buddy = BuddyAllocator(16)
-        for start in range(0, 16, 2):
-            assert buddy.allocate(2) == start
-        for start in (0, 2, 6, 12):
-            buddy.free(start)
-        assert buddy.free_blocks == [(0, 4), (6, 2), (12, 2)]
-        assert buddy.allocate(1) == 6
-
-    def test_other_sizes_are_several_blocks(self):
-        buddy = BuddyAllocator(15_728)
-        assert [size for _, size in buddy.free_blocks] == [8192, 4096, 2048, 1024, 256, 64, 32, 16]
-        starts = [buddy.allocate(2048) for _ in range(8)]
-        assert starts[:7] == [14_336 - 2048, *range(8192, 12_288, 2048), *range(0, 8192, 2048)]
-        assert starts[7] is None
-        assert buddy.largest_block == 8192
-
-    def test_misuse_is_refused(self):
-        buddy = BuddyAllocator(8)
-        assert buddy.allocate(9) is None
-        with pytest.raises(ValueError, match="num_slots=0 must be at least 1"):
-            buddy.allocate(0)
-        with pytest.raises(ValueError, match="num_slots=0 must be at least 1"):
-            BuddyAllocator(0)
-        buddy.free(buddy.allocate(8))
-        with pytest.raises(KeyError):
-            buddy.free(0)
-
-
-class BuddyMachine(stateful.RuleBasedStateMachine):
-    """Against a list of who has which slots."""
-
-    @stateful.initialize(num_slots=st.integers(1, 200))
-    def start(self, num_slots):
-        self.buddy = BuddyAllocator(num_slots)
-        self.first = self.buddy.free_blocks
-        self.blocks = {}
-
-    @stateful.rule(count=st.integers(1, 70))
-    def allocate(self, count):
-        before = self.buddy.free_blocks
-        size = next(1 << order for order in range(9) if 1 << order >= count)
-        start = self.buddy.allocate(count)
-        if start is None:
-            assert all(free < size for _, free in before)
-            return
-        (outer,) = [(s, free) for s, free in before if s <= start < s + free]
-        assert outer[1] == min(free for _, free in before if free >= size)
-        assert start + size <= sum(outer)
-        assert self.buddy.block_size(start) == size
-        self.blocks[start] = size
-
-    @stateful.precondition(lambda self: self.blocks)
-    @stateful.rule(data=st.data())
-    def free(self, data):
-        start = data.draw(st.sampled_from(sorted(self.blocks)))
-        self.buddy.free(start)
-        del self.blocks[start]
-
-    @stateful.invariant()
-    def blocks_tile_the_slots(self):
-        free = self.buddy.free_blocks
-        end = 0
-        for start, size in sorted([*free, *self.blocks.items()]):
-            assert start == end, "slots overlap or are lost"
-            assert start % size == 0
-            end = start + size
-        assert end == self.buddy.num_slots
-        assert self.buddy.num_free_slots == sum(size for _, size in free)
-        assert not any((start ^ size, size) in free for start, size in free), "buddies are apart"
-
-    def teardown(self):
-        if hasattr(self, "blocks"):
-            for start in sorted(self.blocks, key=lambda s: s % 7):
-                self.buddy.free(start)
-            assert self.buddy.free_blocks == self.first
-
-
-TestBuddyMachine = BuddyMachine.TestCase
-TestBuddyMachine.settings = hypothesis.settings(max_examples=60, deadline=None)
 
 
 class TestReservedSlots:
@@ -284,50 +169,3 @@ def test_everything_ends_and_every_slot_is_accounted_for(
     if policy != "paged":
         # Who comes first starts first.
         assert sim.allocator.free_blocks == BuddyAllocator(40).free_blocks
-
-
-class TestCostModel:
-    COSTS = CostModel(
-        weight_bytes=80,
-        kv_bytes_per_token=2,
-        flops_per_token=6,
-        memory_bytes_per_s=50,
-        flops_per_s=3,
-        host_s=0.5,
-        host_s_per_seq=0.25,
-        copy_bytes_per_s=16,
-        copy_start_s=0.125,
-        copies_per_page=2,
-    )
-
-    def test_by_hand(self):
-        # 100 bytes are read in 2 seconds; 3 tokens take 18 operations, in 6 seconds.
-        assert self.COSTS.device_s(1, 10) == 2
-        assert self.COSTS.device_s(3, 10) == 6
-        # 4 pages of 8 tokens have 64 bytes, and 8 copies.
-        assert self.COSTS.copy_s(4, 8) == 4 + 1
-        assert self.COSTS.step_s(WORK, page_size=8) == 6 + 5 + 0.5 + 2 * 0.25
-        assert self.COSTS.step_s(StepWork(0, 0, 0, 0, Memory(0))) == 0
-
-    def test_defaults_are_those_of_the_paper(self):
-        # 800 KiB a token, and 15.7 thousand of them in 12 GiB.
-        assert CostModel().kv_bytes_per_token == 800 * 1024
-        assert 12 * 2**30 / CostModel().kv_bytes_per_token == pytest.approx(15_728.6, abs=0.1)
-
-    @pytest.mark.parametrize(
-        ("field", "value", "message"),
-        [
-            ("flops_per_s", 0, "flops_per_s=0 must be above 0"),
-            ("kv_bytes_per_token", float("nan"), "kv_bytes_per_token=nan must be above 0"),
-            ("host_s", -1, "host_s=-1 must be at least 0"),
-        ],
-    )
-    def test_impossible_ones_are_refused(self, field, value, message):
-        with pytest.raises(ValueError, match=message):
-            CostModel(**{field: value})
-        assert CostModel(host_s=0).host_s == 0
-
-
-def test_needs_no_jax():
-    code = "import sys, jpaged.simulation.simulator; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -1,24 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels are compiled for when their device is not there: shapes, and all that they take."""
+"""What kernels are compiled with when their device is not there: stand-ins, and all they take."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jpaged import pallas_kernels
-from jpaged.models.shapes import SHAPES
-from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
 Struct = jax.ShapeDtypeStruct
-# Of the pool: what calls and steps may take beside it, and still count as working in place.
-MAX_TEMP_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +28,6 @@ class AttentionShape:
     def variant(self) -> AttentionVariant:
         """Which attention it computes."""
         return AttentionVariant(sliding_window=self.sliding_window, soft_cap=self.soft_cap)
-
-
-# Gemma 2 and 3 alternate layers with and without a window; those with it are listed here. The two
-# Phi have the head_dim that no other has.
-_WITHOUT_DECODER = {
-    "gemma-2-2b": AttentionShape(8, 4, 256, 4096, 50.0),
-    "gemma-2-9b": AttentionShape(16, 8, 256, 4096, 50.0),
-    "gemma-2-27b": AttentionShape(32, 16, 128, 4096, 50.0),
-    "gemma-3-1b": AttentionShape(4, 1, 256, 512),
-    "gemma-3-4b": AttentionShape(8, 4, 256, 1024),
-    "gemma-3-12b": AttentionShape(16, 8, 256, 1024),
-    "gemma-3-27b": AttentionShape(32, 16, 128, 1024),
-    "phi-2": AttentionShape(32, 32, 80),
-    "phi-3-mini": AttentionShape(32, 32, 96, 2047),
-}
-ATTENTION_SHAPES: Mapping[str, AttentionShape] = MappingProxyType(
-    {
-        name: AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
-        for name, config in SHAPES.items()
-    }
-    | _WITHOUT_DECODER
-)
 
 
 def coverage_cases() -> dict[str, dict[str, Any]]:
@@ -114,41 +85,3 @@ def rows_struct(num_rows: int, pages_per_seq: int) -> Rows:
     shapes = ((num_rows, pages_per_seq), (num_rows,), (num_rows + 1,), (1,))
     structs: Any = (Struct(shape, jnp.int32) for shape in shapes)
     return Rows(*structs)
-
-
-def in_place_error(compiled: jax.stages.Compiled, pool: Struct, held_bytes: int = 0) -> str | None:
-    """What is wrong with a program that must give a donated pool back in the same memory.
-
-    Args:
-      compiled: the program.
-      pool: what stands for the pool.
-      held_bytes: that it may hold beside the pool.
-    """
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    pool_bytes, temp_bytes = num_bytes(pool), memory.temp_size_in_bytes
-    if memory.alias_size_in_bytes < pool_bytes:
-        return f"aliases {memory.alias_size_in_bytes} bytes of a pool of {pool_bytes}"
-    if temp_bytes > MAX_TEMP_SHARE * pool_bytes + held_bytes:
-        return f"takes {temp_bytes} bytes beside a pool of {pool_bytes}"
-    return None
-
-
-def num_bytes(array: Struct) -> int:
-    """Bytes of what an array's shape stands for."""
-    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
-
-
-def try_compile(
-    compiler: TpuCompiler | GpuCompiler,
-    mesh: jax.sharding.Mesh,
-    function: Callable,
-    *args: Any,
-    **options: Any,
-) -> jax.stages.Compiled | str:
-    """The compiled program, or why it is refused: what the reports are for."""
-    try:
-        return compiler.compile(mesh, function, *args, **options)
-    except Exception as e:  # ours refuse with ValueError, the compiler with errors of many kinds
-        lines = str(e).strip().splitlines() or [""]
-        return f"{type(e).__name__}: {lines[0]}"[:300]

@@ -14,7 +14,7 @@ import pytest
 
 from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 compiles = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -115,9 +115,9 @@ class TestCompiled:
         """Ours plans for more than the chip has, and is stopped."""
         program = (
             "import jax, jax.numpy as jnp, dataclasses\n"
-            "from pallas_kernels import paged_attention\n"
-            "from pallas_kernels.aot import GpuCompiler\n"
-            "from pallas_kernels.gpu import chip, mosaic\n"
+            "from jpaged.pallas_kernels import paged_attention\n"
+            "from jpaged.pallas_kernels.aot import GpuCompiler\n"
+            "from jpaged.pallas_kernels.gpu import chip, mosaic\n"
             "chip._SMEM_BYTES[9, 0] = 2**20\n"
             "mosaic._MAX_STAGES = 16\n"
             "compiler = GpuCompiler('h100')\n"

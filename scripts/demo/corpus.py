@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from jpaged.scripts.demo import demo_facts, demo_genres, demo_tales, demo_words
-from jpaged.scripts.demo.demo_tales import Beat
+from jpaged.scripts.demo import facts, genres, tales, words
+from jpaged.scripts.demo.tales import Beat
 
 # A fixed text, a table to draw from, or a function that gives the next text.
 Slot = str | tuple[str, ...] | Callable[[], str]
@@ -33,7 +33,7 @@ class Writer:
     """Turns templates into text.
 
     In a template `[a|b]` is a choice between a and b, and `{name}` a slot, which stands for what
-    `slots` or else `demo_words.TABLES` has under that name; `{Name}` is the same with a capital.
+    `slots` or else `words.TABLES` has under that name; `{Name}` is the same with a capital.
     Choices nest, and what a slot stands for is a template too. The article "a" becomes "an" where
     it should.
     """
@@ -41,7 +41,7 @@ class Writer:
     def __init__(self, rng: random.Random, slots: Mapping[str, Slot]):
         """Starts with a random generator and the slots of a text."""
         self.rng = rng
-        self.slots: dict[str, Slot] = {**demo_words.TABLES, **slots}
+        self.slots: dict[str, Slot] = {**words.TABLES, **slots}
 
     def __call__(self, template: str) -> str:
         """Expands a template."""
@@ -51,7 +51,7 @@ class Writer:
     def fix(self, *names: str) -> None:
         """Draws an entry from each of these tables, for slots that are to stay the same."""
         for name in names:
-            self.slots[name] = self._expand(self.rng.choice(demo_words.TABLES[name]))
+            self.slots[name] = self._expand(self.rng.choice(words.TABLES[name]))
 
     def lines(self, beats: tuple[Beat, ...], most: tuple[int, ...]) -> list[str]:
         """Writes a line for every beat, made of one to `most` of the beat's alternatives."""
@@ -84,9 +84,9 @@ def stories(seed: int) -> Iterator[str]:
       seed: any integer.
     """
     rng = random.Random(seed)
-    genres, weights = tuple(_GENRES), tuple(_GENRES.values())
+    names, weights = tuple(_GENRES), tuple(_GENRES.values())
     while True:
-        genre = rng.choices(genres, weights)[0]
+        genre = rng.choices(names, weights)[0]
         topic, text = genre(rng)
         if rng.random() < 0.12:
             verb = "write" if topic.startswith(_WRITTEN) else rng.choice(("tell me", "write"))
@@ -110,8 +110,8 @@ class _Person(NamedTuple):
 
 def _person(rng: random.Random, sex: str) -> _Person:
     if sex == "he" or rng.random() < 0.5:
-        return _Person(rng.choice(demo_words.BOYS), "he", "him", "his")
-    return _Person(rng.choice(demo_words.GIRLS), "she", "her", "her")
+        return _Person(rng.choice(words.BOYS), "he", "him", "his")
+    return _Person(rng.choice(words.GIRLS), "she", "her", "her")
 
 
 def _mention(first: str, later: str) -> Slot:
@@ -121,15 +121,15 @@ def _mention(first: str, later: str) -> Slot:
 
 def _scene(rng: random.Random, *, grown: bool) -> Writer:
     """Draws everything that all sentences of a text agree on."""
-    region, season = rng.choice(demo_words.REGIONS), rng.choice(demo_words.SEASONS)
-    trade = demo_words.TRADES[rng.choice(region.trades)]
+    region, season = rng.choice(words.REGIONS), rng.choice(words.SEASONS)
+    trade = words.TRADES[rng.choice(region.trades)]
     trade2 = rng.choice([noun for noun in region.trades if noun != trade.noun])
     hero = _person(rng, trade.sex if grown else "any")
     friend = next(p for p in iter(lambda: _person(rng, "any"), None) if p.name != hero.name)
     elder = _person(rng, "any")
-    kinds = rng.sample(demo_words.TABLES["kind"], 2)
-    hobbies = rng.sample(demo_words.TABLES["hobby"], 2)
-    goods = rng.sample(demo_words.TABLES["goods"], 3)
+    kinds = rng.sample(words.TABLES["kind"], 2)
+    hobbies = rng.sample(words.TABLES["hobby"], 2)
+    goods = rng.sample(words.TABLES["goods"], 3)
     spots = rng.sample(region.spots, 2)
     friend_is = "neighbour" if grown else rng.choice(("best friend", "cousin", "neighbour"))
     if grown:
@@ -179,9 +179,9 @@ def _scene(rng: random.Random, *, grown: bool) -> Writer:
             "good1": goods[0],
             "good2": goods[1],
             "good3": goods[2],
-            "village": rng.choice(demo_words.VILLAGE_STARTS) + rng.choice(demo_words.VILLAGE_ENDS),
-            "petname": rng.choice(demo_words.PETS),
-            "animal": tuple(demo_facts.ANIMALS),
+            "village": rng.choice(words.VILLAGE_STARTS) + rng.choice(words.VILLAGE_ENDS),
+            "petname": rng.choice(words.PETS),
+            "animal": tuple(facts.ANIMALS),
         },
     )
     for name in ("home", "wild"):
@@ -194,14 +194,14 @@ def _tale(rng: random.Random) -> tuple[str, str]:
     kind = rng.choices(("child", "first person", "grown", "unnamed"), (35, 13, 30, 22))[0]
     w = _scene(rng, grown=kind in ("grown", "unnamed"))
     if kind == "child":
-        opening, topic = demo_tales.CHILD_OPENING, "a {noun} named {hero}"
+        opening, topic = tales.CHILD_OPENING, "a {noun} named {hero}"
     elif kind == "first person":
-        opening, topic = demo_tales.FIRST_PERSON_OPENING, "your childhood"
+        opening, topic = tales.FIRST_PERSON_OPENING, "your childhood"
         w.slots.update(name=w.slots["hero"], hero="I", heros="my", he="I", him="me", his="my")
     elif kind == "grown":
-        opening, topic = demo_tales.GROWN_OPENING, "a {trade} named {hero}"
+        opening, topic = tales.GROWN_OPENING, "a {trade} named {hero}"
     else:
-        opening, topic = demo_tales.UNNAMED_OPENING, "a {bare_hero}"
+        opening, topic = tales.UNNAMED_OPENING, "a {bare_hero}"
         w.slots["bare_hero"] = w("[old|old|young|{kind}] {trade}")
         w.slots["heros"] = "the {trade}'s"
         w.slots["hero"] = "the {trade}"
@@ -213,20 +213,20 @@ def _tale(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.3:
         paragraphs[0].append(w("{weather}"))
     num_episodes = rng.choices((1, 2, 3), (70, 22, 8))[0]
-    for i, name in enumerate(rng.sample(tuple(demo_tales.EPISODES), num_episodes)):
+    for i, name in enumerate(rng.sample(tuple(tales.EPISODES), num_episodes)):
         w.fix("keepsake", "made", "music", "contest", "room", "tree", "colour")
-        w.slots["patient"], w.slots["part"] = rng.choice(tuple(demo_words.PATIENTS.items()))
-        w.slots["rival"] = rng.choice(demo_words.BOYS)
-        w.slots["one_day"] = demo_tales.LATER if i else demo_tales.ONE_DAY
+        w.slots["patient"], w.slots["part"] = rng.choice(tuple(words.PATIENTS.items()))
+        w.slots["rival"] = rng.choice(words.BOYS)
+        w.slots["one_day"] = tales.LATER if i else tales.ONE_DAY
         if i == 0 and rng.random() < 0.5:
             topic = w(f"a story about {name}")
         paragraphs.append([])
-        beginning, *middle, end = (rng.choice(beat) for beat in demo_tales.EPISODES[name])
+        beginning, *middle, end = (rng.choice(beat) for beat in tales.EPISODES[name])
         for template in (beginning, *(_linked(rng, option) for option in middle), end):
             if len(paragraphs[-1]) > 1 and rng.random() < 0.3:
                 paragraphs.append([])
             paragraphs[-1].append(w(template))
-    paragraphs[-1].append(w(rng.choice(demo_tales.ENDING[0])))
+    paragraphs[-1].append(w(rng.choice(tales.ENDING[0])))
     return topic, "\n\n".join(" ".join(filter(None, lines)) for lines in paragraphs)
 
 
@@ -239,8 +239,8 @@ def _linked(rng: random.Random, template: str) -> str:
 
 def _fable(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=False)
-    a, c = (demo_facts.ANIMALS[name] for name in rng.sample(demo_facts.BIG_ANIMALS, 2))
-    b = demo_facts.ANIMALS[rng.choice(demo_facts.SMALL_ANIMALS)]
+    a, c = (facts.ANIMALS[name] for name in rng.sample(facts.BIG_ANIMALS, 2))
+    b = facts.ANIMALS[rng.choice(facts.SMALL_ANIMALS)]
     for suffix, sex in zip(("", "2", "3"), rng.choices(("he", "any"), k=3), strict=True):
         w.slots.update(_person(rng, sex).pronouns(suffix))
     w.slots.update(
@@ -252,49 +252,49 @@ def _fable(rng: random.Random) -> tuple[str, str]:
         skill2=b.skill,
         himself="{him}self" if w.slots["he"] == "he" else "herself",
     )
-    name = rng.choice(tuple(demo_genres.FABLES))
-    lines = [w(rng.choice(beat)) for beat in demo_genres.FABLES[name]]
+    name = rng.choice(tuple(genres.FABLES))
+    lines = [w(rng.choice(beat)) for beat in genres.FABLES[name]]
     return w(f"a fable about {name}"), " ".join(lines[:-1]) + "\n\n" + lines[-1]
 
 
 def _place(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=True)
-    return w("about {village}"), " ".join(w.lines(demo_genres.PLACE, (1, 2, 2, 1)))
+    return w("about {village}"), " ".join(w.lines(genres.PLACE, (1, 2, 2, 1)))
 
 
 def _letter(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=False)
     w.slots.update(he="I", him="me", his="my", friend="{friend_name}")
-    w.slots.update(writer=_person(rng, "any").name, uncle=rng.choice(demo_words.BOYS))
-    return "a letter to a friend", "\n\n".join(w.lines(demo_genres.LETTER, (1, 1, 2, 3, 2, 1)))
+    w.slots.update(writer=_person(rng, "any").name, uncle=rng.choice(words.BOYS))
+    return "a letter to a friend", "\n\n".join(w.lines(genres.LETTER, (1, 1, 2, 3, 2, 1)))
 
 
 def _market(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=False)
-    lines = w.lines(demo_genres.MARKET, (1, 2, 2, 3, 2))
+    lines = w.lines(genres.MARKET, (1, 2, 2, 3, 2))
     return "about a day at the market", "\n\n".join([" ".join(lines[:3]), " ".join(lines[3:])])
 
 
 def _diary(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=False)
     w.slots.update(he="I", him="me", his="my")
-    lines = w.lines(demo_genres.DIARY, (1, 2, 2, 2, 1))
+    lines = w.lines(genres.DIARY, (1, 2, 2, 2, 1))
     return "a page of a diary", lines[0] + "\n\n" + " ".join(lines[1:])
 
 
 def _meeting(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=False)
-    return "about two friends who meet", "\n\n".join(w.lines(demo_genres.MEETING, (1, 2, 1, 2)))
+    return "about two friends who meet", "\n\n".join(w.lines(genres.MEETING, (1, 2, 1, 2)))
 
 
 def _introduction(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=False)
     w.slots.update(he="I", him="me", his="my")
-    return "something about yourself", " ".join(w.lines(demo_genres.INTRODUCTION, (1, 2, 2, 2)))
+    return "something about yourself", " ".join(w.lines(genres.INTRODUCTION, (1, 2, 2, 2)))
 
 
 def _animal_facts(rng: random.Random) -> tuple[str, str]:
-    animal = rng.choice(tuple(demo_facts.ANIMALS.values()))
+    animal = rng.choice(tuple(facts.ANIMALS.values()))
     w = Writer(
         rng,
         {
@@ -309,12 +309,12 @@ def _animal_facts(rng: random.Random) -> tuple[str, str]:
         },
     )
     topic = f"something about {animal.plural}"
-    return topic, " ".join(w.lines(demo_genres.ANIMAL_FACTS, (1, 1, 1, 1, 1)))
+    return topic, " ".join(w.lines(genres.ANIMAL_FACTS, (1, 1, 1, 1, 1)))
 
 
 def _season_facts(rng: random.Random) -> tuple[str, str]:
-    i = rng.randrange(len(demo_words.SEASONS))
-    season, after = demo_words.SEASONS[i], demo_words.SEASONS[(i + 1) % len(demo_words.SEASONS)]
+    i = rng.randrange(len(words.SEASONS))
+    season, after = words.SEASONS[i], words.SEASONS[(i + 1) % len(words.SEASONS)]
     nature, people = rng.sample(season.nature, 3), rng.sample(season.people, 2)
     mild = rng.sample(season.adjectives, 2)
     w = Writer(
@@ -335,17 +335,17 @@ def _season_facts(rng: random.Random) -> tuple[str, str]:
             "next_nature": after.nature,
         },
     )
-    lines = w.lines(demo_genres.SEASON_FACTS, (1, 1, 1, 1))
+    lines = w.lines(genres.SEASON_FACTS, (1, 1, 1, 1))
     return f"something about {season.name}", " ".join(filter(None, lines))
 
 
 def _trade_facts(rng: random.Random) -> tuple[str, str]:
     w = _scene(rng, grown=True)
-    return w("about the work of a {trade}"), " ".join(w.lines(demo_genres.TRADE_FACTS, (1, 2, 2)))
+    return w("about the work of a {trade}"), " ".join(w.lines(genres.TRADE_FACTS, (1, 2, 2)))
 
 
 def _country_facts(rng: random.Random) -> tuple[str, str]:
-    country = rng.choice(demo_facts.COUNTRIES)
+    country = rng.choice(facts.COUNTRIES)
     w = Writer(
         rng,
         {
@@ -355,13 +355,13 @@ def _country_facts(rng: random.Random) -> tuple[str, str]:
             "river": country.river,
         },
     )
-    lines = w.lines(demo_genres.COUNTRY_FACTS, (1, 1, 1))
+    lines = w.lines(genres.COUNTRY_FACTS, (1, 1, 1))
     return f"something about {country.name}", " ".join(filter(None, lines))
 
 
 def _how_to(rng: random.Random) -> tuple[str, str]:
-    topic = rng.choice(tuple(demo_facts.HOW_TO))
-    needs, *steps = Writer(rng, {})(demo_facts.HOW_TO[topic]).split(". ")
+    topic = rng.choice(tuple(facts.HOW_TO))
+    needs, *steps = Writer(rng, {})(facts.HOW_TO[topic]).split(". ")
     if rng.random() < 0.4:
         steps = [f"{i}. {step.rstrip('.')}." for i, step in enumerate(steps, 1)]
         text = "\n".join([f"{needs}.", *steps])
@@ -377,13 +377,13 @@ def _step(rng: random.Random, step: str, index: int) -> str:
     step = f"{step.rstrip('.')}."
     if _NO_STEP_WORD.match(step) or rng.random() < 0.45:
         return step
-    word = "First" if index == 0 else rng.choice(demo_facts.LATER_STEPS)
+    word = "First" if index == 0 else rng.choice(facts.LATER_STEPS)
     return f"{word} {step[0].lower()}{step[1:]}"
 
 
 def _rhyme(rng: random.Random) -> tuple[str, str]:
     w = Writer(rng, {})
-    couplets = rng.sample(demo_facts.RHYMES, rng.randint(2, 5))
+    couplets = rng.sample(facts.RHYMES, rng.randint(2, 5))
     return "a poem", "\n".join(w(line) for couplet in couplets for line in couplet.split(" / "))
 
 
@@ -394,12 +394,12 @@ def _questions(rng: random.Random) -> tuple[str, str]:
 
 
 def _general_question(rng: random.Random) -> tuple[str, str]:
-    question, answer = rng.choice(demo_facts.QUESTIONS).split("? ")
+    question, answer = rng.choice(facts.QUESTIONS).split("? ")
     return f"{question}?", answer
 
 
 def _animal_question(rng: random.Random) -> tuple[str, str]:
-    animal = rng.choice(tuple(demo_facts.ANIMALS.values()))
+    animal = rng.choice(tuple(facts.ANIMALS.values()))
     w = Writer(rng, {"a": animal.name, "plural": animal.plural})
     question, answer = rng.choice(
         (
@@ -415,7 +415,7 @@ def _animal_question(rng: random.Random) -> tuple[str, str]:
 
 
 def _country_question(rng: random.Random) -> tuple[str, str]:
-    country = rng.choice(demo_facts.COUNTRIES)
+    country = rng.choice(facts.COUNTRIES)
     return rng.choice(
         (
             (
@@ -432,7 +432,7 @@ def _country_question(rng: random.Random) -> tuple[str, str]:
 
 
 def _trade_question(rng: random.Random) -> tuple[str, str]:
-    trade = rng.choice(tuple(demo_words.TRADES.values()))
+    trade = rng.choice(tuple(words.TRADES.values()))
     w = Writer(rng, {})
     return w(f"What does a {trade.noun} do?"), w(f"A {trade.noun} {trade.does}.")
 

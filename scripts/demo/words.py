@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Word tables of the demo corpus: what `scripts.demo.demo_corpus` draws names and nouns from.
+"""Word tables of the demo corpus: what `scripts.demo.corpus` draws names and nouns from.
 
-Entries may hold the template notation that `scripts.demo.demo_corpus.Writer` describes.
+Entries may hold the template notation that `scripts.demo.corpus.Writer` describes.
 """
 
 from typing import NamedTuple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compiled for TPUs, and the facts that `tpu_report` and `tune_tpu` read off them."""
+"""Our kernels, and jax's own, compiled for TPUs, and the facts read off them."""
 
 import dataclasses
 import functools
@@ -10,18 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.pallas_kernels import layout, tpu
-from jpaged.pallas_kernels.aot import TARGETS, Loop, Schedule, TpuCompiler
+from jpaged.pallas_kernels.aot.cases import AttentionShape, Struct, pool_struct, rows_struct
+from jpaged.pallas_kernels.aot.program import in_place_error, try_compile
+from jpaged.pallas_kernels.aot.schedule import Loop, Schedule
+from jpaged.pallas_kernels.aot.tpu import TARGETS, TpuCompiler
 from jpaged.pallas_kernels.tpu.plan import plan_attention
 from jpaged.pallas_kernels.tuning import TpuTiles
-from jpaged.scripts.kernels.kernel_cases import (
-    AttentionShape,
-    in_place_error,
-    pool_struct,
-    rows_struct,
-    try_compile,
-)
 
-Struct = jax.ShapeDtypeStruct
 _NUM_COPIES = 8
 
 

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's half of an engine without a device: real scheduler, pool and page table."""
+
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.growth.base import Outcome
+from jpaged.host.page_pool import PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.reader import StepReader
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Request
+from jpaged.host.stats import Counters, EngineStats
+from jpaged.host.step import StepPlan
+from jpaged.host.step_builder import ScheduledStep
+from jpaged.simulation.costs import Memory, StepWork
+from jpaged.simulation.workload import Item
+
+
+class PagedSimulator:
+    """The host's half of an engine: real scheduler, pool and page table, no model.
+
+    Like `jpaged.engine.Engine`, it schedules a step before it ends the sequences of the one before.
+    """
+
+    def __init__(self, config: SchedulerConfig, num_pages: int, page_size: int):
+        """Makes an empty pool of `num_pages` pages, the reserved one included."""
+        self.table = PageTable(
+            PagePool(num_pages), page_size, -(-config.max_model_len // page_size)
+        )
+        self.scheduler = Scheduler(config, self.table)
+        self.totals = Counters()
+        self._inflight: ScheduledStep | None = None
+        self._num_added = 0
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page holds."""
+        return self.table.page_size
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return self.scheduler.num_waiting
+
+    @property
+    def num_preemptions(self) -> int:
+        """Sequences that lost their pages, so far."""
+        return self.scheduler.num_preemptions
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to do."""
+        return self.scheduler.has_work or self._inflight is not None
+
+    def add(self, item: Item) -> None:
+        """Queues a request.
+
+        Raises:
+          ValueError: if it could never run.
+        """
+        params = SamplingParams(
+            max_tokens=item.num_output_tokens, temperature=0.0, n=item.num_samples, ignore_eos=True
+        )
+        request = Request(
+            str(self._num_added),
+            item.prompt_token_ids,
+            params.resolve(),
+            seed=0,
+            max_model_len=self.scheduler.config.max_model_len,
+        )
+        self.scheduler.add(request)
+        self._num_added += 1
+
+    def step(self) -> StepWork:
+        """Schedules a step, and gives every sample of the one before a token.
+
+        The token is the sample's index, so that two samples never hold the same.
+        """
+        previous, self._inflight = self._inflight, None
+        step = ScheduledStep(StepPlan())
+        if self.scheduler.has_work:
+            step = self.scheduler.schedule()
+            plan = step.plan
+            idle = not (plan.num_rows or plan.swap_outs or plan.swap_ins)
+            assert previous or not idle, "the scheduler has work but schedules none of it"
+            if plan.num_rows:
+                self.totals.record_step(plan, self.table)
+                self._inflight = step
+            else:
+                self.totals.record_swaps(plan)
+        # Sequences that end below have their pages while the step runs.
+        memory, plan = self._memory(), step.plan
+        finished: list[int] = []
+        if previous is not None:
+            indices = [sample.sample_index for sample in previous.samples]
+            outcome = Outcome(indices, [0.0] * len(indices), None, ())
+            grown = StepReader(self.scheduler, (), self.totals).take(previous, outcome)
+            finished = [int(r.request_id) for r in grown if r.finished]
+        return StepWork(
+            num_seqs=plan.num_rows,
+            num_tokens=plan.num_tokens,
+            num_kv_tokens=plan.num_kv_tokens,
+            num_swapped_pages=len(plan.swap_outs) + len(plan.swap_ins),
+            memory=memory,
+            finished=tuple(finished),
+        )
+
+    def stats(self) -> EngineStats:
+        """A reading like the engine's; a page has no bytes."""
+        return EngineStats.read(
+            self.scheduler,
+            self.totals,
+            page_bytes=0,
+            num_compilations=0,
+            num_unplanned_compilations=0,
+        )
+
+    def _memory(self) -> Memory:
+        table = self.table
+        free = table.pool.num_free_pages * table.page_size
+        waits = self.scheduler.num_waiting > 0
+        return Memory(
+            live=table.num_live_cells,
+            internal=table.num_allocated_cells - table.num_live_cells,
+            external=free if waits else 0,
+            idle=0 if waits else free,
+        )

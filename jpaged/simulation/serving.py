@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves workloads without a device: as requests arrive, or all at once."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.config import EngineConfig
+from jpaged.host.preemption import PreemptionCosts
+from jpaged.host.stats import EngineStats
+from jpaged.simulation import paper
+from jpaged.simulation.contiguous import CONTIGUOUS_POLICIES, ContiguousSimulator
+from jpaged.simulation.costs import CostModel, Memory
+from jpaged.simulation.paged import PagedSimulator
+from jpaged.simulation.report import Trace
+from jpaged.simulation.workload import Item, Workload
+
+POLICIES = (*CONTIGUOUS_POLICIES, "paged")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What serving requests as they arrive was like, means over time.
+
+    The window that is measured opens when `simulate` says so, and closes as soon as all requests
+    have arrived and none waits; if that is so when it opens, it closes when all have ended.
+
+    Attributes:
+      memory: share of the slots that are `live`, `reserved`, `internal`, `external` and `idle`; see
+        `jpaged.simulation.costs.Memory`.
+      mean_running: sequences in a step.
+      mean_step_s: seconds of a step.
+      saturated: share of the time in which requests waited.
+      saving: share of the pages that sharing saved, over all steps.
+      requests_per_s: requests that ended.
+      latency_s_per_token: from arrival to end by output tokens, mean over all that ended.
+      preemptions, swapped_pages: in all.
+      simulated_s: what the whole took.
+    """
+
+    memory: dict[str, float]
+    mean_running: float
+    mean_step_s: float
+    saturated: float
+    saving: float
+    requests_per_s: float
+    latency_s_per_token: float
+    preemptions: int
+    swapped_pages: int
+    simulated_s: float
+
+    @property
+    def live_share(self) -> float:
+        """Of the memory that is not idle, the share that holds a token."""
+        return self.memory["live"] / max(1 - self.memory["idle"], 1e-9)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The attributes and `live_share`."""
+        return dataclasses.asdict(self) | {"live_share": self.live_share}
+
+
+def simulate(
+    simulator: PagedSimulator | ContiguousSimulator,
+    items: Sequence[Item],
+    costs: CostModel,
+    *,
+    warm_up: float = 0.2,
+    drain: bool = False,
+    progress: str | None = None,
+) -> Serving:
+    """Has a simulator serve requests in the time that a cost model gives its steps.
+
+    Args:
+      simulator: without requests.
+      items: in order of arrival.
+      costs: how long steps take.
+      warm_up: the window opens when this share of the requests has ended.
+      drain: whether to go on when the window has closed, until all have ended.
+      progress: names a progress bar on standard error; None shows none.
+
+    Returns:
+      What it was like.
+
+    Raises:
+      ValueError: if a request could never run.
+    """
+    clock, next_item, num_ended, num_swapped, latencies = 0.0, 0, 0, 0, []
+    opened, closed, to_the_end = False, False, False
+    window: dict[str, float] = collections.defaultdict(float)
+    with tqdm.tqdm(
+        total=len(items), desc=progress, unit="request", disable=progress is None
+    ) as bar:
+        while num_ended < len(items) and (drain or not closed):
+            if not simulator.has_unfinished_requests:
+                clock = max(clock, items[next_item].arrival_s)
+            while next_item < len(items) and items[next_item].arrival_s <= clock:
+                simulator.add(items[next_item])
+                next_item += 1
+            work = simulator.step()
+            for number in work.finished:
+                item = items[number]
+                latencies.append((clock - item.arrival_s) / item.num_output_tokens)
+            num_ended += len(work.finished)
+            bar.update(len(work.finished))
+            num_swapped += work.num_swapped_pages
+            took = costs.step_s(work, simulator.page_size)
+            clock += took
+            nobody_comes = next_item == len(items) and not simulator.num_waiting
+            if not opened and num_ended >= warm_up * len(items):
+                opened, to_the_end = True, nobody_comes
+            closed = closed or (opened and nobody_comes and not to_the_end)
+            if opened and not closed and work.num_seqs:
+                window["steps"] += 1
+                window["time"] += took
+                window["waiting"] += took * (simulator.num_waiting > 0)
+                window["running"] += took * work.num_seqs
+                window["ended"] += len(work.finished)
+                for name, slots in dataclasses.asdict(work.memory).items():
+                    window[name] += took * slots / work.memory.total
+    span = window["time"] or 1.0
+    return Serving(
+        memory={f.name: window[f.name] / span for f in dataclasses.fields(Memory)},
+        mean_running=window["running"] / span,
+        mean_step_s=span / max(window["steps"], 1),
+        saturated=window["waiting"] / span,
+        saving=simulator.stats().mean_saving if isinstance(simulator, PagedSimulator) else 0.0,
+        requests_per_s=window["ended"] / span,
+        latency_s_per_token=float(np.mean(latencies)) if latencies else math.nan,
+        preemptions=simulator.num_preemptions,
+        swapped_pages=num_swapped,
+        simulated_s=clock,
+    )
+
+
+def serve(
+    policy: str,
+    work: Workload,
+    *,
+    config: SchedulerConfig = paper.BUDGETS,
+    num_slots: int = paper.NUM_SLOTS,
+    page_size: int = 16,
+    preemption: str = "recompute",
+    costs: CostModel = paper.COSTS,
+    drain: bool = False,
+    progress: str | None = None,
+) -> Serving:
+    """Serves a workload under a policy.
+
+    Args:
+      policy: of `POLICIES`.
+      work: the requests.
+      config: budgets; what it says of preemption is not looked at.
+      num_slots: tokens that the memory holds, of which `paged` makes as many pages as it can.
+      page_size: of `paged`.
+      preemption: of `paged`; host memory has room for twice the pool.
+      costs: how long steps and copies take.
+      drain: see `simulate`.
+      progress: likewise.
+
+    Raises:
+      ValueError: if there is no such policy, or a request could never run.
+    """
+    num_pages, recompute_s = num_slots // page_size, costs.flops_per_token / costs.flops_per_s
+    paged_config = dataclasses.replace(
+        config,
+        preemption=preemption,
+        num_host_pages=2 * num_pages,
+        costs=PreemptionCosts(2 * costs.copy_s(1, page_size), recompute_s),
+    )
+
+    def make() -> PagedSimulator | ContiguousSimulator:
+        if policy == "paged":
+            return PagedSimulator(paged_config, num_pages + 1, page_size)
+        return ContiguousSimulator(policy, config, num_slots)
+
+    check = make()
+    for item in work.items:
+        check.add(item)  # refused now, not when it arrives
+    return simulate(make(), work.items, costs, drain=drain, progress=progress)
+
+
+def run_scheduler(config: EngineConfig, workload: Workload) -> tuple[EngineStats, Trace]:
+    """Runs a workload without a model.
+
+    Args:
+      config: with num_pages and max_model_len; what concerns the device is not looked at.
+      workload: what to run.
+
+    Returns:
+      The totals, and the run step by step.
+
+    Raises:
+      ValueError: if a request could never run.
+    """
+    assert config.num_pages is not None and config.max_model_len is not None
+    budgets = SchedulerConfig(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        reservation=config.reservation,
+    )
+    host, trace = PagedSimulator(budgets, config.num_pages, config.page_size), Trace()
+    for item in workload.items:
+        host.add(item)
+    while host.has_unfinished_requests:
+        host.step()
+        trace.record(host.stats())
+    host.table.check_invariants()
+    return host.stats(), trace
