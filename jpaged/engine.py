@@ -15,7 +15,7 @@ from jpaged.batch import Batch, ShapeBuckets, StepShape, build_batch, warm_up_pl
 from jpaged.checks import instance_of, shown
 from jpaged.config import EngineConfig, engine_config
 from jpaged.costs import scheduler_config_of
-from jpaged.defaults import default_params
+from jpaged.defaults import model_defaults
 from jpaged.memory import default_dtype, plan_pool
 from jpaged.outputs import GenerationInterrupted, Mailbox, RequestOutput
 from jpaged.page_pool import PagePool
@@ -81,7 +81,7 @@ class Engine:
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
         backend = resolve_backend(config.backend)
-        self.default_params = default_params(generation_config, model_config.vocab_size)
+        self.defaults = model_defaults(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
         logger.info("page pool: %s", plan)
         self.model_config = model_config
@@ -114,9 +114,7 @@ class Engine:
         plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
         self._table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
         self._scheduler = Scheduler(config, self._table)
-        self._maker = RequestMaker(
-            self.model_config, tokenizer, config, self._table, self.default_params
-        )
+        self._maker = RequestMaker(self.model_config, tokenizer, config, self._table, self.defaults)
         self._results = ResultReader(
             self._scheduler,
             tokenizer,
@@ -368,7 +366,7 @@ class Engine:
         """
         self._enter()
         model = self.model_config.vocab_size, self.model_config.eos_token_ids
-        asked = self.default_params, shapes, num_logprobs, searches
+        asked = self.defaults.params, shapes, num_logprobs, searches
         plan = warm_up_plan(self._buckets, *model, *asked)
         with self._change:
             self._runner.warm_up(**plan)

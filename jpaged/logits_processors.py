@@ -28,6 +28,7 @@ class ProcessorRows(typing.NamedTuple):
       seen: u8[num_samples, bytes], tokens of prompt and answer that the host knows.
       previous_slots: i32[num_samples], which sample of the step before is one more, or -1.
       blocked: u8[num_samples, bytes], tokens that cannot be chosen.
+      renormalized: bool[num_samples], whether a beam's scores are log-probabilities again then.
     """
 
     active: np.ndarray
@@ -35,6 +36,7 @@ class ProcessorRows(typing.NamedTuple):
     seen: np.ndarray
     previous_slots: np.ndarray
     blocked: np.ndarray
+    renormalized: np.ndarray
 
 
 class LogitsProcessors:
@@ -53,6 +55,7 @@ class LogitsProcessors:
         """
         assert params.repetition_penalty is not None and params.min_tokens is not None
         self.repetition_penalty = params.repetition_penalty
+        self.renormalizes = bool(params.renormalize_logits)
         self.num_bytes = -(-vocab_size // 8)
         self._min_tokens = params.min_tokens
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
@@ -131,6 +134,7 @@ def processor_rows(step: ScheduledStep, num_rows: int) -> ProcessorRows | None:
             continue
         rows = rows or idle_rows(num_rows, processors.num_bytes)
         rows.active[slot] = True
+        rows.renormalized[slot] = processors.renormalizes
         if blocked is not None:
             rows.blocked[slot] = blocked
         if penalty != 1:
@@ -148,6 +152,7 @@ def idle_rows(num_rows: int, num_bytes: int) -> ProcessorRows:
         np.zeros((num_rows, num_bytes), np.uint8),
         np.full(num_rows, -1, np.int32),
         np.zeros((num_rows, num_bytes), np.uint8),
+        np.zeros(num_rows, bool),
     )
 
 

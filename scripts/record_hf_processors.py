@@ -35,6 +35,10 @@ _CASES = ("llama3_rope_hd80_tied", "qwen3_gqa5_hd48_tied")
 _MAX_NEW_TOKENS = 16
 _NUM_BEAMS = (1, 3)
 _NUM_PROMPTS = 3
+_RENORMALIZED = (
+    {"repetition_penalty": 1.8, "renormalize_logits": True},
+    {"repetition_penalty": 0.7, "renormalize_logits": True, "length_penalty": 0.0},
+)
 
 
 def main(argv: list[str]) -> None:
@@ -70,6 +74,8 @@ def _records_of(case: Case, directory: pathlib.Path) -> list[dict[str, Any]]:
                 "eos_token_id": plain[3:4],
                 "min_new_tokens": 5,
             },
+            # Of one sequence, only the scores would change with it.
+            *(_RENORMALIZED if num_beams > 1 else ()),
         ):
             record = _generate(model, prompt, num_beams, options)
             exact = _generate(model.double(), prompt, num_beams, options)

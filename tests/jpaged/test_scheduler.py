@@ -26,7 +26,7 @@ def add(scheduler, request_id, prompt_len, max_tokens=8, **params):
     request = Request(
         request_id,
         list(range(prompt_len)),
-        SamplingParams(max_tokens=max_tokens, **params),
+        SamplingParams(max_tokens=max_tokens, **params).resolve(),
         seed=0,
         max_model_len=scheduler.config.max_model_len,
     )
