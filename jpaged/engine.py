@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
@@ -32,6 +32,7 @@ from jpaged.stats import Counters, EngineStats
 from jpaged.step import ScheduledStep
 from jpaged.streams import Generation, Owner, RequestStream
 from jpaged.viewer import PoolSnapshot
+from models.checkpoint import check_params
 from models.config import ModelConfig
 from models.generation_config import GenerationConfig
 from pallas_kernels.dispatch import resolve_backend
@@ -73,11 +74,12 @@ class Engine:
           generation_config: defaults of `SamplingParams`; None has none.
 
         Raises:
-          ValueError: if a setting cannot be met; the message has the value and the limit.
+          ValueError: if a setting cannot be met, or the parameters are not this model's; the
+            message has the value and the limit.
         """
         config = engine_config(config)
         instance_of("model_config", model_config, ModelConfig)
-        instance_of("params", params, Mapping)
+        check_params(model_config, params)
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
         backend = resolve_backend(config.backend)
