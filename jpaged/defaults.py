@@ -52,15 +52,25 @@ def model_defaults(config: GenerationConfig | None, vocab_size: int) -> Defaults
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
+            sequence_bias=config.sequence_bias or None,
             min_tokens=least,
             suppress_tokens=tuple(t for t in config.suppress_tokens if 0 <= t < vocab_size) or None,
+            bad_words_ids=config.bad_words_ids or None,
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
             renormalize_logits=config.renormalize_logits,
         )
+        _check_vocabulary(params, vocab_size)
     except ValueError as e:
         raise ValueError(
             f"generation_config.json: {e}; EngineConfig(generation_config='ignore'), or "
             "--generation_config=ignore, leaves the file's settings aside"
         ) from e
     return Defaults(params, config.max_length if most is None else None)
+
+
+def _check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Refuses what transformers refuses too when it generates."""
+    for name, token in params.token_ids:
+        if token >= vocab_size:
+            raise ValueError(f"{name} has token {token}, outside the vocabulary, [0, {vocab_size})")

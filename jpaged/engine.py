@@ -354,7 +354,7 @@ class Engine:
         self,
         shapes: Sequence[StepShape] | None = None,
         num_logprobs: int = 0,
-        searches: Sequence[SamplingParams] = (),
+        params: Sequence[SamplingParams] = (),
     ) -> None:
         """Compiles steps ahead of need; compilations after it are logged with their shape.
 
@@ -362,15 +362,15 @@ class Engine:
           shapes: the steps to compile; None takes all that this engine can run.
           num_logprobs: also compile the report of this many likeliest tokens, for requests that set
             `SamplingParams.logprobs`.
-          searches: also compile the choice of beams for parameters like these. What changes logits
-            (a repetition penalty, for instance) is compiled if the model or one of these asks.
+          params: also compile what such requests need, and what the model asks for: the choice of
+            beams, and what changes logits (penalties, biases, forbidden tokens).
 
         Raises:
           ValueError: if an argument is none of these; nothing has changed then.
         """
         self._enter()
-        model = self.model_config.vocab_size, self.model_config.eos_token_ids
-        asked = self.defaults.params, shapes, num_logprobs, searches
+        model = self.model_config.vocab_size, self.model_config.eos_token_ids, self.defaults.params
+        asked = self._plan.max_model_len, shapes, num_logprobs, params
         plan = warm_up_plan(self._buckets, *model, *asked)
         with self._change:
             self._runner.warm_up(**plan)

@@ -189,12 +189,11 @@ class RequestMaker:
                 f"request {request_id!r}: logprobs={params.logprobs} exceeds the vocabulary of "
                 f"{vocab_size}"
             )
-        for name in ("stop_token_ids", "suppress_tokens"):
-            outside = [t for t in getattr(params, name) if t >= vocab_size]
-            if outside:
+        for name, token in params.token_ids:
+            if token >= vocab_size:
                 raise ValueError(
-                    f"request {request_id!r}: {name} has token {shown(outside[0])}, which is "
-                    f"outside the vocabulary, [0, {vocab_size})"
+                    f"request {request_id!r}: {name} has token {shown(token)}, which is outside "
+                    f"the vocabulary, [0, {vocab_size})"
                 )
         if params.beam_width is not None:
             assert params.max_tokens is not None and params.length_penalty is not None

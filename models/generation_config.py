@@ -33,11 +33,15 @@ class GenerationConfig:
       min_p: a token's least probability, as a share of the most likely one's.
       repetition_penalty: divides positive and multiplies negative logits of the tokens that were
         seen; above 0, and 1 changes nothing.
+      sequence_bias: what is added to the logit of a sequence's last token where the others are the
+        newest tokens, as pairs; of equal sequences the last counts.
       min_new_tokens: no end of sequence before so many tokens.
       max_new_tokens: at most so many tokens.
       max_length: at most so many tokens of prompt and answer together, where nothing says
         max_new_tokens.
       suppress_tokens: never generated.
+      bad_words_ids: sequences of tokens that are never completed; one token that ends an answer is
+        left alone.
       length_penalty: beams are compared by their score over their length to this power.
       early_stopping: when a beam search ends: False, True or "never".
       renormalize_logits: whether what a penalty or suppression leaves is made a distribution again,
@@ -50,10 +54,12 @@ class GenerationConfig:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
     min_new_tokens: int | None = None
     max_new_tokens: int | None = None
     max_length: int | None = None
     suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
     renormalize_logits: bool | None = None
@@ -84,10 +90,12 @@ _TYPES = MappingProxyType(
         "top_p": float,
         "min_p": float,
         "repetition_penalty": float,
+        "sequence_bias": list,
         "min_new_tokens": int,
         "max_new_tokens": int,
         "max_length": int,
         "suppress_tokens": list,
+        "bad_words_ids": list,
         "length_penalty": float,
         "early_stopping": bool,
         "renormalize_logits": bool,
@@ -97,7 +105,6 @@ _TYPES = MappingProxyType(
 # What transformers' `generate` would do otherwise with another value.
 _NEUTRAL = MappingProxyType(
     {
-        "bad_words_ids": (),
         "begin_suppress_tokens": (),
         "constraints": (),
         "dola_layers": (),
@@ -117,7 +124,6 @@ _NEUTRAL = MappingProxyType(
         "num_beams": (1,),
         "num_return_sequences": (1,),
         "penalty_alpha": (0.0,),
-        "sequence_bias": (),
         "stop_strings": (),
         "token_healing": (False,),
         "top_h": (),
@@ -224,6 +230,9 @@ def _from_fields(fields: Mapping[str, Any]) -> GenerationConfig:
         raise ModelConfigError(
             f"{field}={shown(fields[field])} is not supported; supported: {refused[field]}"
         )
+    # Here too an empty value of another type says nothing.
+    empty = [field for field in ("bad_words_ids", "sequence_bias") if fields.get(field) in ({}, "")]
+    fields = {field: value for field, value in fields.items() if field not in empty}
     values = {
         field: _typed(field, fields[field], kind)
         for field, kind in _TYPES.items()
@@ -233,7 +242,31 @@ def _from_fields(fields: Mapping[str, Any]) -> GenerationConfig:
         ids = [typed("suppress_tokens", token, int) for token in values["suppress_tokens"]]
         # transformers compares them with the ids of the vocabulary; a negative one is none.
         values["suppress_tokens"] = tuple(token for token in ids if token >= 0)
+    if "bad_words_ids" in values:
+        words = values["bad_words_ids"]
+        values["bad_words_ids"] = tuple(_sequence("bad_words_ids", ids) for ids in words)
+    if "sequence_bias" in values:
+        pairs = map(_pair, values["sequence_bias"])
+        values["sequence_bias"] = tuple({ids: bias for ids, bias in pairs}.items())
     return GenerationConfig(**values)
+
+
+def _sequence(field: str, value: Any) -> tuple[int, ...]:
+    """A sequence of tokens, which transformers refuses where it is empty or has a negative one."""
+    ids = tuple(typed(field, token, int) for token in typed(field, value, list))
+    if not ids or min(ids) < 0:
+        raise ModelConfigError(f"{field}={shown(value)} must be token ids, at least one of them")
+    return ids
+
+
+def _pair(value: Any) -> tuple[tuple[int, ...], float]:
+    pair = typed("sequence_bias", value, list)
+    if len(pair) != 2:
+        raise ModelConfigError(f"sequence_bias={shown(value)} must be pairs: [[10, 45], -2.0]")
+    bias = typed("sequence_bias", pair[1], float)
+    if not math.isfinite(bias):
+        raise ModelConfigError(f"sequence_bias={bias} must be finite; bad_words_ids forbids")
+    return _sequence("sequence_bias", pair[0]), bias
 
 
 def _typed(field: str, value: Any, kind: type) -> Any:

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -248,7 +248,7 @@ class ModelRunner:
         shapes: Iterable[StepShape],
         num_logprobs: int = 0,
         beams: Iterable[BeamBatch] = (),
-        processors: bool = False,
+        processors: Collection[int] = (),
     ) -> None:
         """Compiles steps of the given shapes, and every size of page copy, ahead of need.
 
@@ -256,14 +256,15 @@ class ModelRunner:
           shapes: what to compile; later steps of other shapes count as unplanned.
           num_logprobs: also compile the report of this many likeliest tokens.
           beams: also compile beam searches of these widths and numbers of candidates.
-          processors: also compile what changes logits before tokens are chosen.
+          processors: also compile what changes logits before tokens are chosen, with lists of these
+            widths.
         """
         beams, tokens = tuple(beams), self._tokens
         for shape in shapes:
             batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs)
             self.run(dataclasses.replace(batch, beams=beams))
-            if processors:
-                rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8))
+            for width in processors:
+                rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)
                 processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
                 self.run(dataclasses.replace(batch, beams=processed, processors=rows))
         self._tokens = tokens  # of a step that is on its way
@@ -312,13 +313,18 @@ class ModelRunner:
 
     def _programs(self, batch: Batch) -> set[Hashable]:
         """What `run` calls for a batch, as keys; the step and the sampler have the same."""
-        rows = batch.shape.num_rows
+        rows, processors = batch.shape.num_rows, batch.processors
         programs: set[Hashable] = {batch.shape}
         if batch.num_logprobs:
             programs.add((rows, self._num_likeliest(batch)))
-        if batch.processors is not None:
-            programs.add((rows, "processors"))
-        programs.update((rows, len(b.slots), b.num_candidates, b.processed) for b in batch.beams)
+        width = None
+        if processors is not None:
+            width = processors.width
+            programs.add((rows, "processors", width))
+        programs.update(
+            (rows, len(beam.slots), beam.num_candidates, width if beam.processed else None)
+            for beam in batch.beams
+        )
         return programs
 
     def _counted(self, name: str, function: Callable) -> Callable:

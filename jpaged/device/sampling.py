@@ -86,10 +86,11 @@ def mark_not_finite(logits: jax.Array, logprobs: jax.Array) -> jax.Array:
 
 
 def process_logits(logits: jax.Array, rows: ProcessorRows, previous: jax.Array) -> jax.Array:
-    """Changes logits, or log-probabilities, as transformers' processors do, in their order.
+    """Changes logits, or log-probabilities, as transformers' and vLLM's processors do.
 
-    First the repetition penalty, then what cannot be chosen is set to -inf. Rows that ask for
-    nothing stay as they are, to the bit.
+    In the order of both: biases are added, then comes the repetition penalty, then the frequency
+    penalty and the presence penalty. What cannot be chosen is -inf, whatever is done before or
+    after. Rows that ask for nothing stay as they are, to the bit.
 
     Args:
       logits: f32[num_samples, vocab_size].
@@ -98,12 +99,49 @@ def process_logits(logits: jax.Array, rows: ProcessorRows, previous: jax.Array) 
     """
     vocab_size = logits.shape[-1]
     # Slot -1 indexes the last sample, and is then not used.
-    newest = jnp.where(rows.previous_slots < 0, -1, previous[rows.previous_slots])
-    seen = _bits(rows.seen, vocab_size) | (jnp.arange(vocab_size)[None] == newest[:, None])
+    uncounted = jnp.where(rows.previous_slots < 0, -1, previous[rows.previous_slots])
+    newest = jnp.where(rows.previous_slots < 0, rows.newest, uncounted)
+    if rows.width:
+        logits = _add_biases(logits, rows, newest)
+    seen = _bits(rows.seen, vocab_size) | (jnp.arange(vocab_size)[None] == uncounted[:, None])
     penalty = rows.repetition_penalty[:, None]
     penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
     logits = jnp.where(seen, penalised, logits)
-    return jnp.where(_bits(rows.blocked, vocab_size), -jnp.inf, logits)
+    logits = jnp.where(_bits(rows.blocked, vocab_size), -jnp.inf, logits)
+    return _subtract_penalties(logits, rows, uncounted) if rows.width else logits
+
+
+def _add_biases(logits: jax.Array, rows: ProcessorRows, newest: jax.Array) -> jax.Array:
+    always = rows.bias_after == -1
+    now = rows.bias_after == newest[:, None]
+    found = jnp.take_along_axis(logits, rows.bias_tokens, axis=-1) + rows.bias
+    logits = _put(logits, jnp.where(always, rows.bias_tokens, -1), found)
+    # In place of what was there: it has that in it.
+    return _put(logits, jnp.where(now, rows.bias_tokens, -1), found)
+
+
+def _subtract_penalties(logits: jax.Array, rows: ProcessorRows, uncounted: jax.Array) -> jax.Array:
+    """Subtracts frequency and presence penalties.
+
+    Args:
+      logits: f32[num_samples, vocab_size].
+      rows: of which the presence penalty and what belongs to counted tokens is read.
+      uncounted: i32[num_samples], a token that comes on top; -1 is none.
+    """
+    again = rows.counted_tokens == uncounted[:, None]
+    first = jnp.where(again.any(axis=-1), -1, uncounted)
+    tokens = jnp.concatenate([rows.counted_tokens, first[:, None]], axis=-1)
+    penalties = jnp.where(again, rows.next_penalties, rows.penalties)
+    penalties = jnp.concatenate([penalties, rows.frequency_penalty[:, None]], axis=-1)
+    found = jnp.take_along_axis(logits, tokens, axis=-1) - penalties
+    return _put(logits, tokens, found - rows.presence_penalty[:, None])
+
+
+def _put(logits: jax.Array, tokens: jax.Array, values: jax.Array) -> jax.Array:
+    """Sets the logits of i32[num_samples, width] tokens, each once in a row; -1 is none."""
+    # Where they are, negative indices count from the end.
+    tokens = jnp.where(tokens < 0, logits.shape[-1], tokens)
+    return logits.at[jnp.arange(logits.shape[0])[:, None], tokens].set(values, mode="drop")
 
 
 def model_logprobs(

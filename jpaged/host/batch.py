@@ -215,9 +215,10 @@ def warm_up_plan(
     vocab_size: int,
     eos_token_ids: Collection[int],
     defaults: SamplingParams,
+    max_model_len: int,
     shapes: Collection[StepShape] | None,
     num_logprobs: int,
-    searches: Collection[SamplingParams],
+    params: Collection[SamplingParams],
 ) -> dict[str, Any]:
     """What there is to compile ahead of need; see `Engine.warm_up`.
 
@@ -226,9 +227,10 @@ def warm_up_plan(
       vocab_size: the model's.
       eos_token_ids: likewise.
       defaults: the model's own sampling parameters.
+      max_model_len: most tokens of a request.
       shapes: as in `Engine.warm_up`, like the rest.
       num_logprobs: likewise.
-      searches: likewise.
+      params: likewise.
 
     Returns:
       Arguments of `ModelRunner.warm_up`.
@@ -240,24 +242,25 @@ def warm_up_plan(
     num_logprobs = checked("num_logprobs", num_logprobs, int, (*at_least(0), most))
     possible = buckets.all_shapes()
     shapes = possible if shapes is None else shapes
-    for name, value in (("shapes", shapes), ("searches", searches)):
+    for name, value in (("shapes", shapes), ("params", params)):
         if isinstance(value, str) or not isinstance(value, Collection):
             raise ValueError(f"{name}={shown(value)} must be a list")
     for shape in shapes:
         if instance_of("shapes", shape, StepShape) not in possible:
             raise ValueError(f"shapes={shape} must be shapes that steps of this engine have")
-    for params in searches:
-        if instance_of("searches", params, SamplingParams).beam_width is None:
-            raise ValueError(f"searches={shown(params)} must be SamplingParams with a beam_width")
-    resolved = [params.resolve(defaults) for params in searches]
+    resolved = [
+        instance_of("params", own, SamplingParams).resolve(defaults, max_model_len)
+        for own in params
+    ]
+    widths: set[int] = set()
+    for own in (defaults.resolve(room=max_model_len), *resolved):
+        if processors := LogitsProcessors.of(own, (), vocab_size):
+            widths.update(processors.widths(min(own.max_tokens or 0, max_model_len)))
     return {
         "shapes": list(shapes),
         "num_logprobs": num_logprobs,
-        "beams": [idle_beams(params, eos_token_ids) for params in resolved],
-        "processors": any(
-            LogitsProcessors.of(params, (), vocab_size)
-            for params in (defaults.resolve(), *resolved)
-        ),
+        "beams": [idle_beams(own, eos_token_ids) for own in resolved if own.beam_width is not None],
+        "processors": sorted(widths),
     }
 
 

@@ -12,6 +12,7 @@ import numbers
 import operator
 import os
 import pathlib
+import re
 import reprlib
 import types
 import typing
@@ -22,6 +23,12 @@ import numpy as np
 
 INT32_MAX = 2**31 - 1
 
+# What belongs to tokens, and to sequences of them; checked values are the tuples.
+TokenBias = Mapping[int, float] | tuple[tuple[int, float], ...]
+SequenceBias = Mapping[tuple[int, ...], float] | tuple[tuple[tuple[int, ...], float], ...]
+
+_INTEGER = re.compile(r"-?[0-9]{1,10}")
+
 _KINDS = {
     int: "an integer",
     float: "a number",
@@ -29,6 +36,11 @@ _KINDS = {
     str: "a string",
     tuple[int, ...]: "a list of integers",
     tuple[str, ...]: "a list of strings",
+    **dict.fromkeys(
+        typing.get_args(TokenBias), "a dictionary from token ids to numbers, each token once"
+    ),
+    **dict.fromkeys(typing.get_args(SequenceBias), "a list of [token ids, number]"),
+    tuple[tuple[int, ...], ...]: "a list of lists of token ids",
 }
 
 
@@ -218,7 +230,7 @@ def _converted(name: str, value: Any, kinds: Sequence[Any]) -> Any:
                     f"{shown(text)} is half of a surrogate pair"
                 )
         return converted
-    wanted = [_KINDS[kind] for kind in kinds if kind is not types.NoneType]
+    wanted = list(dict.fromkeys(_KINDS[kind] for kind in kinds if kind is not types.NoneType))
     wanted += ["None"] * (types.NoneType in kinds)
     says = ", ".join(wanted[:-1]) + " or " * (len(wanted) > 1) + wanted[-1]
     raise ValueError(f"{name}={shown(value)} must be {says}")
@@ -256,6 +268,36 @@ def _int_tuple(values: Any) -> tuple[int, ...]:
     return tuple(integers(sorted(values) if isinstance(values, set | frozenset) else values))
 
 
+def _token_lists(values: Any) -> tuple[tuple[int, ...], ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError("no list")
+    return tuple(map(_int_tuple, values))
+
+
+def _token_bias(values: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs, by token; keys of a dictionary may be integers as text, as JSON has them."""
+    found: dict[int, float] = {}
+    for key, value in _pairs(values):
+        token = int(key) if isinstance(key, str) and _INTEGER.fullmatch(key) else integer(key)
+        if token in found:
+            raise ValueError(f"token {token} is there twice")
+        found[token] = _float(value)
+    return tuple(sorted(found.items()))
+
+
+def _sequence_bias(values: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Pairs, in their order; of equal sequences the last counts, as in transformers."""
+    return tuple({_int_tuple(ids): _float(value) for ids, value in _pairs(values)}.items())
+
+
+def _pairs(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return values.items()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError("no list")
+    return values
+
+
 _CONVERTERS: Mapping[Any, Callable[[Any], Any]] = {
     int: integer,
     float: _float,
@@ -263,6 +305,9 @@ _CONVERTERS: Mapping[Any, Callable[[Any], Any]] = {
     str: _str,
     tuple[int, ...]: _int_tuple,
     tuple[str, ...]: _strings,
+    **dict.fromkeys(typing.get_args(TokenBias), _token_bias),
+    **dict.fromkeys(typing.get_args(SequenceBias), _sequence_bias),
+    tuple[tuple[int, ...], ...]: _token_lists,
 }
 
 

@@ -3,14 +3,40 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from jpaged.host.checks import INT32_MAX, Rule, at_least, check_fields, shown
+from jpaged.host.checks import (
+    INT32_MAX,
+    Rule,
+    SequenceBias,
+    TokenBias,
+    at_least,
+    check_fields,
+    shown,
+)
 
 # Samples, beams or forks of one request: each is an object of the host, however few run at once.
 MAX_NUM_SAMPLES = 2**14
 # What 32-bit floats hold, with room for a quotient.
 _MAX_FLOAT = 1e30
+# Of tokens and sequences that something belongs to: each takes a place in every sample's list.
+_MAX_ENTRIES = 2**14
+
+_NOT_NEGATIVE = Rule("free of negative numbers", lambda ids: min(ids, default=0) >= 0)
+_PENALTY = (Rule("between -2 and 2 (0 is none)", lambda p: -2 <= p <= 2),)
+
+
+_SEQUENCES = (
+    Rule(f"of at most {_MAX_ENTRIES} sequences", lambda ids: len(ids) <= _MAX_ENTRIES),
+    Rule("free of sequences without a token", all),
+    Rule("free of negative numbers", lambda ids: min(map(min, ids), default=0) >= 0),
+)
+
+
+def _of_ids(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda pairs: holds([ids for ids, _ in pairs])
+
 
 _RULES = {
     "max_tokens": at_least(1),
@@ -28,8 +54,24 @@ _RULES = {
             lambda p: 1 / _MAX_FLOAT <= p <= _MAX_FLOAT,
         ),
     ),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "logit_bias": (
+        Rule(f"of at most {_MAX_ENTRIES} tokens", lambda pairs: len(pairs) <= _MAX_ENTRIES),
+        Rule("free of negative tokens", lambda pairs: min(pairs, default=(0,))[0] >= 0),
+        Rule("between -100 and 100", lambda pairs: all(-100 <= bias <= 100 for _, bias in pairs)),
+    ),
+    "sequence_bias": (
+        *(Rule(says, _of_ids(holds)) for says, holds in _SEQUENCES),
+        Rule(
+            f"between {-_MAX_FLOAT:g} and {_MAX_FLOAT:g}",
+            lambda pairs: all(-_MAX_FLOAT <= bias <= _MAX_FLOAT for _, bias in pairs),
+        ),
+    ),
     "min_tokens": at_least(0),
-    "suppress_tokens": (Rule("free of negative numbers", lambda ids: min(ids, default=0) >= 0),),
+    "suppress_tokens": (_NOT_NEGATIVE,),
+    "bad_words_ids": _SEQUENCES,
+    "allowed_token_ids": (_NOT_NEGATIVE, Rule("of at least one token", bool)),
     "n": (*at_least(1), Rule(f"at most {MAX_NUM_SAMPLES}", lambda n: n <= MAX_NUM_SAMPLES)),
     "best_of": (Rule(f"at most {MAX_NUM_SAMPLES}", lambda n: n <= MAX_NUM_SAMPLES),),
     "beam_width": (Rule(f"at most {MAX_NUM_SAMPLES}", lambda n: n <= MAX_NUM_SAMPLES),),
@@ -39,16 +81,25 @@ _RULES = {
     ),
     "seed": (Rule("in [0, 2**32)", lambda seed: 0 <= seed < 2**32),),
     "stop": (Rule("free of empty strings", all),),
-    "stop_token_ids": (Rule("free of negative numbers", lambda ids: min(ids, default=0) >= 0),),
+    "stop_token_ids": (_NOT_NEGATIVE,),
     "logprobs": at_least(0),
 }
 
 # What a search for beams does not look at, with the values that say nothing.
 _SAMPLING_ONLY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_NOT_OF_BEAMS = {
+    **_SAMPLING_ONLY,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "best_of": None,
+    "stop": (),
+}
 # Likewise of the rest that a model may have a default for, lengths apart.
 _NEUTRAL = {
     "repetition_penalty": 1.0,
+    "sequence_bias": (),
     "suppress_tokens": (),
+    "bad_words_ids": (),
     "length_penalty": 1.0,
     "early_stopping": False,
     "renormalize_logits": False,
@@ -62,9 +113,11 @@ class SamplingParams:
     Where "the model's default" is said, that is what the model's generation_config.json has, unless
     the engine ignores the file (`EngineConfig.generation_config`), and else the value in brackets.
 
-    The logits are changed as by transformers, first repetition_penalty, then min_tokens and
-    suppress_tokens; then filters apply in the order temperature, top_k, top_p, min_p; a tie at a
-    filter's edge is kept whole. Log-probabilities are reported as the model has them.
+    The logits are changed in the order of transformers and vLLM: logit_bias and sequence_bias are
+    added, then come repetition_penalty, frequency_penalty and presence_penalty; what min_tokens,
+    suppress_tokens, bad_words_ids and allowed_token_ids rule out is never chosen, whatever the rest
+    does. Then filters apply in the order temperature, top_k, top_p, min_p; a tie at a filter's edge
+    is kept whole. Log-probabilities are reported as the model has them.
 
     Attributes:
       max_tokens: most tokens to generate, >= 1; None is the model's default (no limit), as far as
@@ -78,9 +131,23 @@ class SamplingParams:
         model's default (0).
       repetition_penalty: divides the logits above 0 of tokens that prompt or answer have already,
         and multiplies those below; above 1 is against repetition. None is the model's default (1).
+      presence_penalty: subtracted from the logits of tokens that the answer has already, those of
+        the prompt apart, in [-2, 2], as OpenAI and vLLM define it; above 0 is against repetition.
+        Beam search has none.
+      frequency_penalty: likewise, as often as the answer has them.
+      logit_bias: what is added to the logits of tokens, in [-100, 100], as OpenAI defines it: a
+        dictionary, whose keys may also be text such as "15", or pairs; kept as pairs.
+      sequence_bias: what is added to the logit of a sequence's last token where the others, of
+        prompt or answer, are the newest: as transformers defines it, [[[10, 45], -2.0], ...], or a
+        dictionary; kept as pairs. Comes on top of logit_bias. None is the model's default (none).
       min_tokens: tokens that end a sample are not chosen before it has so many; stop strings may
         end it sooner. None is the model's min_new_tokens (0).
       suppress_tokens: tokens that are never chosen. None is the model's default (none).
+      bad_words_ids: sequences that are never completed, as transformers defines them: the last
+        token is not chosen where the others, of prompt or answer, are the newest. One token that
+        ends a sample is left alone. None is the model's default (none).
+      allowed_token_ids: the only tokens that are chosen, as in vLLM; what ends a sample must be
+        among them to do so. None allows all.
       n: samples to draw from the prompt, >= 1, or best beams to return; they share its pages. Fewer
         beams come back where there are not so many continuations, or after an abort. At most 16384,
         as best_of and beam_width.
@@ -114,8 +181,14 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: TokenBias = ()
+    sequence_bias: SequenceBias | None = None
     min_tokens: int | None = None
     suppress_tokens: tuple[int, ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
     n: int = 1
     best_of: int | None = None
     beam_width: int | None = None
@@ -143,7 +216,7 @@ class SamplingParams:
             )
         if self.beam_width is None:
             return
-        for name, neutral in {**_SAMPLING_ONLY, "best_of": None, "stop": ()}.items():
+        for name, neutral in _NOT_OF_BEAMS.items():
             if (value := getattr(self, name)) not in (None, neutral):
                 raise ValueError(
                     f"{name}={shown(value)} has no meaning in beam search: leave it at "
@@ -182,6 +255,16 @@ class SamplingParams:
                 for name, values in own.items()
             },
         )
+
+    @property
+    def token_ids(self) -> Iterator[tuple[str, int]]:
+        """All tokens that are named, each with the name of its field."""
+        for name in ("stop_token_ids", "suppress_tokens", "allowed_token_ids"):
+            yield from ((name, token) for token in getattr(self, name) or ())
+        fields: Any = self.logit_bias, self.sequence_bias, self.bad_words_ids
+        yield from (("logit_bias", token) for token, _ in fields[0])
+        yield from (("sequence_bias", token) for ids, _ in fields[1] or () for token in ids)
+        yield from (("bad_words_ids", token) for ids in fields[2] or () for token in ids)
 
     @property
     def num_samples(self) -> int:

@@ -122,7 +122,9 @@ class Sequence:
         processors = self.request.processors
         assert processors is not None, "nothing is asked for"
         num_generated = self.num_computed_tokens - self.num_prompt_tokens
-        return processors.processing(self.sample_index, self.token_ids, num_generated)
+        return processors.processing(
+            self.sample_index, self.token_ids, self.num_prompt_tokens, num_generated
+        )
 
     def receive(self, token_id: int, logprob: float) -> None:
         """Adds the oldest token that was in flight."""

@@ -28,7 +28,7 @@ class TestBeams:
     def test_warmed_up_searches_compile_nothing(self):
         engine = tiny_engine(max_num_seqs=4, max_num_batched_tokens=8, num_pages=40)
         params = SamplingParams(max_tokens=6, beam_width=3)
-        engine.warm_up(searches=[params])
+        engine.warm_up(params=[params])
         engine.generate([[1, 2, 3]], params)
         assert engine.stats().num_unplanned_compilations == 0
 

@@ -309,7 +309,7 @@ class TestRequests:
         for name, values in {
             "shapes": [5, "x", [(4, 4)], [None], [StepShape(10**13, 4)], [StepShape(3, 4)], {1: 2}],
             "num_logprobs": ["3", 2.5, -1, 98, 10**9, True, None],
-            "searches": ["x", 5, [None], SamplingParams(beam_width=2), [SamplingParams()]],
+            "params": ["x", 5, [None], SamplingParams(beam_width=2), [{}]],
         }.items():
             for value in values:
                 kwargs = {"shapes": [shape], name: value}

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repetition penalty, least lengths and suppressed tokens: transformers' numbers, any schedule."""
+"""Penalties, biases, least lengths and forbidden tokens: transformers' numbers, any schedule."""
 
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.defaults import model_defaults
 from jpaged.device import sampling
-from jpaged.host.logits_processors import LogitsProcessors, idle_rows
+from jpaged.host.logits_processors import LogitsProcessors, idle_rows, processor_rows
+from jpaged.host.token_biases import TokenCounts, padded_width, widths_up_to
 from jpaged.models.generation_config import GenerationConfig
 from tests.jpaged.exact import EXACT, everything, run_steps
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_ids
@@ -21,12 +25,24 @@ RECORDS = json.loads((FIXTURES / "logits_processors.json").read_text())["records
 
 NAMES = {"min_new_tokens": "min_tokens", "eos_token_id": "stop_token_ids"}
 PROCESSED = dict(max_tokens=20, repetition_penalty=1.8, min_tokens=6, suppress_tokens=(3, 50))
-CROWD = prompts_of((1, 2, 9, 16, 17, 33, 40))
+ENDS = [[a, b] for a in range(0, 97, 3) for b in range(1, 97, 4)]
+ADDED = dict(
+    max_tokens=20,
+    presence_penalty=0.7,
+    frequency_penalty=1.1,
+    logit_bias={5: 1.5, "8": -2.0},
+    sequence_bias=[[[5], 0.25], [[5, 6], 3.0], [[1, 5, 6], 1.0], [[7, 5], -0.5]],
+    bad_words_ids=ENDS,
+)
+CROWD = prompts_of((1, 2, 9, 16, 17, 33, 40, 3, 21, 30))
 CROWDS_PARAMS = (
     *(SamplingParams(temperature=0, logprobs=1, **PROCESSED) for _ in range(3)),
     *(SamplingParams(seed=seed, logprobs=1, **PROCESSED) for seed in range(2)),
     SamplingParams(seed=9, n=3, logprobs=1, **PROCESSED),
     SamplingParams(beam_width=2, n=2, logprobs=1, **PROCESSED),
+    SamplingParams(temperature=0, logprobs=1, **ADDED),
+    SamplingParams(seed=4, n=2, logprobs=1, allowed_token_ids=range(0, 97, 2), **ADDED),
+    SamplingParams(beam_width=3, n=3, max_tokens=20, logit_bias={5: 1.5}, bad_words_ids=ENDS),
 )
 
 
@@ -74,6 +90,22 @@ class TestOnTheDevice:
             got, [[1.5, -2, 2, 0, 2.5], [3, -inf, 2, -inf, 5], [3, -1, 2, 0, 5]]
         )
 
+    def test_lists_by_hand(self):
+        rows = idle_rows(2, 1, 3)
+        rows.active[0] = True
+        rows.previous_slots[0] = 1  # token 4
+        rows.bias_tokens[0], rows.bias_after[0] = [0, 0, 1], [-1, 4, 3]
+        rows.bias[0] = [1.0, 10.0, 100.0]
+        rows.repetition_penalty[0] = 2
+        rows.seen[0] = 0b00101
+        rows.counted_tokens[0, :2] = [2, 4]
+        rows.penalties[0, :2], rows.next_penalties[0, :2] = [0.5, 1.0], [1.0, 1.5]
+        rows.presence_penalty[0] = 0.25
+        logits = jnp.array([[3.0, -1.0, 2.0, 0.0, 5.0]] * 2)
+        got = sampling.process_logits(logits, rows, jnp.array([2, 4]))
+        np.testing.assert_array_equal(got[0], [6.5, -1, 1 - 0.75, 0, 2.5 - 1.75])
+        np.testing.assert_array_equal(got[1], logits[1])
+
     def test_a_vocabulary_that_is_no_multiple_of_8(self):
         params = SamplingParams(suppress_tokens=(0, 7, 8, 16)).resolve()
         blocked = LogitsProcessors(params, (), 17).blocked(0)
@@ -81,7 +113,211 @@ class TestOnTheDevice:
         assert np.flatnonzero(got[0]).tolist() == [0, 7, 8, 16]
 
 
+VOCAB = 19
+TOKENS = st.integers(0, 5)
+BIAS = st.floats(-100, 100, width=32)
+PENALTY = st.floats(-2, 2, width=32)
+PROMPT = st.lists(TOKENS, min_size=1, max_size=5)
+REQUESTS = st.fixed_dictionaries(
+    {},
+    optional=dict(
+        presence_penalty=PENALTY,
+        frequency_penalty=PENALTY,
+        repetition_penalty=st.floats(0.5, 3, width=32),
+        logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), BIAS, max_size=4),
+        sequence_bias=st.lists(
+            st.tuples(st.lists(TOKENS, min_size=1, max_size=4), BIAS), max_size=12
+        ),
+        bad_words_ids=st.lists(st.lists(TOKENS, min_size=1, max_size=4), max_size=6),
+        suppress_tokens=st.lists(TOKENS, max_size=2),
+        allowed_token_ids=st.sets(st.integers(0, VOCAB - 1), min_size=1).map(
+            lambda tokens: sorted(tokens | set(range(6, VOCAB)))
+        ),
+        stop_token_ids=st.lists(st.integers(0, VOCAB - 1), max_size=2),
+        min_tokens=st.integers(0, 3),
+    ),
+)
+
+
+def dense(logits, params, prompt, generated):
+    """vLLM's formulas, and transformers' for sequences, on one dense row in float32."""
+    x, tokens = logits.copy(), prompt + generated
+    bias = np.zeros_like(x)
+    for token, value in params.logit_bias:
+        bias[token] += np.float32(value)
+    sequences = dict(params.sequence_bias or ())
+    for length in dict.fromkeys([1, *map(len, sequences)]):
+        for ids, value in sequences.items():
+            fits = length == 1 or tuple(tokens[1 - length :]) == ids[:-1]
+            if len(ids) == length <= len(tokens) + 1 and fits:
+                bias[ids[-1]] += np.float32(value)
+    x = x + bias
+    penalty = np.float32(params.repetition_penalty)
+    for token in set(tokens):
+        x[token] = x[token] * penalty if x[token] < 0 else x[token] / penalty
+    counts = np.bincount(generated, minlength=len(x)).astype(np.float32)
+    x = x - np.float32(params.frequency_penalty) * counts
+    x = x - np.float32(params.presence_penalty) * (counts > 0)
+    stops = set(params.stop_token_ids)
+    for ids in params.bad_words_ids or ():
+        alone = len(ids) == 1
+        if (alone and ids[0] not in stops) or (
+            not alone and tuple(tokens[1 - len(ids) :]) == ids[:-1] and len(ids) <= len(tokens) + 1
+        ):
+            x[ids[-1]] = -np.inf
+    forbidden = {*(params.suppress_tokens or ())}
+    if len(generated) < params.min_tokens:
+        forbidden |= stops
+    if params.allowed_token_ids is not None:
+        forbidden |= set(range(len(x))) - set(params.allowed_token_ids)
+    x[sorted(forbidden)] = -np.inf
+    return x
+
+
+class TestDense:
+    """A row beside others, whether the host knows the newest token or only the device."""
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        st.lists(
+            st.tuples(REQUESTS, st.lists(TOKENS, min_size=1, max_size=5)), min_size=1, max_size=3
+        ),
+        st.lists(TOKENS, max_size=8),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_as_the_formulas_say(self, requests, generated, seed):
+        logits = np.random.default_rng(seed).normal(size=(4, VOCAB), scale=9).astype(np.float32)
+        logits[:, 3] = -0.0
+        known, unknown, want = [], [], []
+        for row, (fields, prompt) in enumerate(requests):
+            params = SamplingParams(**fields).resolve()
+            want.append(dense(logits[row], params, prompt, generated))
+            for found, host in ((known, generated), (unknown, generated[:-1])):
+                try:
+                    own = LogitsProcessors.of(params, (), VOCAB)
+                except ValueError:
+                    return  # nothing may be left to choose
+                tokens = prompt[:]
+                for token in host:  # one by one, as it goes
+                    tokens.append(token)
+                    if own:
+                        own.processing(0, tokens, len(prompt), len(tokens) - len(prompt))
+                found.append(own and own.processing(0, tokens, len(prompt), len(generated)))
+        count = len(requests)
+        previous = jnp.array([7, *generated[-1:], 11, 0][:3])
+        slot = 1 if generated else -1
+        outcomes = []
+        for processing, sources in ((known, [-1] * count), (unknown, [slot] * count)):
+            rows = processor_rows(processing, sources, 4)
+            outcomes.append(logits if rows is None else PROCESS(logits, rows, previous))
+        np.testing.assert_array_equal(*[np.asarray(o).view(np.int32) for o in outcomes])
+        np.testing.assert_allclose(outcomes[0][:count], want, rtol=1e-6, atol=1e-6)
+        for row in range(4):
+            if row >= count or known[row] is None:
+                bits = np.asarray(outcomes[0][row]).view(np.int32)
+                np.testing.assert_array_equal(bits, logits[row].view(np.int32))
+
+
+PROCESS = jax.jit(sampling.process_logits)
+
+
+class TestLists:
+    def test_widths(self):
+        assert [padded_width(n) for n in (0, 1, 32, 33, 256, 257, 128256)] == [
+            0, 32, 32, 256, 256, 2048, 131072,
+        ]  # fmt: skip
+        assert [widths_up_to(n) for n in (0, 1, 32, 33)] == [[0], [0, 32], [0, 32], [0, 32, 256]]
+
+    def test_counts_beyond_the_first_room(self):
+        tokens = [9, 9, *np.random.default_rng(0).integers(0, 300, 2000).tolist()]
+        counts = TokenCounts()
+        for length in (2, 3, 500, 2002):
+            found = counts.entries(tokens[:length], 2)
+            want = np.bincount(tokens[2:length], minlength=300)
+            assert len(found.tokens) == len(set(found.tokens.tolist())) == (want > 0).sum()
+            np.testing.assert_array_equal(found.counts, want[found.tokens])
+
+    def test_a_plan_is_not_changed_later(self):
+        params = SamplingParams(presence_penalty=1.0, repetition_penalty=2.0).resolve()
+        own = LogitsProcessors.of(params, (), 97)
+        first = own.processing(0, [5, 6], 1, 1)
+        before = [first.seen.tolist(), first.counts.counts.tolist()]
+        own.processing(0, [5, 6, 6, 7], 1, 3)
+        assert [first.seen.tolist(), first.counts.counts.tolist()] == before
+
+
 class TestEngine:
+    def test_frequency_and_presence_count_the_answer_only(self):
+        engine = tiny_engine(**EXACT)
+        plain = SamplingParams(max_tokens=8, temperature=0)
+        prompt, often = CROWD[6], dict(frequency_penalty=2.0, presence_penalty=2.0)
+        (want,) = token_ids(engine.generate([prompt], plain))[0]
+        (got,) = token_ids(
+            engine.generate([prompt], SamplingParams(max_tokens=8, temperature=0, **often))
+        )[0]
+        assert got[0] == want[0]  # nothing of the prompt counts
+        bias = {want[0]: -100.0}
+        params = SamplingParams(max_tokens=8, temperature=0, logit_bias=bias)
+        (other,) = token_ids(engine.generate([prompt], params))[0]
+        assert want[0] not in other
+
+    def test_bad_words_are_never_completed(self):
+        engine = tiny_engine(**EXACT)
+        plain = engine.generate(CROWD, SamplingParams(max_tokens=20, temperature=0))
+        words = [tokens[at : at + 2] for (tokens,) in token_ids(plain) for at in (0, 5, 9)]
+        starts = zip(CROWD, token_ids(plain), strict=True)
+        words += [prompt[-2:] + tokens[:1] for prompt, (tokens,) in starts]
+        outputs = engine.generate(
+            CROWD, SamplingParams(max_tokens=20, temperature=0, bad_words_ids=words)
+        )
+        for prompt, (tokens,) in zip(CROWD, token_ids(outputs), strict=True):
+            text = prompt + tokens
+            for at in range(len(prompt), len(text)):
+                assert all(text[at + 1 - len(w) : at + 1] != w for w in words)
+        assert token_ids(outputs) != token_ids(plain)
+
+    def test_allowed_tokens_and_no_others(self):
+        engine = tiny_engine(**EXACT)
+        allowed = SamplingParams(max_tokens=20, allowed_token_ids=[3, 96], seed=1, ignore_eos=True)
+        for (tokens,) in token_ids(engine.generate(CROWD, allowed)):
+            assert set(tokens) <= {3, 96}
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (dict(allowed_token_ids=[3], bad_words_ids=[[3, 3]]), "to choose after token 3"),
+            (
+                dict(allowed_token_ids=[3], suppress_tokens=[3]),
+                "suppress_tokens, allowed_token_ids",
+            ),
+            (dict(allowed_token_ids=[3], min_tokens=2, stop_token_ids=[3]), "before min_tokens=2"),
+            (dict(allowed_token_ids=[97]), "allowed_token_ids has token 97, which is outside"),
+            (dict(logit_bias={97: 1}), "logit_bias has token 97, which is outside"),
+            (dict(sequence_bias={(97, 1): 1}), "sequence_bias has token 97, which is outside"),
+            (dict(bad_words_ids=[[1, 97]]), "bad_words_ids has token 97, which is outside"),
+        ],
+    )
+    def test_what_leaves_nothing_or_is_outside(self, given, message):
+        engine = tiny_engine(**EXACT)
+        with pytest.raises(ValueError, match=f"request 'a': .*{message}"):
+            engine.add_request([1], SamplingParams(max_tokens=4, **given), "a")
+        assert not engine.has_unfinished_requests
+
+    def test_what_leaves_something_is_served(self):
+        engine = tiny_engine(**EXACT)
+        params = SamplingParams(
+            max_tokens=4, allowed_token_ids=[3, 4], bad_words_ids=[[3, 3], [4, 4]]
+        )
+        ((tokens,),) = token_ids(engine.generate([[1]], params))
+        assert tokens in ([3, 4, 3, 4], [4, 3, 4, 3])
+
+    def test_warmed_up_lists_compile_nothing(self):
+        engine = tiny_engine(**EXACT)
+        params = SamplingParams(temperature=0, **ADDED | dict(max_tokens=40))
+        engine.warm_up(params=[params])
+        engine.generate(CROWD[:3], params)
+        assert engine.stats().num_unplanned_compilations == 0
+
     def test_what_can_be_chosen(self):
         engine = tiny_engine(**EXACT)
         plain = engine.generate(CROWD, SamplingParams(max_tokens=20, temperature=0))
@@ -195,9 +431,10 @@ class TestSchedule:
             assert engine.stats().totals.num_preemptions > 0
         engine.check_invariants()
 
-    def test_forks_know_what_came_before(self):
+    @pytest.mark.parametrize("given", [PROCESSED, ADDED])
+    def test_forks_know_what_came_before(self, given):
         engine = tiny_engine(**EXACT)
-        params = SamplingParams(temperature=0, **PROCESSED)
+        params = SamplingParams(temperature=0, **given)
         parent = engine.add_request(CROWD[2], params, stream=True)
         for _ in range(5):
             engine.step()
@@ -276,6 +513,16 @@ class TestDefaults:
         outputs = engine.generate(CROWD[:2], SamplingParams())
         assert token_ids(outputs) == token_ids(tiny_engine(**EXACT).generate(CROWD[:2], want))
 
+    def test_sequences_of_the_file(self):
+        file = GenerationConfig(sequence_bias=(((5, 6), -2.0),), bad_words_ids=((7,), (8, 9)))
+        got = SamplingParams().resolve(model_defaults(file, 97).params)
+        assert (got.sequence_bias, got.bad_words_ids) == (file.sequence_bias, file.bad_words_ids)
+        own = SamplingParams(sequence_bias=(), bad_words_ids=[])
+        got = own.resolve(model_defaults(file, 97).params)
+        assert (got.sequence_bias, got.bad_words_ids) == ((), ())
+        with pytest.raises(ValueError, match=r"generation_config\.json: bad_words_ids has token 9"):
+            model_defaults(file, 9)
+
     def test_what_is_no_parameter_is_refused_when_the_engine_is_made(self):
         with pytest.raises(ValueError, match=r"generation_config\.json: temperature=1e\+31"):
             Engine(TINY, tiny_params(), None, None, GenerationConfig(temperature=1e31))
@@ -289,7 +536,7 @@ class TestDefaults:
         own = GenerationConfig(repetition_penalty=1.3)
         engine = Engine(TINY, tiny_params(), config, generation_config=own)
         search = SamplingParams(beam_width=2, max_tokens=4)
-        engine.warm_up(searches=[search])
+        engine.warm_up(params=[search])
         engine.generate(CROWD[:2], SamplingParams(max_tokens=4))
         engine.generate(CROWD[:1], search)
         assert engine.stats().num_unplanned_compilations == 0

@@ -31,6 +31,19 @@ REFUSED = [
     ("max_tokens", 2**31, "below 2**31"),
     ("min_tokens", -1, "at least 0"),
     ("suppress_tokens", (3, -1), "free of negative numbers"),
+    ("presence_penalty", 2.1, "between -2 and 2 (0 is none)"),
+    ("presence_penalty", math.nan, "between -2 and 2 (0 is none)"),
+    ("frequency_penalty", -2.1, "between -2 and 2 (0 is none)"),
+    ("logit_bias", ((1, 100.5),), "between -100 and 100"),
+    ("logit_bias", ((1, math.nan),), "between -100 and 100"),
+    ("logit_bias", ((-1, 1.0),), "free of negative tokens"),
+    ("sequence_bias", (((), 1.0),), "free of sequences without a token"),
+    ("sequence_bias", (((1, -1), 1.0),), "free of negative numbers"),
+    ("sequence_bias", (((1,), math.inf),), "between -1e+30 and 1e+30"),
+    ("bad_words_ids", ((1,), ()), "free of sequences without a token"),
+    ("bad_words_ids", ((1, -1),), "free of negative numbers"),
+    ("allowed_token_ids", (), "of at least one token"),
+    ("allowed_token_ids", (3, -1), "free of negative numbers"),
     ("stop_token_ids", (3, -1), "free of negative numbers"),
     ("n", 0, "at least 1"),
     ("n", 16385, "at most 16384"),
@@ -49,7 +62,8 @@ REFUSED = [
 
 OPTIONAL = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_tokens",
-    "suppress_tokens", "length_penalty", "early_stopping",
+    "suppress_tokens", "length_penalty", "early_stopping", "sequence_bias", "bad_words_ids",
+    "allowed_token_ids",
 )  # fmt: skip
 
 ACCEPTED = [
@@ -124,6 +138,58 @@ def test_lists_become_tuples_so_that_the_caller_cannot_change_them():
     assert params.stop_token_ids == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("logit_bias", {"15": -100, 3: 2.5}, ((3, 2.5), (15, -100.0))),
+        ("logit_bias", [(15, 1), [3, 2]], ((3, 2.0), (15, 1.0))),
+        ("logit_bias", {}, ()),
+        ("logit_bias", None, ()),
+        ("sequence_bias", [[[10, 45], -2], [[9], 1]], (((10, 45), -2.0), ((9,), 1.0))),
+        ("sequence_bias", {(10, 45): -2.0}, (((10, 45), -2.0),)),
+        ("sequence_bias", [[[9], 1.0], [[9], 2.0]], (((9,), 2.0),)),
+        ("bad_words_ids", [[10, 45], (9,)], ((10, 45), (9,))),
+    ],
+)
+def test_what_belongs_to_tokens_is_kept_as_tuples(name, given, kept):
+    params = SamplingParams(**{name: given})
+    assert getattr(params, name) == kept
+    assert dataclasses.replace(params, n=2) == SamplingParams(**{name: kept}, n=2)
+    hash(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        *(
+            ("logit_bias", value, "a dictionary from token ids to numbers, each token once")
+            for value in (
+                5, "15", [5], {"x": 1.0}, {1.5: 1.0}, {True: 1.0}, {1: "2"}, {1: None},
+                {"1": 1, 1: 2}, {"9" * 5000: 1}, {"1_0": 1}, {" 1": 1},
+            )
+        ),
+        *(
+            ("sequence_bias", value, "a list of [token ids, number] or None")
+            for value in (5, "x", [[1, 2]], {1: 2.0}, [[[1], "2"]], [[["1"], 2.0]], [[[1]]])
+        ),
+        *(
+            ("bad_words_ids", value, "a list of lists of token ids or None")
+            for value in (5, "x", [1, 2], [["1"]], {1: 2}, [None])
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_to_tokens_is_refused(name, value, kind):
+    with pytest.raises(ValueError, match=f"^{name}=.* must be {re.escape(kind)}$"):
+        SamplingParams(**{name: value})
+
+
+def test_too_many_sequences_are_refused():
+    most = [[token] for token in range(2**14)]
+    SamplingParams(bad_words_ids=most)
+    with pytest.raises(ValueError, match=r"bad_words_ids=.* must be of at most 16384 sequences"):
+        SamplingParams(bad_words_ids=[*most, [1, 2]])
+
+
 def test_parameters_cannot_change_once_checked():
     params = SamplingParams(max_tokens=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -153,6 +219,8 @@ def test_n_of_fewer_is_refused(name):
         ("top_k", 5, 0),
         ("top_p", 0.9, 1.0),
         ("min_p", 0.1, 0.0),
+        ("presence_penalty", 0.5, 0.0),
+        ("frequency_penalty", -0.5, 0.0),
         ("best_of", 2, None),
         ("stop", ("end",), ()),
     ],

@@ -64,11 +64,18 @@ def test_every_field(load):
         "max_new_tokens": 7,
         "max_length": 9,
         "suppress_tokens": [3, 5],
+        "sequence_bias": [[[5, 6], -1.5], [[7], 2], [[5, 6], 3]],
+        "bad_words_ids": [[5], [6, 7]],
         "length_penalty": -1,
         "early_stopping": "never",
         "renormalize_logits": True,
     }
-    assert load(fields) == GenerationConfig(**fields | {"suppress_tokens": (3, 5)})
+    read = {
+        "suppress_tokens": (3, 5),
+        "sequence_bias": (((5, 6), 3.0), ((7,), 2.0)),
+        "bad_words_ids": ((5,), (6, 7)),
+    }
+    assert load(fields) == GenerationConfig(**fields | read)
 
 
 def test_no_file(load):
@@ -131,7 +138,6 @@ def test_unknown_fields_are_said_once(load, caplog):
         ("num_beam_groups", 2, "not supported; supported: 1"),
         ("num_return_sequences", 2, "not supported; supported: 1"),
         ("no_repeat_ngram_size", 3, "not supported; supported: 0"),
-        ("bad_words_ids", [[5, 6]], "not supported; supported: null"),
         ("forced_bos_token_id", 0, "not supported"),
         ("forced_eos_token_id", 2, "not supported"),
         ("penalty_alpha", 0.6, "not supported"),
@@ -144,7 +150,16 @@ def test_unknown_fields_are_said_once(load, caplog):
         ("max_time", 2.0, "not supported"),
         ("stop_strings", ["x"], "not supported"),
         ("begin_suppress_tokens", [5], "not supported"),
-        ("sequence_bias", [[[5], -1.0]], "not supported"),
+        ("sequence_bias", [[[5], -1.0, 3]], "pairs"),
+        ("sequence_bias", [[5, -1.0]], "type list"),
+        ("sequence_bias", [[[], -1.0]], "at least one"),
+        ("sequence_bias", [[[5], float("inf")]], "finite"),
+        ("sequence_bias", [[["5"], 1.0]], "type int"),
+        ("sequence_bias", {"5": 1.0}, "type list"),
+        ("bad_words_ids", [5], "type list"),
+        ("bad_words_ids", [[5], []], "at least one"),
+        ("bad_words_ids", [[-5]], "at least one"),
+        ("bad_words_ids", [[5.0]], "type int"),
         ("exponential_decay_length_penalty", [3, 1.1], "not supported"),
         ("encoder_repetition_penalty", 1.2, "not supported"),
         ("watermarking_config", {"bias": 2.5}, "not supported"),
