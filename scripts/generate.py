@@ -5,10 +5,13 @@
     jpaged generate --model=DIR --prompts_file=prompts.txt --output=json > answers.jsonl
     echo "The old fisherman" | jpaged generate
     jpaged generate --prompt="Once upon a time" --n=4 --show_pages
+    jpaged generate --prompts_file=prompts.jsonl --output=json > answers.jsonl
 
 Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
-from standard input. A model directory without a tokenizer takes prompts as token ids:
---prompt="1 15 27". Text or JSON goes to standard output, everything else to standard error.
+from standard input. A file that ends with .jsonl has a JSON object a line, {"prompt": "Once",
+"max_tokens": 9}: parameters have the names and values of `SamplingParams`; null is the model's own.
+A model directory without a tokenizer takes prompts as token ids: --prompt="1 15 27". Text or JSON
+goes to standard output, everything else to standard error.
 
 Each result is written as soon as its request has ended, so the order is that in which they end:
 "prompt 3" in text counts the prompts from 1, and "request_id" in JSON from 0. What the encoding of
@@ -25,19 +28,16 @@ if __name__ == "__main__":
     interrupts.exit_at_once()  # also while the imports take their time
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from absl import app, flags
 
 from jpaged import Engine, RequestOutput, SamplingParams
-from jpaged.defaults import Defaults
 from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
@@ -49,81 +49,29 @@ from jpaged.scripts.flags import (
     run,
 )
 from jpaged.scripts.output import ResultWriter
-from jpaged.scripts.prompts import decode_flag, parse_token_ids, read_prompts
+from jpaged.scripts.prompts import (
+    parse_token_ids,
+    read_json_lines,
+    read_prompts,
+)
+from jpaged.scripts.sampling_flags import (
+    define_sampling_flags,
+    sampling_params_from_flags,
+    with_fallbacks,
+)
 
 _MODEL = flags.DEFINE_string(
     "model", "demo", "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "File with one prompt a line; - is standard input."
+    "prompts_file",
+    None,
+    "File with one prompt a line; - is standard input. A line of a .jsonl file is a JSON object "
+    "with the prompt, as text or token ids, and parameters of its own, which win over the flags.",
 )
 _OUTPUT = flags.DEFINE_enum(
     "output", "text", ["text", "json"], "json prints one object a request, one a line."
-)
-# None of the next ones takes what the model's generation_config.json says.
-_FILE = "None takes the model's generation_config.json, else "
-_MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", None, f"Most tokens to generate for a prompt. {_FILE}128."
-)
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, f"Divides the logits; 0 is greedy. {_FILE}0.7; 1 with --beam_width."
-)
-_TOP_K = flags.DEFINE_integer("top_k", None, f"Keep the k likeliest tokens; 0 keeps all. {_FILE}0.")
-_TOP_P = flags.DEFINE_float(
-    "top_p", None, f"Keep the likeliest tokens up to this probability. {_FILE}1."
-)
-_MIN_P = flags.DEFINE_float(
-    "min_p", None, f"Keep tokens this fraction as likely as the likeliest. {_FILE}0."
-)
-_REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty",
-    None,
-    f"Above 1: makes tokens less likely that prompt or answer have already. {_FILE}1.",
-)
-_MIN_TOKENS = flags.DEFINE_integer(
-    "min_tokens", None, f"Choose no token that ends an answer before so many. {_FILE}0."
-)
-_SUPPRESS_TOKENS = flags.DEFINE_multi_integer(
-    "suppress_tokens", None, f"A token that is never chosen; may be repeated. {_FILE}none."
-)
-_N = flags.DEFINE_integer("n", 1, "Samples to draw from each prompt, or best beams to print.")
-_BEST_OF = flags.DEFINE_integer(
-    "best_of", None, "Draw so many samples and print the n likeliest a token."
-)
-_BEAM_WIDTH = flags.DEFINE_integer(
-    "beam_width", None, "Search with so many beams instead of drawing samples."
-)
-_LENGTH_PENALTY = flags.DEFINE_float(
-    "length_penalty",
-    None,
-    f"Rank beams by log-probability / length ** this; above 0 favours long. {_FILE}1.",
-)
-_EARLY_STOPPINGS = {"false": False, "true": True, "never": "never"}
-_EARLY_STOPPING = flags.DEFINE_enum(
-    "early_stopping",
-    None,
-    list(_EARLY_STOPPINGS),
-    "End a beam search when beam_width beams have ended (true), when none that runs looks better "
-    f"(false), or when none could be (never). {_FILE}false.",
-)
-_RENORMALIZE_LOGITS = flags.DEFINE_bool(
-    "renormalize_logits",
-    None,
-    "Rank beams by probabilities that add up to 1 again after a penalty or suppression. "
-    f"{_FILE}false.",
-)
-_SEED = flags.DEFINE_integer("seed", None, "Makes the run reproducible; None draws a new seed.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a sample; may be repeated.")
-_STOP_TOKEN_IDS = flags.DEFINE_multi_integer(
-    "stop_token_ids", [], "A token that ends a sample; may be repeated."
-)
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on after the model's end of text.")
-_LOGPROBS = flags.DEFINE_integer(
-    "logprobs", None, "Report this many likeliest tokens with each token."
-)
-_SKIP_SPECIAL_TOKENS = flags.DEFINE_bool(
-    "skip_special_tokens", True, "Leave the tokenizer's special tokens out of the text."
 )
 _SHOW_PAGES = flags.DEFINE_bool(
     "show_pages",
@@ -132,6 +80,7 @@ _SHOW_PAGES = flags.DEFINE_bool(
     "there are several, to standard error. At the end all pages are free. NO_COLOR is respected.",
 )
 define_engine_flags()
+define_sampling_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -141,17 +90,18 @@ def main(argv: list[str]) -> None:
         params, prompts, model = read_flags(argv)
         enable_compilation_cache()
         engine = Engine.load(model, engine_config_from_flags())
-        params = _with_fallbacks(params, engine.defaults)
+        params = [with_fallbacks(own, engine.defaults) for own in params]
         if engine.tokenizer is None:
-            prompts = [parse_token_ids(prompt) for prompt in prompts]
+            prompts = [parse_token_ids(p) if isinstance(p, str) else p for p in prompts]
     as_json = _OUTPUT.value == "json"
     writer = ResultWriter(prompts, engine.tokenizer, as_json=as_json)
     fullest = _Fullest(engine)
     interrupted = False
-    streams = params.num_samples == params.n and params.beam_width is None
+    first = params[0]
+    streams = first.num_samples == first.n and first.beam_width is None
     if len(prompts) == 1 and streams and not as_json:
-        stream = _stream if params.n == 1 else _stream_samples
-        interrupted = stream(engine, prompts[0], params, writer, fullest)
+        stream = _stream if first.n == 1 else _stream_samples
+        interrupted = stream(engine, prompts[0], first, writer, fullest)
     else:
         try:
             with _usage_errors():
@@ -179,61 +129,35 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path]:
+def read_flags(
+    argv: list[str],
+) -> tuple[list[SamplingParams], Sequence[str | list[int]], pathlib.Path]:
     """Returns what the flags ask for, before anything has been loaded.
 
     Args:
       argv: the program's name, and arguments that are no flags.
 
     Returns:
-      Parameters, prompts and model directory.
+      The parameters of each prompt, the prompts, and the model directory.
 
     Raises:
       app.UsageError, ValueError: if something is missing or wrong.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; give a prompt as --prompt=...")
-    params = SamplingParams(
-        max_tokens=_MAX_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        top_k=_TOP_K.value,
-        top_p=_TOP_P.value,
-        min_p=_MIN_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
-        min_tokens=_MIN_TOKENS.value,
-        suppress_tokens=tuple(_SUPPRESS_TOKENS.value or ()) or None,
-        n=_N.value,
-        best_of=_BEST_OF.value,
-        beam_width=_BEAM_WIDTH.value,
-        length_penalty=_LENGTH_PENALTY.value,
-        early_stopping=_EARLY_STOPPINGS.get(_EARLY_STOPPING.value or ""),
-        renormalize_logits=_RENORMALIZE_LOGITS.value,
-        seed=_SEED.value,
-        stop=tuple(decode_flag("--stop", stop) for stop in _STOP.value),
-        stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
-        ignore_eos=_IGNORE_EOS.value,
-        logprobs=_LOGPROBS.value,
-        skip_special_tokens=_SKIP_SPECIAL_TOKENS.value,
-    )
+    params = sampling_params_from_flags()
     if not _MODEL.value:
         raise ValueError("--model is empty; name a directory, or leave the flag out")
     try:
         model = pathlib.Path(find(_MODEL.value)).expanduser()
     except RuntimeError as e:
         raise ValueError(f"--model={_MODEL.value}: {e}") from e
-    return params, read_prompts(_PROMPT.value, _PROMPTS_FILE.value), model
-
-
-def _with_fallbacks(params: SamplingParams, defaults: Defaults) -> SamplingParams:
-    """Where neither flags nor the model say: answers that are neither dull nor endless."""
-    values: dict[str, Any] = {}
-    own = defaults.params
-    if params.max_tokens is None and own.max_tokens is None and defaults.max_length is None:
-        values["max_tokens"] = max(128, params.min_tokens or own.min_tokens or 0)
-    sampled = params.beam_width is None
-    if sampled and params.temperature is None and own.temperature is None:
-        values["temperature"] = 0.7
-    return dataclasses.replace(params, **values)
+    path = _PROMPTS_FILE.value
+    if path is not None and path.endswith(".jsonl") and not _PROMPT.value:
+        lines = read_json_lines(path, params)
+        return [own for _, own in lines], [prompt for prompt, _ in lines], model
+    prompts = read_prompts(_PROMPT.value, path)
+    return [params] * len(prompts), prompts, model
 
 
 class _Fullest:

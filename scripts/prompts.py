@@ -2,11 +2,17 @@
 """Prompts as people give them: arguments, a file, or standard input."""
 
 import codecs
+import dataclasses
+import json
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from jpaged import SamplingParams
+
+_PARAMETERS = [field.name for field in dataclasses.fields(SamplingParams)]
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -35,11 +41,7 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     if path == "":
         raise ValueError("--prompts_file is empty; name a file, or - for standard input")
     if path is not None and path != "-":
-        try:
-            data = pathlib.Path(path).read_bytes()
-        except OSError as e:
-            raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
-        return parse_prompts(data, path)
+        return parse_prompts(_read(path), path)
     if sys.stdin is None:
         raise ValueError(
             "no prompt, and standard input is closed: give --prompt=... or --prompts_file=FILE"
@@ -47,6 +49,67 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
     if path is None and sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
     return parse_prompts(sys.stdin.buffer.read(), "standard input")
+
+
+def read_json_lines(
+    path: str, params: SamplingParams
+) -> list[tuple[str | list[int], SamplingParams]]:
+    """Returns the prompts of a file with a JSON object a line, each with its parameters.
+
+    An object has a "prompt", text or token ids, and any parameters by the names of
+    `SamplingParams`; null is the default of one.
+
+    Args:
+      path: of the file.
+      params: what counts where a line has no other.
+
+    Raises:
+      ValueError: if it is no such file; the message names line and field.
+    """
+    lines = parse_prompts(_read(path), path)
+    return [_prompt_of(f"{path}: line {i}", line, params) for i, line in enumerate(lines, 1)]
+
+
+def _prompt_of(
+    where: str, line: str, params: SamplingParams
+) -> tuple[str | list[int], SamplingParams]:
+    try:
+        fields = json.loads(line, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"{where} is no JSON that can be read: {e}") from None
+    if not isinstance(fields, dict) or "prompt" not in fields:
+        raise ValueError(f'{where} must be a JSON object with a prompt, such as {{"prompt": "Hi"}}')
+    prompt = fields.pop("prompt")
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_ids):
+        raise ValueError(f"{where}: prompt={prompt!r:.80} must be text or token ids, not empty")
+    if unknown := [name for name in fields if name not in _PARAMETERS]:
+        raise ValueError(
+            f"{where} has the field {unknown[0]!r:.80}, which is no parameter; there are prompt, "
+            f"{', '.join(_PARAMETERS)}"
+        )
+    try:
+        return prompt, dataclasses.replace(params, **fields)
+    except ValueError as e:
+        raise ValueError(f"{where}: {e}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r:.80} is there twice")
+    return found
+
+
+def _read(path: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
 
 
 def parse_prompts(data: bytes, name: str) -> list[str]:
@@ -113,9 +176,32 @@ def parse_token_ids(prompt: str) -> list[int]:
       ValueError: if it is something else.
     """
     try:
-        return [int(token) for token in prompt.replace(",", " ").split()]
+        return list(_ids(prompt))
     except ValueError:
         raise ValueError(
             f"prompt {prompt!r:.80}: the model has no tokenizer.json, so its prompts are token "
             "ids, such as --prompt='1 15 27'"
         ) from None
+
+
+def parse_ids(flag: str, text: str) -> tuple[int, ...]:
+    """Returns the token ids that a flag's value has, with spaces or commas between them.
+
+    Args:
+      flag: what the message begins with.
+      text: the ids.
+
+    Raises:
+      ValueError: if there are none, or something else.
+    """
+    try:
+        ids = _ids(text)
+    except ValueError:
+        ids = ()
+    if not ids:
+        raise ValueError(f"{flag!r:.80} must have token ids, such as '10 45'")
+    return ids
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(int(token) for token in text.replace(",", " ").split())

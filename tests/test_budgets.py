@@ -16,13 +16,13 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
     "jpaged": 2400,
-    "jpaged/host": 4200,
+    "jpaged/host": 5050,
     "jpaged/device": 1100,
     "jpaged/simulation": 1250,
     "jpaged/measure": 300,
     "models": 2400,
     "pallas_kernels": 6300,
-    "scripts": 1700,
+    "scripts": 1850,
     "scripts/kernels": 1250,
     "scripts/measure": 1000,
     "scripts/demo": 400,

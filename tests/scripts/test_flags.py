@@ -33,7 +33,7 @@ for given in json.loads(sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
         try:
             params, _, _ = generate.read_flags(flags.FLAGS(["generate", *given]))
             engine_config_from_flags()
-            results.append(["ok", repr(params)])
+            results.append(["ok", repr(params[0])])
         except (flags.Error, app.UsageError, ValueError, OSError) as error:  # as scripts.flags does
             results.append(["refused", " ".join(str(error).split())])
         except BaseException as error:
@@ -103,6 +103,23 @@ def test_each_wrong_value_of_each_flag_is_refused_by_name(parse):
 
 
 REFUSED = [
+    (["--prompt=x", "--presence_penalty=2.5"], "presence_penalty=2.5 must be between -2 and 2"),
+    (["--prompt=x", "--frequency_penalty=-3"], "frequency_penalty=-3.0 must be between -2 and 2"),
+    (["--prompt=x", "--logit_bias=5"], "--logit_bias=5 must be token ids, a colon and a number"),
+    (["--prompt=x", "--logit_bias=5:x"], "--logit_bias=5:x must be token ids, a colon"),
+    (["--prompt=x", "--logit_bias=5 6:1"], "--logit_bias has the tokens (5, 6): give one"),
+    (["--prompt=x", "--logit_bias=:1"], "--logit_bias=:1' must have token ids"),
+    (["--prompt=x", "--logit_bias=5:101"], "logit_bias=((5, 101.0),) must be between -100 and 100"),
+    (["--prompt=x", "--logit_bias=5:1", "--logit_bias=5:2"], "logit_bias=((5, 1.0), (5, 2.0))"),
+    (["--prompt=x", "--sequence_bias=5 x:1"], "--sequence_bias=5 x:1' must have token ids"),
+    (["--prompt=x", "--sequence_bias=5:nan"], "sequence_bias=(((5,), nan),) must be between"),
+    (["--prompt=x", "--bad_words_ids="], "--bad_words_ids=' must have token ids"),
+    (["--prompt=x", "--bad_words_ids=5 -6"], "bad_words_ids=((5, -6),) must be free of negative"),
+    (["--prompt=x", "--allowed_token_ids=-1"], "allowed_token_ids=(-1,) must be free of negative"),
+    (["--prompt=x", "--beam_width=2", "--presence_penalty=1"], "presence_penalty=1.0 has no mean"),
+    (["--prompt=x", "--beam_width=2", "--frequency_penalty=1"], "frequency_penalty=1.0 has no me"),
+    (["--prompts_file=nowhere.jsonl"], "--prompts_file=nowhere.jsonl: No such file"),
+    (["--prompt=x", "--prompts_file=y.jsonl"], "exclude each other"),
     (["--prompt=x", "x"], "unexpected arguments ['x']"),
     (["--prompt=x", "--", "--n=2"], "unexpected arguments ['--n=2']"),
     (["--prompt=x", "-"], "unexpected arguments ['-']"),
@@ -130,6 +147,11 @@ REFUSED = [
 ]
 
 SERVED = [
+    (["--prompt=x", "--logit_bias=15:-2.5", "--logit_bias=3:1"], "((3, 1.0), (15, -2.5))"),
+    (["--prompt=x", "--sequence_bias=10 45:-2"], "sequence_bias=(((10, 45), -2.0),)"),
+    (["--prompt=x", "--bad_words_ids=10,45", "--bad_words_ids=7"], "=((10, 45), (7,))"),
+    (["--prompt=x", "--allowed_token_ids=1", "--allowed_token_ids=2"], "allowed_token_ids=(1, 2)"),
+    (["--prompt=x", "--presence_penalty=-2"], "presence_penalty=-2.0"),
     (["--prompt=x"], "temperature=None"),
     (["--prompt=x", "--n=2", "--n=3"], "n=3"),  # of a flag that is repeated the last counts
     (["--prompt=x", "--prompt=x"], "n=1"),

@@ -3,7 +3,8 @@ import codecs
 
 import pytest
 
-from jpaged.scripts.prompts import parse_prompts, parse_token_ids, read_prompts
+from jpaged import SamplingParams
+from jpaged.scripts.prompts import parse_prompts, parse_token_ids, read_json_lines, read_prompts
 
 
 @pytest.mark.parametrize(
@@ -87,3 +88,52 @@ def test_token_ids():
     for prompt in ("one", "1 x", "1.5", "9" * 5000):
         with pytest.raises(ValueError, match=r"no tokenizer\.json, so its prompts are token ids"):
             parse_token_ids(prompt)
+
+
+def test_json_lines(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(
+        '{"prompt": "caf\\u00e9"}\n'
+        '{"prompt": [1, 2], "temperature": null, "seed": 7, "stop": "x", "logit_bias": {"5": -1}}\n'
+        '{"max_tokens": 3, "prompt": "b", "beam_width": 2, "early_stopping": "never"}\r\n\n',
+        encoding="utf-8",
+    )
+    own = SamplingParams(max_tokens=9, seed=1)
+    assert read_json_lines(str(file), own) == [
+        ("café", own),
+        ([1, 2], SamplingParams(max_tokens=9, seed=7, stop=("x",), logit_bias={5: -1.0})),
+        ("b", SamplingParams(max_tokens=3, seed=1, beam_width=2, early_stopping="never")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "topp": 1}', "has the field 'topp', which is no parameter; there are"),
+        ('{"prompt": "a", "top_p": 2}', "top_p=2.0 must be above 0 and at most 1"),
+        ('{"prompt": "a", "top_p": "1"}', "top_p='1' must be a number"),
+        ('{"prompt": "a", "temperature": NaN}', "temperature=nan must be finite"),
+        ('{"prompt": "a", "beam_width": 2, "presence_penalty": 1}', "no meaning in beam search"),
+        ('{"prompt": "a", "n": 1, "n": 2}', "the field 'n' is there twice"),
+        ('{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}', "the field '5' is there twice"),
+        ('{"prompt": "a"', "is no JSON that can be read"),
+        ("a", "is no JSON that can be read"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "is no JSON that can be read"),
+        ('{"n": 1}', "must be a JSON object with a prompt"),
+        ("[1]", "must be a JSON object with a prompt"),
+        ('{"prompt": ""}', "prompt='' must be text or token ids, not empty"),
+        ('{"prompt": []}', "must be text or token ids, not empty"),
+        ('{"prompt": [1.5]}', "must be text or token ids, not empty"),
+        ('{"prompt": [true]}', "must be text or token ids, not empty"),
+        ('{"prompt": null}', "must be text or token ids, not empty"),
+        ('{"prompt": {"a": 1}}', "must be text or token ids, not empty"),
+    ],
+)
+def test_what_is_no_json_line(line, message, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "good"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError) as error:
+        read_json_lines(str(file), SamplingParams())
+    text = str(error.value)
+    assert text.startswith(f"{file}: line 2") and message in text and "\n" not in text
