@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jpaged.defaults import default_params
@@ -27,6 +28,7 @@ from jpaged.host.sequence import Request
 from jpaged.host.stats import Counters, EngineStats
 from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
+from jpaged.host.step_log import open_log
 from jpaged.host.viewer import PoolSnapshot
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
@@ -92,6 +94,13 @@ class Engine:
         self._scheduler_config = scheduler_config_of(config, model_config, plan)
         self._buckets = ShapeBuckets(
             config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
+        )
+        self._log = open_log(
+            config.record_steps,
+            self._scheduler_config,
+            plan.num_pages,
+            config.page_size,
+            deterministic=config.deterministic,
         )
         num_host_pages = self._scheduler_config.num_host_pages
         self._runner = runner_of(
@@ -311,7 +320,7 @@ class Engine:
             self._planned = planned
         elif planned:
             step, batch = planned
-            self._swap(step.plan)
+            self._swap(step.plan, batch.page_table)
             self._inflight = step, self._runner.run(batch, step.plan.copies)
             self._results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
         return self._results.read(*previous) if previous else []
@@ -486,7 +495,9 @@ class Engine:
                 self._scheduler.cache.clear()
             self._planned = self._inflight = None
 
-    def _swap(self, step: StepPlan) -> None:
+    def _swap(self, step: StepPlan, page_table: np.ndarray) -> None:
+        if self._log is not None:
+            self._log.write(step, page_table)
         compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
         self._results.skip(compile_s, overlapped=False)
 
@@ -496,7 +507,7 @@ class Engine:
         step = self._scheduler.schedule()
         if not step.plan.num_rows:
             self._totals.record_swaps(step.plan)
-            self._swap(step.plan)
+            self._swap(step.plan, self._table.snapshot((), 0))
             return None
         self._totals.record_step(step.plan, self._table)
         return step, build_batch(step.plan, self._table, self._buckets)

@@ -2,6 +2,7 @@
 """From a planned step to padded arrays; every shape the device ever sees is chosen here."""
 
 import dataclasses
+import typing
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,11 +11,18 @@ import numpy as np
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
-from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
 from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
+
+
+class PageRows(typing.Protocol):
+    """Where the pages of a step's rows are known."""
+
+    def snapshot(self, table_ids: Sequence[int], num_rows: int, /) -> np.ndarray:
+        """As `PageTable.snapshot`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -139,12 +147,12 @@ class Batch:
     processors: ProcessorRows | None
 
 
-def build_batch(step: StepPlan, table: PageTable, buckets: ShapeBuckets) -> Batch:
+def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch:
     """Pads a planned step to the nearest shape.
 
     Args:
       step: with at least one row.
-      table: the page table, as the scheduler left it.
+      table: the page table, as the scheduler left it, or a step of a log.
       buckets: the shapes to choose from.
 
     Returns:
