@@ -6,13 +6,13 @@ import contextlib
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from jpaged.defaults import default_params
+from jpaged.defaults import model_defaults
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype, plan_pool
 from jpaged.device.runner import StepResult
@@ -30,6 +30,7 @@ from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.step_log import open_log
 from jpaged.host.viewer import PoolSnapshot
+from jpaged.models.checkpoint import check_params
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
 from jpaged.pallas_kernels.dispatch import resolve_backend
@@ -76,15 +77,16 @@ class Engine:
           generation_config: defaults of `SamplingParams`; None has none.
 
         Raises:
-          ValueError: if a setting cannot be met; the message has the value and the limit.
+          ValueError: if a setting cannot be met, or the parameters are not this model's; the
+            message has the value and the limit.
         """
         config = engine_config(config)
         instance_of("model_config", model_config, ModelConfig)
-        instance_of("params", params, Mapping)
+        check_params(model_config, params)
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
         backend = resolve_backend(config.backend)
-        self.default_params = default_params(generation_config, model_config.vocab_size)
+        self.defaults = model_defaults(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
         logger.info("page pool: %s", plan)
         self.model_config = model_config
@@ -124,9 +126,7 @@ class Engine:
         plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
         self._table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
         self._scheduler = Scheduler(config, self._table)
-        self._maker = RequestMaker(
-            self.model_config, tokenizer, config, self._table, self.default_params
-        )
+        self._maker = RequestMaker(self.model_config, tokenizer, config, self._table, self.defaults)
         self._results = ResultReader(
             self._scheduler,
             tokenizer,
@@ -379,7 +379,7 @@ class Engine:
         """
         self._enter()
         model = self.model_config.vocab_size, self.model_config.eos_token_ids
-        asked = self.default_params, shapes, num_logprobs, searches
+        asked = self.defaults.params, shapes, num_logprobs, searches
         plan = warm_up_plan(self._buckets, *model, *asked)
         with self._change:
             self._runner.warm_up(**plan)

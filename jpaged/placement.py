@@ -66,7 +66,7 @@ def runner_of(
     Args:
       config: the engine's settings.
       model_config: the model's shape.
-      params: its parameters, unstacked, of any dtype.
+      params: its parameters, unstacked, of any floating dtype.
       plan: the pool's dimensions.
       backend: whose kernels run.
       num_host_pages: pages that host memory has room for.

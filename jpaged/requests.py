@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import tokenizers
 
+from jpaged.defaults import Defaults
 from jpaged.host.admission import SchedulerConfig, check_fits, max_tokens_in
 from jpaged.host.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
 from jpaged.host.growth import growth_of
@@ -38,10 +39,10 @@ class RequestMaker:
         tokenizer: tokenizers.Tokenizer | None,
         config: SchedulerConfig,
         table: PageTable,
-        defaults: SamplingParams | None = None,
+        defaults: Defaults | None = None,
     ):
-        """Remembers what requests are held against, and the defaults of their parameters."""
-        self._defaults = defaults
+        """Remembers what requests are held against, and what the model asks for itself."""
+        self._defaults = defaults or Defaults()
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._config = config
@@ -102,7 +103,7 @@ class RequestMaker:
         cache_salt = checked("cache_salt", cache_salt, str | None)
         instance_of(f"request {request_id!r}: params", params, SamplingParams)
         token_ids = self._encode(prompt, request_id)
-        params = self._resolved(params, len(token_ids))
+        params = self._resolved(params, len(token_ids), request_id)
         self._check(params, request_id, stream)
         vocab_size = self._model_config.vocab_size
         if outside := [t for t in token_ids if not 0 <= t < vocab_size]:
@@ -133,7 +134,7 @@ class RequestMaker:
         own = parent.params
         if params is not None:
             instance_of("params", params, SamplingParams)
-            own = self._resolved(params, len(parent.prompt_token_ids))
+            own = self._resolved(params, len(parent.prompt_token_ids), parent.request_id)
         stream = checked("stream", stream, bool)
         self._check(own, parent.request_id, stream)
         if parent.growth.max_sequences > 1 or parent.growth.waits_for_host:
@@ -196,7 +197,7 @@ class RequestMaker:
                     f"outside the vocabulary, [0, {vocab_size})"
                 )
         if params.beam_width is not None:
-            assert params.max_tokens is not None
+            assert params.max_tokens is not None and params.length_penalty is not None
             try:
                 reach = float(min(params.max_tokens, self._config.max_model_len))
                 usable = 0 < reach**params.length_penalty < math.inf
@@ -277,12 +278,23 @@ class RequestMaker:
             raise ValueError(f"{where}: prompt={shown(prompt)} has no tokens" if text else empty)
         return token_ids
 
-    def _resolved(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+    def _resolved(
+        self, params: SamplingParams, num_prompt_tokens: int, request_id: str
+    ) -> SamplingParams:
         """With the defaults; where nobody says how long, as long as the request has room."""
-        most = self._config.max_model_len
+        most, defaults = self._config.max_model_len, self._defaults
+        if params.max_tokens is None and defaults.max_length is not None:
+            if num_prompt_tokens >= defaults.max_length:
+                raise ValueError(
+                    f"request {request_id!r}: a prompt of {num_prompt_tokens} tokens leaves none "
+                    "for an answer, as generation_config.json has "
+                    f"max_length={defaults.max_length}; give max_tokens, or "
+                    "EngineConfig(generation_config='ignore'), --generation_config=ignore"
+                )
+            most = min(most, defaults.max_length)
         if self._config.reservation == "paged":
             most = min(most, max_tokens_in(self._table, num_prompt_tokens, params.beam_width or 1))
-        return params.resolve(self._defaults, max(most - num_prompt_tokens, 1))
+        return params.resolve(defaults.params, max(most - num_prompt_tokens, 1))
 
 
 def _check_host_memory(request: Request) -> None:

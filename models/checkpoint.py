@@ -97,6 +97,51 @@ def load(
     return _tie(config, params)
 
 
+def check_params(config: ModelConfig, params: Any) -> None:
+    """Refuses what is not the parameters of a model, by what arrays say of themselves.
+
+    Args:
+      config: the model's shape.
+      params: held against the unstacked parameter tree of `Decoder(config)`. NumPy's and jax's
+        arrays of floating point numbers are parameters; float64 too, for it is cast.
+
+    Raises:
+      CheckpointError: if a tensor is missing, unexpected, of another shape or dtype, or no array.
+    """
+    if not isinstance(params, Mapping):
+        raise CheckpointError(
+            f"params={shown(params)} must be a mapping: the parameter tree of Decoder(model_config)"
+        )
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: x is None)
+    except (TypeError, ValueError):  # of keys that cannot be sorted
+        raise CheckpointError(
+            "params must be a mapping from strings to arrays and to such mappings"
+        ) from None
+    found: dict[str, Any] = {}
+    for keys, leaf in leaves:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, np.ma.MaskedArray):
+            raise CheckpointError(
+                f"params: tensor {shown(path)} must be an array of NumPy's or jax's, without a "
+                f"mask, not of type {type(leaf).__name__}"
+            )
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise CheckpointError(
+                f"params: tensor {shown(path)} was deleted, or donated to a computation; make the "
+                "parameters again"
+            )
+        found[path] = leaf
+    _check_size("params", config, found, asking="model_config")
+    _check_tensors("params", _wanted_shapes(config, {}), found, asking="model_config")
+    for path, leaf in found.items():
+        if leaf.dtype.name not in (*_DTYPES, "float64"):
+            raise CheckpointError(
+                f"params: tensor {shown(path)} has dtype {leaf.dtype.name}; supported: "
+                f"{', '.join(_DTYPES)}, float64. Quantised weights must be dequantised first"
+            )
+
+
 def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Params) -> None:
     """Writes config.json and `params/`, an Orbax checkpoint that `load` reads.
 
@@ -205,7 +250,9 @@ def _check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]
             )
 
 
-def _check_size(source: str, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+def _check_size(
+    source: str, config: ModelConfig, stored: Mapping[str, Any], asking: str = "config.json"
+) -> None:
     """Refuses by arithmetic what the files cannot hold, before anything grows with config.json."""
     num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
     numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
@@ -218,7 +265,7 @@ def _check_size(source: str, config: ModelConfig, stored: Mapping[str, StoredTen
     # What is wrong by less is told tensor by tensor.
     if config.num_layers > len(stored) or asked is None or asked > 4 * num_params:
         raise CheckpointError(
-            f"config.json asks for {asked or 'far more'} parameters "
+            f"{asking} asks for {asked or 'far more'} parameters "
             f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
             f"intermediate_size={config.intermediate_size}, vocab_size={config.vocab_size}, "
             f"num_attention_heads={config.num_q_heads}, num_key_value_heads="
@@ -252,12 +299,15 @@ def _wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, 
 
 
 def _check_tensors(
-    source: str, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor]
+    source: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Any],
+    asking: str = "config.json",
 ) -> None:
     """Raises one error that lists every missing, unexpected or wrongly shaped tensor."""
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     wrong = [
-        f"{name!r} has shape {found[name].shape}, config.json asks for {wanted[name]}"
+        f"{name!r} has shape {found[name].shape}, {asking} asks for {wanted[name]}"
         for name in sorted(wanted.keys() & found.keys())
         if wanted[name] != found[name].shape
     ]

@@ -33,7 +33,7 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     if not os.path.lexists(generation_path):
         return config
     # Chat models list more stop tokens there than in config.json, and that file wins. Where it has
-    # none, those of config.json count: transformers would go on to the longest length then.
+    # none, or null, config.json's count: transformers would go on to the longest length then.
     eos = read_json(generation_path).get("eos_token_id")
     ids = _token_ids(f"{generation_config.FILE}: eos_token_id", eos, config.vocab_size)
     return dataclasses.replace(config, eos_token_ids=ids) if ids else config

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generation_config.json: how a model's makers want it sampled; each field as in transformers 5."""
+"""generation_config.json: how a model's makers want it sampled.
+
+Each field is what it is in transformers 5, except for do_sample and top_k where they are missing
+(see `jpaged.defaults`) and for eos_token_id (see `models.config.load_config`).
+"""
 
 import dataclasses
 import logging
@@ -31,7 +35,13 @@ class GenerationConfig:
         seen; above 0, and 1 changes nothing.
       min_new_tokens: no end of sequence before so many tokens.
       max_new_tokens: at most so many tokens.
+      max_length: at most so many tokens of prompt and answer together, where nothing says
+        max_new_tokens.
       suppress_tokens: never generated.
+      length_penalty: beams are compared by their score over their length to this power.
+      early_stopping: when a beam search ends: False, True or "never".
+      renormalize_logits: whether what a penalty or suppression leaves is made a distribution again,
+        which changes the scores of beams, and nothing else.
     """
 
     do_sample: bool | None = None
@@ -42,7 +52,11 @@ class GenerationConfig:
     repetition_penalty: float | None = None
     min_new_tokens: int | None = None
     max_new_tokens: int | None = None
+    max_length: int | None = None
     suppress_tokens: tuple[int, ...] = ()
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    renormalize_logits: bool | None = None
 
     def __post_init__(self):
         for name, holds, rule in (
@@ -53,6 +67,9 @@ class GenerationConfig:
             ("repetition_penalty", lambda v: 0 < v < math.inf, "finite and above 0"),
             ("min_new_tokens", lambda v: v >= 0, "at least 0"),
             ("max_new_tokens", lambda v: v >= 1, "at least 1"),
+            ("max_length", lambda v: v >= 1, "at least 1"),
+            ("length_penalty", math.isfinite, "finite"),
+            ("early_stopping", lambda v: v in (False, True, "never"), "false, true or 'never'"),
         ):
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -69,7 +86,11 @@ _TYPES = MappingProxyType(
         "repetition_penalty": float,
         "min_new_tokens": int,
         "max_new_tokens": int,
+        "max_length": int,
         "suppress_tokens": list,
+        "length_penalty": float,
+        "early_stopping": bool,
+        "renormalize_logits": bool,
     }
 )
 
@@ -92,6 +113,7 @@ _NEUTRAL = MappingProxyType(
         "max_time": (),
         "min_length": (0,),
         "no_repeat_ngram_size": (0,),
+        "num_beam_groups": (1,),
         "num_beams": (1,),
         "num_return_sequences": (1,),
         "penalty_alpha": (0.0,),
@@ -111,17 +133,10 @@ _INERT = frozenset(
         "bos_token_id",
         "pad_token_id",
         "decoder_start_token_id",
-        # The length of prompt and answer together, 20 where nobody chose it: how long an answer may
-        # grow is the caller's, or max_new_tokens'.
-        "max_length",
-        # Only read with several beams.
-        "early_stopping",
-        "length_penalty",
-        "num_beam_groups",
+        # Only read with groups of beams.
         "diversity_penalty",
         "low_memory",
-        # No token's rank or share changes with them.
-        "renormalize_logits",
+        # A row that is not finite ends its request here.
         "remove_invalid_values",
         # Drafts that are checked give the same text.
         "assistant_confidence_threshold",
@@ -210,7 +225,7 @@ def _from_fields(fields: Mapping[str, Any]) -> GenerationConfig:
             f"{field}={shown(fields[field])} is not supported; supported: {refused[field]}"
         )
     values = {
-        field: typed(field, fields[field], kind)
+        field: _typed(field, fields[field], kind)
         for field, kind in _TYPES.items()
         if fields.get(field) is not None
     }
@@ -219,3 +234,7 @@ def _from_fields(fields: Mapping[str, Any]) -> GenerationConfig:
         # transformers compares them with the ids of the vocabulary; a negative one is none.
         values["suppress_tokens"] = tuple(token for token in ids if token >= 0)
     return GenerationConfig(**values)
+
+
+def _typed(field: str, value: Any, kind: type) -> Any:
+    return value if (field, value) == ("early_stopping", "never") else typed(field, value, kind)

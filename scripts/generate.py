@@ -37,6 +37,7 @@ from typing import Any
 from absl import app, flags
 
 from jpaged import Engine, RequestOutput, SamplingParams
+from jpaged.defaults import Defaults
 from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
@@ -94,14 +95,23 @@ _BEAM_WIDTH = flags.DEFINE_integer(
     "beam_width", None, "Search with so many beams instead of drawing samples."
 )
 _LENGTH_PENALTY = flags.DEFINE_float(
-    "length_penalty", 1.0, "Rank beams by log-probability / length ** this; above 0 favours long."
+    "length_penalty",
+    None,
+    f"Rank beams by log-probability / length ** this; above 0 favours long. {_FILE}1.",
 )
+_EARLY_STOPPINGS = {"false": False, "true": True, "never": "never"}
 _EARLY_STOPPING = flags.DEFINE_enum(
     "early_stopping",
-    "false",
-    ["false", "true", "never"],
+    None,
+    list(_EARLY_STOPPINGS),
     "End a beam search when beam_width beams have ended (true), when none that runs looks better "
-    "(false), or when none could be (never).",
+    f"(false), or when none could be (never). {_FILE}false.",
+)
+_RENORMALIZE_LOGITS = flags.DEFINE_bool(
+    "renormalize_logits",
+    None,
+    "Rank beams by probabilities that add up to 1 again after a penalty or suppression. "
+    f"{_FILE}false.",
 )
 _SEED = flags.DEFINE_integer("seed", None, "Makes the run reproducible; None draws a new seed.")
 _STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a sample; may be repeated.")
@@ -131,7 +141,7 @@ def main(argv: list[str]) -> None:
         params, prompts, model = read_flags(argv)
         enable_compilation_cache()
         engine = Engine.load(model, engine_config_from_flags())
-        params = _with_fallbacks(params, engine.default_params)
+        params = _with_fallbacks(params, engine.defaults)
         if engine.tokenizer is None:
             prompts = [parse_token_ids(prompt) for prompt in prompts]
     as_json = _OUTPUT.value == "json"
@@ -196,7 +206,8 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
         best_of=_BEST_OF.value,
         beam_width=_BEAM_WIDTH.value,
         length_penalty=_LENGTH_PENALTY.value,
-        early_stopping={"false": False, "true": True}.get(_EARLY_STOPPING.value, "never"),
+        early_stopping=_EARLY_STOPPINGS.get(_EARLY_STOPPING.value or ""),
+        renormalize_logits=_RENORMALIZE_LOGITS.value,
         seed=_SEED.value,
         stop=tuple(decode_flag("--stop", stop) for stop in _STOP.value),
         stop_token_ids=tuple(_STOP_TOKEN_IDS.value),
@@ -213,13 +224,14 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
     return params, read_prompts(_PROMPT.value, _PROMPTS_FILE.value), model
 
 
-def _with_fallbacks(params: SamplingParams, defaults: SamplingParams) -> SamplingParams:
+def _with_fallbacks(params: SamplingParams, defaults: Defaults) -> SamplingParams:
     """Where neither flags nor the model say: answers that are neither dull nor endless."""
     values: dict[str, Any] = {}
-    if params.max_tokens is None and defaults.max_tokens is None:
-        values["max_tokens"] = max(128, params.min_tokens or defaults.min_tokens or 0)
+    own = defaults.params
+    if params.max_tokens is None and own.max_tokens is None and defaults.max_length is None:
+        values["max_tokens"] = max(128, params.min_tokens or own.min_tokens or 0)
     sampled = params.beam_width is None
-    if sampled and params.temperature is None and defaults.temperature is None:
+    if sampled and params.temperature is None and own.temperature is None:
         values["temperature"] = 0.7
     return dataclasses.replace(params, **values)
 

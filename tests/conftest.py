@@ -24,12 +24,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(autouse=True, scope="session")
 def _compilation_cache(tmp_path_factory):
     """Engines of one model compile once a session: most of the suite's time is compilation."""
-    directory = str(tmp_path_factory.mktemp("xla"))
-    jax.config.update("jax_compilation_cache_dir", directory)
-    # For the programs that tests start, unless their flags name another.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """Where the programs that tests start keep what they compile, unless their flags name another.
+
+    Apart from the tests' own: a program that a test kills may leave half an entry, of which jax
+    warns, and warnings are errors here.
+    """
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="session")

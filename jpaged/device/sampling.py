@@ -182,8 +182,10 @@ def processed_beam_candidates(
     """
     logprobs = jax.nn.log_softmax(logits[slots], axis=-1)
     own = ProcessorRows(*(leaf[slots] for leaf in rows))
-    totals = process_logits(logprobs, own, previous) + scores[:, None]
-    values, beams, tokens = _best_continuations(totals, count)
+    processed = process_logits(logprobs, own, previous)
+    renormalized = jax.nn.log_softmax(processed, axis=-1)
+    processed = jnp.where(own.renormalized[:, None], renormalized, processed)
+    values, beams, tokens = _best_continuations(processed + scores[:, None], count)
     return values, beams, tokens, logprobs[beams, tokens]
 
 

@@ -257,12 +257,15 @@ def warm_up_plan(
     for params in searches:
         if instance_of("searches", params, SamplingParams).beam_width is None:
             raise ValueError(f"searches={shown(params)} must be SamplingParams with a beam_width")
-    resolved = [defaults.resolve(), *(params.resolve(defaults) for params in searches)]
+    resolved = [params.resolve(defaults) for params in searches]
     return {
         "shapes": list(shapes),
         "num_logprobs": num_logprobs,
-        "beams": [idle_beams(params, eos_token_ids) for params in searches],
-        "processors": any(LogitsProcessors.of(p, (), vocab_size) for p in resolved),
+        "beams": [idle_beams(params, eos_token_ids) for params in resolved],
+        "processors": any(
+            LogitsProcessors.of(params, (), vocab_size)
+            for params in (defaults.resolve(), *resolved)
+        ),
     }
 
 

@@ -22,11 +22,13 @@ class Processing(typing.NamedTuple):
       repetition_penalty: 1 is none.
       seen: u8[bytes], tokens of prompt and answer that the host knows; None without a penalty.
       blocked: u8[bytes], tokens that cannot be chosen; None if all can.
+      renormalized: whether a beam's scores are log-probabilities again then.
     """
 
     repetition_penalty: float
     seen: np.ndarray | None
     blocked: np.ndarray | None
+    renormalized: bool
 
 
 class ProcessorRows(typing.NamedTuple):
@@ -38,6 +40,7 @@ class ProcessorRows(typing.NamedTuple):
       seen: u8[num_samples, bytes], tokens of prompt and answer that the host knows.
       previous_slots: i32[num_samples], which sample of the step before is one more, or -1.
       blocked: u8[num_samples, bytes], tokens that cannot be chosen.
+      renormalized: bool[num_samples], whether a beam's scores are log-probabilities again then.
     """
 
     active: np.ndarray
@@ -45,6 +48,7 @@ class ProcessorRows(typing.NamedTuple):
     seen: np.ndarray
     previous_slots: np.ndarray
     blocked: np.ndarray
+    renormalized: np.ndarray
 
 
 class LogitsProcessors:
@@ -63,6 +67,7 @@ class LogitsProcessors:
         """
         assert params.repetition_penalty is not None and params.min_tokens is not None
         self.repetition_penalty = params.repetition_penalty
+        self.renormalizes = bool(params.renormalize_logits)
         self.num_bytes = -(-vocab_size // 8)
         self._min_tokens = params.min_tokens
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
@@ -110,9 +115,8 @@ class LogitsProcessors:
         blocked, penalty = self.blocked(num_generated), self.repetition_penalty
         if blocked is None and penalty == 1:
             return None
-        return Processing(
-            penalty, None if penalty == 1 else self._seen_in(index, token_ids), blocked
-        )
+        seen = None if penalty == 1 else self._seen_in(index, token_ids)
+        return Processing(penalty, seen, blocked, self.renormalizes)
 
     def _seen_in(self, index: int, token_ids: Sequence[int]) -> np.ndarray:
         if not isinstance(token_ids, list):
@@ -148,6 +152,7 @@ def processor_rows(
         assert bitmap is not None
         rows = rows or idle_rows(num_rows, len(bitmap))
         rows.active[slot] = True
+        rows.renormalized[slot] = own.renormalized
         if own.blocked is not None:
             rows.blocked[slot] = own.blocked
         if own.seen is not None:
@@ -165,6 +170,7 @@ def idle_rows(num_rows: int, num_bytes: int) -> ProcessorRows:
         np.zeros((num_rows, num_bytes), np.uint8),
         np.full(num_rows, -1, np.int32),
         np.zeros((num_rows, num_bytes), np.uint8),
+        np.zeros(num_rows, bool),
     )
 
 

@@ -45,6 +45,14 @@ _RULES = {
 
 # What a search for beams does not look at, with the values that say nothing.
 _SAMPLING_ONLY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+# Likewise of the rest that a model may have a default for, lengths apart.
+_NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "suppress_tokens": (),
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "renormalize_logits": False,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +91,12 @@ class SamplingParams:
         do not apply. Penalties and suppression change the scores. All beams are computed in one
         step, and wait for one with room. None samples.
       length_penalty: beams are compared by the sum of their log-probabilities divided by their
-        length to this power; above 0 favours long ones.
+        length to this power; above 0 favours long ones. None is the model's default (1).
       early_stopping: when beam search ends: True as soon as `beam_width` beams have ended; False
         when none that runs looks better now than those; "never" when none could ever be better.
+        None is the model's default (False).
+      renormalize_logits: whether beams are compared by probabilities that add up to 1 again after a
+        penalty or suppression, as transformers' option. None is the model's default (False).
       seed: makes the request reproducible, in [0, 2**32); None draws one.
       stop: strings that end a sample; they are cut from its text. One that has a special token in
         it, such as "<|im_end|>", is found also where special tokens are no text. A tokenizer whose
@@ -108,8 +119,9 @@ class SamplingParams:
     n: int = 1
     best_of: int | None = None
     beam_width: int | None = None
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    renormalize_logits: bool | None = None
     seed: int | None = None
     stop: tuple[str, ...] | str = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -158,8 +170,7 @@ class SamplingParams:
             name: (getattr(self, name), default, neutral)
             for name, default, neutral in (
                 *((name, sampling[name], neutral) for name, neutral in _SAMPLING_ONLY.items()),
-                ("repetition_penalty", defaults.repetition_penalty, 1.0),
-                ("suppress_tokens", defaults.suppress_tokens, ()),
+                *((name, getattr(defaults, name), neutral) for name, neutral in _NEUTRAL.items()),
                 ("max_tokens", longest, None),
                 ("min_tokens", shortest, None),
             )

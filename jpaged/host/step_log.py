@@ -276,9 +276,8 @@ def _written(own: Processing) -> list[Any]:
 
 
 def _read(fields: list[Any]) -> Processing:
-    return Processing(
-        *(
-            np.frombuffer(base64.b64decode(field), np.uint8) if isinstance(field, str) else field
-            for field in fields
-        )
-    )
+    values: list[Any] = [
+        np.frombuffer(base64.b64decode(field), np.uint8) if isinstance(field, str) else field
+        for field in fields
+    ]
+    return Processing(*values)

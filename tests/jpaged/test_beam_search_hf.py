@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beam search beside transformers' recorded hypotheses; see scripts/fixtures/record_hf_beams.py."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -103,6 +104,23 @@ class TestHuggingFace:
         engine = Engine.load(FIXTURES / case, config)
         check_all(engine, records)
         assert engine.stats().totals.num_preemptions > 0
+
+    def test_what_the_file_asks_for(self, tmp_path):
+        """The records whose results need a penalty and a way to stop that are no defaults."""
+        case = CASES[0]
+        records = [r for r in records_of(case) if (r["beam_width"], r["length_penalty"]) == (2, 2)]
+        (record,) = (r for r in records if r["early_stopping"] is True)
+        (other,) = (r for r in records if r["early_stopping"] is False)
+        assert record["token_ids"] != other["token_ids"]
+        for path in (FIXTURES / case).iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        fields = {"length_penalty": 2.0, "early_stopping": True, "eos_token_id": []}
+        (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+        config = EngineConfig(page_size=PAGE_SIZE, max_model_len=64, deterministic=True)
+        engine = Engine.load(tmp_path, config)
+        params = dataclasses.replace(params_of(record), length_penalty=None, early_stopping=None)
+        (output,) = engine.generate([record["prompt"]], params)
+        assert [beam.token_ids for beam in output.outputs] == record["token_ids"]
 
 
 class TestFixtures:

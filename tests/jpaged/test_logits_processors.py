@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.defaults import default_params
+from jpaged.defaults import model_defaults
 from jpaged.device import sampling
 from jpaged.host.logits_processors import LogitsProcessors, idle_rows
 from jpaged.models.generation_config import GenerationConfig
@@ -207,6 +207,9 @@ class TestSchedule:
         assert token_ids([done[child]]) == token_ids([done[parent]])
 
 
+OF_BEAMS = dict(length_penalty=2.0, early_stopping="never", renormalize_logits=True)
+
+
 class TestDefaults:
     FILE = GenerationConfig(
         do_sample=True,
@@ -218,37 +221,41 @@ class TestDefaults:
         min_new_tokens=3,
         max_new_tokens=11,
         suppress_tokens=(4, 5),
+        **OF_BEAMS,
     )
 
     def test_the_files_values_stand_for_none(self):
-        got = SamplingParams().resolve(default_params(self.FILE, 97), room=50)
+        got = SamplingParams().resolve(model_defaults(self.FILE, 97).params, room=50)
         assert got == SamplingParams(
             temperature=0.5, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=1.5, min_tokens=3,
-            max_tokens=11, suppress_tokens=(4, 5),
+            max_tokens=11, suppress_tokens=(4, 5), **OF_BEAMS,
         )  # fmt: skip
 
     def test_own_values_win_also_where_they_are_neutral(self):
         own = SamplingParams(
             temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_tokens=0,
-            max_tokens=50, suppress_tokens=(),
+            max_tokens=50, suppress_tokens=(), length_penalty=1.0, early_stopping=False,
+            renormalize_logits=False,
         )  # fmt: skip
-        assert own.resolve(default_params(self.FILE, 97), room=9) == own
+        assert own.resolve(model_defaults(self.FILE, 97).params, room=9) == own
 
     def test_without_a_file_they_are_neutral(self):
         assert SamplingParams().resolve(room=50) == SamplingParams(
             temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_tokens=0,
-            max_tokens=50, suppress_tokens=(),
+            max_tokens=50, suppress_tokens=(), length_penalty=1.0, early_stopping=False,
+            renormalize_logits=False,
         )  # fmt: skip
 
     def test_do_sample_false_is_greedy(self):
-        file = default_params(GenerationConfig(do_sample=False, temperature=0.6), 97)
+        file = model_defaults(GenerationConfig(do_sample=False, temperature=0.6), 97).params
         assert SamplingParams().resolve(file).temperature == 0
         assert SamplingParams(temperature=0.3).resolve(file).temperature == 0.3
 
     def test_beams_take_no_filters_from_it(self):
-        got = SamplingParams(beam_width=2).resolve(default_params(self.FILE, 97))
+        got = SamplingParams(beam_width=2).resolve(model_defaults(self.FILE, 97).params)
         assert (got.temperature, got.top_k, got.top_p, got.min_p) == (1.0, 0, 1.0, 0.0)
         assert (got.repetition_penalty, got.min_tokens, got.max_tokens) == (1.5, 3, 11)
+        assert {name: getattr(got, name) for name in OF_BEAMS} == OF_BEAMS
 
     @pytest.mark.parametrize(
         ("own", "want"),
@@ -259,7 +266,7 @@ class TestDefaults:
         ],
     )
     def test_lengths_agree(self, own, want):
-        got = SamplingParams(**own).resolve(default_params(self.FILE, 97), room=50)
+        got = SamplingParams(**own).resolve(model_defaults(self.FILE, 97).params, room=50)
         assert (got.min_tokens, got.max_tokens) == want
 
     def test_the_engine_takes_them_and_ignores_what_its_vocabulary_lacks(self):
@@ -302,6 +309,40 @@ class TestDefaults:
         # A page each, no full one shared: 10 + 6 cells, and one token without a cell.
         assert len(output.outputs[0].token_ids) == 7
 
+    @pytest.mark.parametrize(
+        ("file", "own", "length"),
+        [
+            (dict(max_length=16), {}, 6),
+            (dict(max_length=11), {}, 1),
+            (dict(max_length=10**9), {}, 54),
+            (dict(max_length=16), dict(max_tokens=9), 9),
+            (dict(max_length=16, max_new_tokens=8), {}, 8),
+            (dict(max_length=5, max_new_tokens=8), {}, 8),
+        ],
+    )
+    def test_max_length_counts_the_prompt_and_gives_way(self, file, own, length):
+        """As in transformers: max_new_tokens, wherever it stands, takes precedence."""
+        config = EngineConfig(max_model_len=64, **EXACT)
+        engine = Engine(TINY, tiny_params(), config, None, GenerationConfig(**file))
+        (output,) = engine.generate([[1] * 10], SamplingParams(ignore_eos=True, **own))
+        assert len(output.outputs[0].token_ids) == length
+
+    @pytest.mark.parametrize("max_length", [1, 10])
+    def test_a_prompt_as_long_as_max_length_is_refused(self, max_length):
+        """transformers 5.24 raises too."""
+        engine = Engine(
+            TINY,
+            tiny_params(),
+            EngineConfig(**EXACT),
+            None,
+            GenerationConfig(max_length=max_length),
+        )
+        with pytest.raises(
+            ValueError, match=f"prompt of 10 tokens .*max_length={max_length}; give"
+        ):
+            engine.add_request([1] * 10, SamplingParams())
+        assert not engine.has_unfinished_requests
+
     @pytest.mark.parametrize("mode", ["model", "ignore"])
     def test_loaded_with_the_model(self, mode, tmp_path):
         case = FIXTURES / RECORDS[0]["case"]
@@ -313,8 +354,8 @@ class TestDefaults:
         engine = Engine.load(
             tmp_path, EngineConfig(max_model_len=96, generation_config=mode, **EXACT)
         )
-        assert (engine.default_params == SamplingParams()) == (mode == "ignore")
+        assert (engine.defaults.params == SamplingParams()) == (mode == "ignore")
         if mode == "model":
-            assert engine.default_params.repetition_penalty == 1.9
+            assert engine.defaults.params.repetition_penalty == 1.9
             (output,) = engine.generate([[5, 6, 7]], SamplingParams())
             assert len(output.outputs[0].token_ids) == 4

@@ -49,7 +49,7 @@ REFUSED = [
 
 OPTIONAL = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "min_tokens",
-    "suppress_tokens",
+    "suppress_tokens", "length_penalty", "early_stopping",
 )  # fmt: skip
 
 ACCEPTED = [
@@ -93,7 +93,11 @@ def test_the_edge_of_a_range_is_part_of_it(name, value):
 def test_every_number_has_a_rule():
     """A field added later must be ruled here, or be named as one that takes anything."""
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    booleans = {field.name for field in dataclasses.fields(SamplingParams) if field.type is bool}
+    booleans = {
+        field.name
+        for field in dataclasses.fields(SamplingParams)
+        if field.type in (bool, bool | None)
+    }
     assert {name for name, *_ in REFUSED} == fields - booleans
 
 

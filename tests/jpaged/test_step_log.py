@@ -68,7 +68,7 @@ def plans(draw):
         column(st.integers(0, 2)),
         column(st.integers(0, 4)),
         column(draws),
-        column(st.none() | st.builds(Processing, floats, bitmaps, bitmaps)),
+        column(st.none() | st.builds(Processing, floats, bitmaps, bitmaps, st.booleans())),
     )
     searches = st.builds(Search, tokens, st.lists(floats, max_size=3).map(tuple), tokens, tokens)
     return StepPlan(

@@ -46,7 +46,9 @@ QWEN3 = {
 
 
 def test_published_files(load):
-    assert load(LLAMA_2_CHAT) == GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
+    assert load(LLAMA_2_CHAT) == GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.9, max_length=4096
+    )
     assert load(QWEN3) == GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
 
 
@@ -60,7 +62,11 @@ def test_every_field(load):
         "repetition_penalty": 1.1,
         "min_new_tokens": 5,
         "max_new_tokens": 7,
+        "max_length": 9,
         "suppress_tokens": [3, 5],
+        "length_penalty": -1,
+        "early_stopping": "never",
+        "renormalize_logits": True,
     }
     assert load(fields) == GenerationConfig(**fields | {"suppress_tokens": (3, 5)})
 
@@ -87,15 +93,15 @@ def test_config_json_of_old_releases(load):
     "fields",
     [
         dict.fromkeys(["num_beams", "temperature", "suppress_tokens", "typical_p", "invented"]),
-        {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.5, "length_penalty": 2},
-        {"early_stopping": True, "num_return_sequences": 1, "max_length": 20, "min_length": 0},
+        {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.5},
+        {"num_return_sequences": 1, "min_length": 0},
         {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0, "top_h": None},
         {"guidance_scale": 1, "penalty_alpha": 0, "no_repeat_ngram_size": 0},
         {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0},
         {"bad_words_ids": [], "begin_suppress_tokens": [], "stop_strings": [], "constraints": None},
         {"suppress_tokens": [], "sequence_bias": {}, "watermarking_config": None},
         {"suppress_tokens": [-1]},
-        {"token_healing": False, "remove_invalid_values": True, "renormalize_logits": True},
+        {"token_healing": False, "remove_invalid_values": True},
         {"use_cache": False, "cache_implementation": "hybrid", "cache_config": {"a": 1}},
         {"num_assistant_tokens": 20, "assistant_confidence_threshold": 0.4, "is_assistant": False},
         {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2},
@@ -122,6 +128,7 @@ def test_unknown_fields_are_said_once(load, caplog):
     [
         ("num_beams", 4, "not supported; supported: 1"),
         ("num_beams", True, "not supported; supported: 1"),
+        ("num_beam_groups", 2, "not supported; supported: 1"),
         ("num_return_sequences", 2, "not supported; supported: 1"),
         ("no_repeat_ngram_size", 3, "not supported; supported: 0"),
         ("bad_words_ids", [[5, 6]], "not supported; supported: null"),
@@ -162,6 +169,14 @@ def test_unknown_fields_are_said_once(load, caplog):
         ("min_new_tokens", -1, "at least 0"),
         ("max_new_tokens", 0, "at least 1"),
         ("max_new_tokens", 1.5, "type int"),
+        ("max_length", 0, "at least 1"),
+        ("max_length", "20", "type int"),
+        ("length_penalty", "1", "type float"),
+        ("length_penalty", float("inf"), "finite"),
+        ("early_stopping", "always", "type bool"),
+        ("early_stopping", 1, "type bool"),
+        ("renormalize_logits", "true", "type bool"),
+        ("temperature", "never", "type float"),
         ("suppress_tokens", 5, "type list"),
         ("suppress_tokens", "abc", "type list"),
         ("suppress_tokens", [[5]], "type int"),

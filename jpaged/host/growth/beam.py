@@ -131,14 +131,16 @@ class BeamSearch:
         """Starts from the prompt.
 
         Args:
-          params: with a beam_width.
+          params: with a beam_width, resolved.
           prompt_token_ids: the prompt.
           max_new_tokens: length at which every beam ends.
           eos_token_ids: the model's own; ignored where the parameters say so.
         """
-        assert params.beam_width is not None
+        assert params.beam_width is not None and params.length_penalty is not None
         self.width = self.max_sequences = self.reserved_places = params.beam_width
-        self._params = params
+        self._num_logprobs = params.logprobs
+        self._length_penalty = params.length_penalty
+        self._early_stopping = params.early_stopping
         self._prompt = prompt_token_ids
         self._max_new_tokens = max_new_tokens
         self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
@@ -189,11 +191,11 @@ class BeamSearch:
           For each beam that runs now, the one before that it continues; none if the search ended.
         """
         logprobs = None
-        if (wanted := self._params.logprobs) is not None:
+        if (wanted := self._num_logprobs) is not None:
             rows = likeliest or [{}] * len(self.nodes)
             logprobs = [dict(itertools.islice(row.items(), wanted)) for row in rows]
         length = 1 + (self.nodes[0].length if self.nodes[0] else 0)
-        params, ended = self._params, []
+        ended: list[Hypothesis] = []
         parents, nodes, scores = [], [], []
         for place, candidate in enumerate(candidates):
             score, parent, token, _ = candidate
@@ -208,12 +210,12 @@ class BeamSearch:
                 # One that is not among the best `width` is dropped: it was a reserve.
                 ended.append(
                     Hypothesis(
-                        score / length**params.length_penalty,
+                        score / length**self._length_penalty,
                         self._node(candidate, logprobs),
                         "stop" if stops else "length",
                     )
                 )
-        if not (self._is_full and params.early_stopping is True):
+        if not (self._is_full and self._early_stopping is True):
             for hypothesis in ended:
                 self._keep(hypothesis)
         self.nodes, self.scores = nodes, scores
@@ -246,7 +248,7 @@ class BeamSearch:
             text="",
             token_ids=[node.token_id for node in nodes],
             cumulative_logprob=hypothesis.node.cumulative_logprob,
-            logprobs=None if self._params.logprobs is None else [n.logprobs or {} for n in nodes],
+            logprobs=None if self._num_logprobs is None else [n.logprobs or {} for n in nodes],
             finish_reason=hypothesis.finish_reason,
             score=hypothesis.score,
             error=self.error if hypothesis.finish_reason == "error" else None,
@@ -254,7 +256,7 @@ class BeamSearch:
 
     def _running(self, finish_reason: str) -> list[Hypothesis]:
         return [
-            Hypothesis(score / node.length**self._params.length_penalty, node, finish_reason)
+            Hypothesis(score / node.length**self._length_penalty, node, finish_reason)
             # Of a search that was interrupted, there may be one more of the ones.
             for node, score in zip(self.nodes, self.scores, strict=False)
             if node is not None
@@ -273,14 +275,13 @@ class BeamSearch:
         """Whether to go on, with beams of this length."""
         if not self._is_full:
             return True
-        params = self._params
-        if params.early_stopping is True:
+        if self._early_stopping is True:
             return False
         # A guess, except with a penalty of 0: longer beams may still do better than this.
         reach = length
-        if params.early_stopping == "never" and params.length_penalty > 0:
+        if self._early_stopping == "never" and self._length_penalty > 0:
             reach = self._max_new_tokens
-        return self.scores[0] / reach**params.length_penalty > self.finished[-1].score
+        return self.scores[0] / reach**self._length_penalty > self.finished[-1].score
 
     def _node(self, candidate: Candidate, logprobs: Sequence[dict[int, float]] | None) -> Node:
         score, beam, token, logprob = candidate
