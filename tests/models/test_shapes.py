@@ -4,7 +4,7 @@
 import jax
 import pytest
 
-from jpaged.models.config import config_from_hf, config_to_hf
+from jpaged.models.config_json import config_from_hf, config_to_hf
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
 
