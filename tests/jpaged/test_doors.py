@@ -239,11 +239,11 @@ class TestRequests:
             bad = SamplingParams(max_tokens=3, **{name: [5, 97]})
             calls.append((lambda p=bad: engine.add_request([1], p), [name]))
         assert len(calls) >= 250
-        before = set(engine._requests)
+        before = set(engine._live.by_id)
         for index, (call, names) in enumerate(calls):
             assert refused(call, names) is None, index
-            assert set(engine._requests) == before, index
-            if index % 40 == 0 and len(engine._requests[good].sequences[0].token_ids) < 18:
+            assert set(engine._live.by_id) == before, index
+            if index % 40 == 0 and len(engine._live.by_id[good].sequences[0].token_ids) < 18:
                 engine.step()
         done = run_steps(engine)
         assert done[good].outputs[0].token_ids == want
@@ -350,7 +350,7 @@ def test_an_idle_engine_holds_nothing_of_what_it_did():
     left = [weakref.ref(output)]
     del output
     request_id = engine.add_request([1, 2], TestRequests.GOOD)
-    left.append(weakref.ref(engine._requests[request_id]))
+    left.append(weakref.ref(engine._live.by_id[request_id]))
     run_steps(engine)
     gc.collect()
     assert [ref() for ref in left] == [None, None]

@@ -130,7 +130,7 @@ def interrupt_at(engine, want, name, line):
     else:
         stream.close()
         engine.stats()
-        for request_id in list(engine._requests):
+        for request_id in list(engine._live.by_id):
             engine.abort(request_id)
         engine.step()
         return True
@@ -339,12 +339,12 @@ class TestChange:
             return schedule(*args)
 
         before = signal.signal(signal.SIGUSR1, handler)
-        schedule = engine._scheduler.schedule
-        engine._scheduler.schedule = step
+        schedule = engine._live.pipeline.scheduler.schedule
+        engine._live.pipeline.scheduler.schedule = step
         try:
             assert everything(engine.generate(PROMPTS, CROWD)) == want
         finally:
-            del engine._scheduler.schedule
+            del engine._live.pipeline.scheduler.schedule
             signal.signal(signal.SIGUSR1, before)
         assert any(isinstance(s, int) for s in seen)
         assert any("inside another call of this engine" in str(s) for s in seen)
