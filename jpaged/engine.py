@@ -163,7 +163,7 @@ class Engine:
         generation = Generation(requests, self._live.abandoned, progress, on_step, on_output)
         try:
             with self._live.change.held():
-                self._live.add(requests, generation.mailbox)
+                self._live.add(requests, generation.owner)
                 return generation.run(self._live.drive, self.stats)
         except BaseException as e:
             done = generation.close()
@@ -185,7 +185,7 @@ class Engine:
         self._live.enter()
         request = self._maker.make(prompt, params, self._live.next_id(), stream=True)
         stream = RequestStream(request, self._live.abandoned, self._live.drive)
-        self._live.add([request], stream.mailbox)
+        self._live.add([request], stream.owner)
         return stream
 
     def add_request(
@@ -291,9 +291,10 @@ class Engine:
         else:
             request = self._live.get(request_id)
         if request is not None:
+            owner = self._live.owners.get(request_id)
             self._live.abort(request)
-            if request.mailbox is not None:
-                return request.mailbox[request_id]
+            if owner is not None:
+                return owner.mailbox[request_id]
         output = self._live.outbox[request_id]
         del self._live.outbox[request_id]
         return output

@@ -7,11 +7,11 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jpaged.host.checks import shown
-from jpaged.host.outputs import Mailbox, RequestOutput
+from jpaged.host.outputs import RequestOutput
 from jpaged.host.sequence import Request
 from jpaged.pipeline import Pipeline
 from jpaged.recovery import Change
-from jpaged.streams import Owner
+from jpaged.streams import Mailbox, Owner
 
 
 class LiveRequests:
@@ -21,7 +21,8 @@ class LiveRequests:
 
     Attributes:
       by_id: the requests.
-      outbox: of those without a mailbox of their own, the newest outputs that nobody took.
+      owners: to whom their outputs go. An owner must outlive its consumer, to say that it went.
+      outbox: of requests that have none, the newest outputs that `Engine.step` did not return yet.
       abandoned: of consumers that went; what is live of their requests is still to be aborted.
       change: surrounds what changes any of this.
       pipeline: what they run on.
@@ -35,6 +36,7 @@ class LiveRequests:
           recover: makes what the device holds anew, after an interrupt or a failure.
         """
         self.by_id: dict[str, Request] = {}
+        self.owners: dict[str, Owner] = {}
         self.outbox: Mailbox = {}
         self.abandoned: collections.deque[Owner] = collections.deque()
         self.change = Change()
@@ -78,11 +80,12 @@ class LiveRequests:
             raise KeyError(f"no live request {shown(request_id)}")
         return request
 
-    def add(self, requests: Sequence[Request], mailbox: Mailbox | None) -> None:
-        """Queues requests; their outputs go to a mailbox, or to the outbox."""
+    def add(self, requests: Sequence[Request], owner: Owner | None) -> None:
+        """Queues requests; their outputs go to an owner, or to the outbox."""
         with self.change:
             for request in requests:
-                request.mailbox = mailbox
+                if owner is not None:
+                    self.owners[request.request_id] = owner
                 self.pipeline.scheduler.add(request, request.cache_salt)
                 self.by_id[request.request_id] = request
 
@@ -146,14 +149,17 @@ class LiveRequests:
         self.pipeline = self._new_pipeline()
         for request in list(self.by_id.values()):
             self._deliver(request, self.pipeline.results.mark_aborted(request))
+        self.owners = {}  # of requests that had not come, or had gone, when it was cut short
         self.change.settle(self._recover_device)
 
     def _deliver(self, request: Request, output: RequestOutput) -> None:
-        mailbox = self.outbox if request.mailbox is None else request.mailbox
+        owner = self.owners.get(request.request_id)
+        mailbox = self.outbox if owner is None else owner.mailbox
         mailbox[request.request_id] = output
         if not output.finished:
             return
         del self.by_id[request.request_id]
+        self.owners.pop(request.request_id, None)
         self.pipeline.scheduler.cache.release_root(request.cache_root)
         request.processors = None  # its bitmaps are as large as the vocabulary
         if not self.by_id:
