@@ -29,7 +29,7 @@ import tqdm
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from scripts.flags import run
+from scripts.flags import require_device, run
 
 _DEMO = pathlib.Path(__file__).resolve().parent.parent / "models" / "demo"
 
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
         widths = [0]
     if widths[0] < 1:
         raise app.UsageError(f"--widths={','.join(_WIDTHS.value)} must be numbers of at least 1")
+    require_device()
     rows = []
     print("width  step ms  ms a beam  copies a step  pages saved")
     for width in tqdm.tqdm(widths, unit="width", disable=None):

@@ -49,7 +49,7 @@ import numpy as np
 from absl import app, flags
 
 from pallas_kernels import dispatch
-from scripts.flags import check_names, run
+from scripts.flags import check_names, require_device, run
 from scripts.kernel_contenders import OWN, PEERS, UNCACHED_BYTES, Case, Inputs, Refused, runner
 
 # Weights and results are rounded to the dtype, by 2**-9 of their size or by 2**-12, and some
@@ -205,6 +205,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     values, start = flags.FLAGS, time.monotonic()
     own, layer, cases = _parse_flags()
+    require_device()
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**32)  # CPUs do not say
     limit = 2**30 * (values.memory_gib or 0.9 * memory / 2**30)

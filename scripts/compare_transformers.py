@@ -46,6 +46,7 @@ from scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from scripts.workload import Uniform, make_workload
@@ -150,6 +151,7 @@ def _run_jpaged(directory: pathlib.Path, prompts: Tokens) -> tuple[dict[str, Any
     from jpaged.params import SamplingParams
 
     enable_compilation_cache()
+    require_device()
     config = engine_config_from_flags()
     total = _PROMPT_LEN.value + _OUTPUT_LEN.value
     config = dataclasses.replace(

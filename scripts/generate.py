@@ -45,6 +45,7 @@ from scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from scripts.output import ResultWriter
@@ -141,6 +142,7 @@ def main(argv: list[str]) -> None:
     with _usage_errors():
         params, prompts, model = read_flags(argv)
         enable_compilation_cache()
+        require_device()
         engine = Engine.load(model, engine_config_from_flags())
         params = _with_fallbacks(params, engine.defaults)
         if engine.tokenizer is None:
