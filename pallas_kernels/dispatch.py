@@ -88,6 +88,7 @@ def paged_attention(
         kv_lens,
         cu_q_lens,
         num_seqs,
+        sm_scale=sm_scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         kv_scale=kv_scale,

@@ -1,13 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the kernels' arguments: shapes and dtypes at trace time, contents in tests."""
 
+import math
+import numbers
+import operator
+import reprlib
+
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 
 def check_attention(
-    q, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, *, sliding_window, soft_cap, kv_scale
+    q,
+    kv_pages,
+    page_table,
+    kv_lens,
+    cu_q_lens,
+    num_seqs,
+    *,
+    sm_scale,
+    sliding_window,
+    soft_cap,
+    kv_scale,
 ) -> None:
     """Raises ValueError where the arguments of `paged_attention` do not fit together."""
     _check_rank("q", q, "[num_tokens, num_q_heads, head_dim]")
@@ -20,6 +36,11 @@ def check_attention(
             f"q has {num_q_heads} heads, not a multiple of the {num_kv_heads} KV heads of kv_pages"
         )
     _check_lanes("q", q.shape[2], kv_pages)
+    for name, value in (("sm_scale", sm_scale), ("soft_cap", soft_cap)):
+        if value is not None and not (_is_a(numbers.Real, value) and math.isfinite(value)):
+            raise ValueError(f"{name}={_shown(value)} must be a finite number, or None")
+    if sliding_window is not None and not _is_a(numbers.Integral, sliding_window):
+        raise ValueError(f"sliding_window={_shown(sliding_window)} must be an integer, or None")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window={sliding_window} must be at least 1, or None")
     if soft_cap is not None and soft_cap <= 0:
@@ -32,6 +53,7 @@ def check_write(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, kv_
     _check_float("k", k)
     _check_pool(kv_pages, kv_scale)
     _check_index(page_table, kv_lens, cu_q_lens, num_seqs)
+    _check_array("v", v)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v is {v.dtype}{list(v.shape)}, but k is {k.dtype}{list(k.shape)}")
     if k.shape[1] != kv_pages.shape[2]:
@@ -54,8 +76,18 @@ def check_copy(kv_pages, src_page_ids, dst_page_ids) -> None:
 
 def check_layer(kv_pages, layer) -> None:
     """Raises ValueError for a layer that is known at trace time and not in the pool."""
-    if isinstance(layer, int) and not 0 <= layer < kv_pages.shape[0]:
-        raise ValueError(f"layer={layer} is outside the {kv_pages.shape[0]} layers of kv_pages")
+    if isinstance(layer, jax.Array):
+        known, is_layer = None, layer.shape == () and jnp.issubdtype(layer.dtype, jnp.integer)
+    else:
+        scalar = layer[()] if type(layer) is np.ndarray and layer.shape == () else layer
+        is_layer = _is_a(numbers.Integral, scalar)
+        known = operator.index(scalar) if is_layer else None
+    if not is_layer:
+        raise ValueError(
+            f"layer={_shown(layer)} must be an integer, or an integer array of no axes"
+        )
+    if known is not None and not 0 <= known < kv_pages.shape[0]:
+        raise ValueError(f"layer={known} is outside the {kv_pages.shape[0]} layers of kv_pages")
 
 
 def check_contents(kv_pages, page_table, kv_lens, cu_q_lens, num_seqs) -> None:
@@ -70,6 +102,8 @@ def check_contents(kv_pages, page_table, kv_lens, cu_q_lens, num_seqs) -> None:
       cu_q_lens: i32[max_num_seqs + 1].
       num_seqs: i32[1].
     """
+    _check_rank("kv_pages", kv_pages, _POOL)
+    _check_index(page_table, kv_lens, cu_q_lens, num_seqs)
     num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
     page_table, kv_lens, cu_q_lens = map(np.asarray, (page_table, kv_lens, cu_q_lens))
     live = int(np.asarray(num_seqs)[0])
@@ -100,7 +134,25 @@ def check_contents(kv_pages, page_table, kv_lens, cu_q_lens, num_seqs) -> None:
 _POOL = "[num_layers, num_pages, num_kv_heads, page_size, kv_dim]"
 
 
+def _check_array(name: str, value: object) -> None:
+    """Raises ValueError for all but arrays whose values are what jax computes with."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected an array of jax or NumPy")
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array: give a plain one, such as {name}.filled(0)")
+    try:
+        jax.typeof(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} has dtype {value.dtype}, expected numbers in the byte order of this machine"
+        ) from None
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        if value.is_deleted():
+            raise ValueError(f"{name} was deleted or donated: give an array that is still there")
+
+
 def _check_rank(name: str, array: jax.Array, dims: str) -> None:
+    _check_array(name, array)
     rank = dims.count(",") + 1
     if array.ndim != rank:
         raise ValueError(f"{name} has shape {list(array.shape)}, expected {dims}")
@@ -123,7 +175,10 @@ def _check_pool(kv_pages: jax.Array, kv_scale: jax.Array | None) -> None:
     if kv_pages.dtype == jnp.int8:
         if kv_scale is None:
             raise ValueError("kv_pages of int8 need kv_scale, the size of one step of keys, values")
-    if kv_scale is not None and kv_scale.shape != (2,):
+    if kv_scale is None:
+        return
+    _check_array("kv_scale", kv_scale)
+    if kv_scale.shape != (2,):
         raise ValueError(f"kv_scale has shape {list(kv_scale.shape)}, expected [2]: keys, values")
 
 
@@ -135,6 +190,7 @@ def _check_index(page_table, kv_lens, cu_q_lens, num_seqs) -> None:
         ("cu_q_lens", cu_q_lens, (rows + 1,)),
         ("num_seqs", num_seqs, (1,)),
     ):
+        _check_array(name, array)
         if array.shape != shape:
             raise ValueError(
                 f"{name} has shape {list(array.shape)}, expected {list(shape)} for a page_table of "
@@ -155,3 +211,14 @@ def _check_lanes(name: str, head_dim: int, kv_pages: jax.Array) -> None:
             f"{name} has head_dim {head_dim}, but a cell of kv_pages has {kv_pages.shape[4]} "
             f"lanes, fewer than the {2 * head_dim} that a key and a value need"
         )
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A number as itself; anything else in a short line."""
+    if isinstance(value, numbers.Number):
+        return str(value)
+    return " ".join(reprlib.repr(value).split())
