@@ -2,7 +2,7 @@
 """generation_config.json: how a model's makers want it sampled.
 
 Each field is what it is in transformers 5, except for do_sample and top_k where they are missing
-(see `jpaged.defaults`) and for eos_token_id (see `models.config.load_config`).
+(see `jpaged.defaults`) and for eos_token_id (see `models.config_json.load_config`).
 """
 
 import dataclasses

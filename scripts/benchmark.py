@@ -66,6 +66,7 @@ from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
@@ -143,6 +144,7 @@ def _engine(config: EngineConfig) -> Report:
     for role, spec in (("prompt", _PROMPT_LEN.value), ("output", _OUTPUT_LEN.value)):
         parse_lengths(spec, role)  # before the model is loaded
     enable_compilation_cache()
+    require_device()
     clock = CompileClock()
     start = time.perf_counter()
     name, model_config, params, tokenizer = _load_model(config)

@@ -114,6 +114,24 @@ def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pat
     return path
 
 
+def require_device() -> None:
+    """Has jax find its devices, before anything is loaded or computed.
+
+    Raises:
+      app.UsageError: if there is none, as JAX_PLATFORMS names what is not there.
+    """
+    import jax  # as above
+
+    try:
+        jax.devices()
+    except Exception as e:  # jax has errors of many kinds for it, one of them without a word
+        reason = str(e).split(" (set JAX_PLATFORMS")[0] or "it did not say why"
+        raise app.UsageError(
+            f"jax has no device, with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: "
+            f"{reason}; name platforms that are there, such as JAX_PLATFORMS=cpu, or none"
+        ) from e
+
+
 def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raises `app.UsageError` if a flag that is a list names what is not known."""
     if unknown := sorted(set(names) - set(known)):
@@ -192,7 +210,14 @@ class _Forgiving:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if any(argument.startswith("\ufeff") for argument in rest):
+            _exit_usage("a --flagfile begins with a byte order mark; save it without")
+        return rest
+    except UnicodeDecodeError as e:
+        files = [argument for argument in argv if argument.lstrip("-").startswith("flagfile")]
+        found = f"byte 0x{e.object[e.start]:02x} at position {e.start + 1}"
+        _exit_usage(f"{' '.join(files)}: not UTF-8 ({found}); save the file as UTF-8")
     except (flags.Error, ValueError) as e:  # some of absl's own flags raise the second
         _exit_usage(e)
 

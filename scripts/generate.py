@@ -46,6 +46,7 @@ from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from jpaged.scripts.output import ResultWriter
@@ -140,6 +141,7 @@ def main(argv: list[str]) -> None:
     with _usage_errors():
         params, prompts, model = read_flags(argv)
         enable_compilation_cache()
+        require_device()
         engine = Engine.load(model, engine_config_from_flags())
         params = _with_fallbacks(params, engine.defaults)
         if engine.tokenizer is None:

@@ -2,10 +2,14 @@
 """Prompts as people give them: arguments, a file, or standard input."""
 
 import codecs
+import io
 import os
 import pathlib
+import re
+import select
 import sys
 from collections.abc import Sequence
+from typing import BinaryIO
 
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -28,17 +32,22 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
         if not all(given):
             raise ValueError("a --prompt is empty; a prompt needs at least a character")
         alone = len(given) == 1
-        return [
-            decode_flag("--prompt" if alone else f"--prompt number {number}", prompt)
-            for number, prompt in enumerate(given, 1)
-        ]
+        prompts = []
+        for number, prompt in enumerate(given, 1):
+            flag = "--prompt" if alone else f"--prompt number {number}"
+            prompts.append(decode_flag(flag, prompt))
+            if "\0" in prompt:
+                raise ValueError(f"{flag} has a NUL character, which no text has")
+        return prompts
     if path == "":
         raise ValueError("--prompts_file is empty; name a file, or - for standard input")
     if path is not None and path != "-":
         try:
-            data = pathlib.Path(path).read_bytes()
+            data = pathlib.Path(path).expanduser().read_bytes()
         except OSError as e:
             raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
+        except (ValueError, RuntimeError) as e:  # a NUL character, or no such home directory
+            raise ValueError(f"--prompts_file={path!r}: {e}") from e
         return parse_prompts(data, path)
     if sys.stdin is None:
         raise ValueError(
@@ -46,7 +55,25 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
         )
     if path is None and sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
-    return parse_prompts(sys.stdin.buffer.read(), "standard input")
+    try:
+        data = _read_all(sys.stdin.buffer)
+    except (OSError, io.UnsupportedOperation) as e:
+        raise ValueError(
+            f"standard input cannot be read: {getattr(e, 'strerror', None) or e}; give "
+            "--prompt=... or --prompts_file=FILE"
+        ) from e
+    return parse_prompts(data, "standard input")
+
+
+def _read_all(stream: BinaryIO) -> bytes:
+    """Reads to the end, also what another process has set not to block."""
+    parts = [stream.read()]
+    if not os.get_blocking(stream.fileno()):
+        # None, or less than all, is what was there; only nothing at all is the end.
+        while parts[-1] != b"":
+            select.select([stream], [], [])
+            parts.append(stream.read())
+    return b"".join(part for part in parts if part)
 
 
 def parse_prompts(data: bytes, name: str) -> list[str]:
@@ -109,13 +136,16 @@ def decode_flag(flag: str, value: str) -> str:
 def parse_token_ids(prompt: str) -> list[int]:
     """Returns the token ids that a prompt is for a model without a tokenizer.
 
+    They are decimal numbers of ASCII digits, with blanks or one comma between them.
+
     Raises:
       ValueError: if it is something else.
     """
-    try:
-        return [int(token) for token in prompt.replace(",", " ").split()]
-    except ValueError:
-        raise ValueError(
-            f"prompt {prompt!r:.80}: the model has no tokenizer.json, so its prompts are token "
-            "ids, such as --prompt='1 15 27'"
-        ) from None
+    pieces = re.split(r"[ \t]*,[ \t]*|[ \t]+", prompt.strip(" \t"))
+    for piece in pieces:
+        if not re.fullmatch(r"[0-9]{1,10}", piece):
+            raise ValueError(
+                f"prompt {prompt!r:.80}: the model has no tokenizer.json, so its prompts are token "
+                f"ids, such as --prompt='1 15 27', and {piece!r:.40} is none"
+            )
+    return list(map(int, pieces))

@@ -44,6 +44,7 @@ from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from jpaged.simulation.lengths import Uniform
@@ -149,6 +150,7 @@ def _run_jpaged(directory: pathlib.Path, prompts: Tokens) -> tuple[dict[str, Any
     from jpaged.host.params import SamplingParams
 
     enable_compilation_cache()
+    require_device()
     config = engine_config_from_flags()
     total = _PROMPT_LEN.value + _OUTPUT_LEN.value
     config = dataclasses.replace(

@@ -136,7 +136,7 @@ class TestInterrupts:
         (output,) = engine.generate(
             [[1, 2]],
             drawn(max_tokens=50),
-            on_step=lambda: [*map(engine.abort, [*engine._requests])],
+            on_step=lambda: [*map(engine.abort, [*engine._live.by_id])],
         )
         assert output.outputs[0].finish_reason == "abort"
         with pytest.raises(ZeroDivisionError):

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import codecs
+import errno
+import io
+import os
+import threading
+import time
 
 import pytest
 
@@ -84,6 +89,84 @@ def test_wrong_flags(given, path, message):
 
 def test_token_ids():
     assert parse_token_ids("1 15, 27,3") == [1, 15, 27, 3]
-    for prompt in ("one", "1 x", "1.5", "9" * 5000):
-        with pytest.raises(ValueError, match=r"no tokenizer\.json, so its prompts are token ids"):
-            parse_token_ids(prompt)
+    assert parse_token_ids(" 0\t7 ,  8 ") == [0, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "piece"),
+    [
+        ("one", "one"),
+        ("1 x", "x"),
+        ("1.5", "1.5"),
+        ("1_0", "1_0"),
+        ("2 +5", "+5"),
+        ("-0", "-0"),
+        ("0x1F", "0x1F"),
+        ("1,,2", ""),
+        ("1, ,2", ""),
+        ("1,", ""),
+        (",1", ""),
+        (" ", ""),
+        ("3 \u0661\u0662", "\u0661\u0662"),
+        ("1\u00a02", "1\u00a02"),
+        ("1\r", "1\r"),
+        ("9" * 5000, "9" * 39),
+    ],
+)
+def test_what_is_no_token_id(prompt, piece):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, so its prompts are token ids") as e:
+        parse_token_ids(prompt)
+    assert f"and {piece!r:.40} is none" in str(e.value)
+
+
+class TestStandardInput:
+    def read(self, monkeypatch, descriptor):
+        with io.TextIOWrapper(open(descriptor, "rb")) as stream:
+            monkeypatch.setattr("sys.stdin", stream)
+            return read_prompts([], "-")
+
+    def test_one_that_does_not_block(self, monkeypatch):
+        """Nothing there at first, then half a character, then the rest."""
+        descriptor, writer = os.pipe()
+        os.set_blocking(descriptor, False)
+        text = "caf\u00e9\nb\n".encode()
+
+        def write():
+            for part in (text[:4], text[4:]):
+                time.sleep(0.05)
+                os.write(writer, part)
+            time.sleep(0.05)
+            os.close(writer)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert self.read(monkeypatch, descriptor) == ["caf\u00e9", "b"]
+        thread.join()
+
+    def test_one_that_cannot_be_read(self, monkeypatch):
+        """Such as one that is open for writing only."""
+
+        class WriteOnly:
+            buffer = property(lambda self: self)
+
+            def read(self):
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+        monkeypatch.setattr("sys.stdin", WriteOnly())
+        with pytest.raises(ValueError, match="input cannot be read: Bad file descriptor; give --"):
+            read_prompts([], "-")
+
+
+def test_a_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts").write_text("a\n")
+    assert read_prompts([], "~/prompts") == ["a"]
+    with pytest.raises(ValueError, match="--prompts_file='~nobody_of_this_name/x': "):
+        read_prompts([], "~nobody_of_this_name/x")
+
+
+def test_what_has_a_nul_character():
+    with pytest.raises(ValueError, match=r"--prompts_file='a\\x00b': embedded null"):
+        read_prompts([], "a\0b")
+    with pytest.raises(ValueError, match="--prompt number 2 has a NUL character"):
+        read_prompts(["a", "b\0"], None)

@@ -48,7 +48,7 @@ class Node:
 
 def path(node: Node | None, count: int | None = None) -> list[Node]:
     """The last `count` nodes up to `node`, or all of them, oldest first."""
-    nodes = []
+    nodes: list[Node] = []
     while node is not None and (count is None or len(nodes) < count):
         nodes.append(node)
         node = node.parent
@@ -138,9 +138,9 @@ class BeamSearch:
         """
         assert params.beam_width is not None and params.length_penalty is not None
         self.width = self.max_sequences = self.reserved_places = params.beam_width
-        self._num_logprobs = params.logprobs
         self._length_penalty = params.length_penalty
         self._early_stopping = params.early_stopping
+        self._wanted_logprobs = params.logprobs
         self._prompt = prompt_token_ids
         self._max_new_tokens = max_new_tokens
         self._stops = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
@@ -191,12 +191,14 @@ class BeamSearch:
           For each beam that runs now, the one before that it continues; none if the search ended.
         """
         logprobs = None
-        if (wanted := self._num_logprobs) is not None:
-            rows = likeliest or [{}] * len(self.nodes)
+        if (wanted := self._wanted_logprobs) is not None:
+            rows = likeliest or [dict[int, float]()] * len(self.nodes)
             logprobs = [dict(itertools.islice(row.items(), wanted)) for row in rows]
         length = 1 + (self.nodes[0].length if self.nodes[0] else 0)
         ended: list[Hypothesis] = []
-        parents, nodes, scores = [], [], []
+        parents: list[int] = []
+        nodes: list[Node | None] = []
+        scores: list[float] = []
         for place, candidate in enumerate(candidates):
             score, parent, token, _ = candidate
             stops = token in self._stops
@@ -248,7 +250,7 @@ class BeamSearch:
             text="",
             token_ids=[node.token_id for node in nodes],
             cumulative_logprob=hypothesis.node.cumulative_logprob,
-            logprobs=None if self._num_logprobs is None else [n.logprobs or {} for n in nodes],
+            logprobs=None if self._wanted_logprobs is None else [n.logprobs or {} for n in nodes],
             finish_reason=hypothesis.finish_reason,
             score=hypothesis.score,
             error=self.error if hypothesis.finish_reason == "error" else None,
