@@ -152,6 +152,8 @@ class TextStream:
 
     def _meet_special(self, special: str) -> None:
         """Looks for stop strings that have a special token in them, which is no text itself."""
+        if not self._begun and not any(special in stop for stop in self._stop):
+            return  # at no cost: a tail may be all of the text
         whole = self._certain + self._growing.tail()
         self._begun = [begun for begun in self._begun if begun.go_on_with(special)]
         for stop in self._stop:
