@@ -88,6 +88,28 @@ class ShapeBuckets:
         return [min(rows, self.max_num_rows) for rows in ladder]
 
 
+class SamplingRows(typing.NamedTuple):
+    """Sampling parameters, one entry a sample; see `jpaged.host.params.SamplingParams`.
+
+    Attributes:
+      temperature: f32[num_samples]; 0 is greedy.
+      top_k: i32[num_samples]; 0 keeps all.
+      top_p: f32[num_samples]; 1 keeps all.
+      min_p: f32[num_samples].
+      seeds: u32[num_samples], the request's seed.
+      sample_indices: u32[num_samples], which of the request's samples.
+      positions: i32[num_samples], position of the token to be chosen.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+    sample_indices: np.ndarray
+    positions: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class BeamBatch:
     """The beams of one search in a step.
@@ -115,9 +137,7 @@ class Batch:
         read where `previous_slots` is set.
       page_table, kv_lens, cu_q_lens, num_seqs: as in `pallas_kernels.rows.Rows`.
       previous_slots: i32[num_tokens], which sample of the step before is this token, or -1.
-      temperature, top_p, min_p: f32[num_rows], per sample.
-      top_k, sample_positions: i32[num_rows], per sample.
-      seeds, sample_indices: u32[num_rows], per sample.
+      sampling: how tokens are drawn, one entry a row of the padded shape.
       num_samples: live samples.
       num_logprobs: likeliest tokens wanted with each sample; 0 for none.
       beams: one for each beam search.
@@ -134,13 +154,7 @@ class Batch:
     cu_q_lens: np.ndarray
     num_seqs: np.ndarray
     logits_indices: np.ndarray
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    seeds: np.ndarray
-    sample_indices: np.ndarray
-    sample_positions: np.ndarray
+    sampling: SamplingRows
     num_samples: int
     num_logprobs: int
     beams: tuple[BeamBatch, ...]
@@ -199,7 +213,7 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
         cu_q_lens=cu_q_lens,
         num_seqs=np.array([num_rows], np.int32),
         logits_indices=logits_indices,
-        **_sampling_arrays(
+        sampling=_sampling_rows(
             samples.draws, positions[logits_indices[:num_samples]] + 1, shape.num_rows
         ),
         num_samples=num_samples,
@@ -292,7 +306,7 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
         cu_q_lens=np.zeros(shape.num_rows + 1, np.int32),
         num_seqs=np.zeros(1, np.int32),
         logits_indices=rows,
-        **_sampling_arrays((), rows[:0], shape.num_rows),
+        sampling=_sampling_rows((), rows[:0], shape.num_rows),
         num_samples=0,
         num_logprobs=num_logprobs,
         beams=(),
@@ -300,10 +314,8 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
     )
 
 
-def _sampling_arrays(
-    draws: Sequence[Draw], positions: np.ndarray, num_rows: int
-) -> dict[str, np.ndarray]:
-    """Per-sample parameters, padded with those of greedy sampling."""
+def _sampling_rows(draws: Sequence[Draw], positions: np.ndarray, num_rows: int) -> SamplingRows:
+    """Parameters of samples, padded with those of greedy sampling."""
 
     def column(values: Sequence[float] | np.ndarray, dtype: type) -> np.ndarray:
         padded = np.zeros(num_rows, dtype)
@@ -312,15 +324,15 @@ def _sampling_arrays(
 
     columns = zip(*draws, strict=True) if draws else iter([()] * 7)
     temperature, top_k, top_p, min_p, seeds, indices, _ = columns
-    return {
-        "temperature": column(temperature, np.float32),
-        "top_k": column(top_k, np.int32),
-        "top_p": column(top_p, np.float32),
-        "min_p": column(min_p, np.float32),
-        "seeds": column(seeds, np.uint32),
-        "sample_indices": column(indices, np.uint32),
-        "sample_positions": column(positions, np.int32),
-    }
+    return SamplingRows(
+        column(temperature, np.float32),
+        column(top_k, np.int32),
+        column(top_p, np.float32),
+        column(min_p, np.float32),
+        column(seeds, np.uint32),
+        column(indices, np.uint32),
+        column(positions, np.int32),
+    )
 
 
 def _power_of_two(number: int) -> int:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from jpaged import SamplingParams
-from jpaged.device.sampling import SamplingRows, mark_not_finite, sample
+from jpaged.device.sampling import mark_not_finite, sample
+from jpaged.host.batch import SamplingRows
 from jpaged.models.decoder import Decoder
 from jpaged.results import ResultReader
 from jpaged.text import TextStream
