@@ -132,14 +132,15 @@ class Engine:
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
-            "demo" is the shipped checkpoint.
+            or a model's name on the Hugging Face hub, "org/name", where no such path exists; "demo"
+            is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:
           An engine; its tokenizer is None where the directory has none.
 
         Raises:
-          FileNotFoundError: if the directory or something in it is missing.
+          FileNotFoundError: if the directory or something in it is missing, or cannot be had.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config = engine_config(config)

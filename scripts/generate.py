@@ -52,7 +52,10 @@ from jpaged.scripts.output import ResultWriter
 from jpaged.scripts.prompts import decode_flag, parse_token_ids, read_prompts
 
 _MODEL = flags.DEFINE_string(
-    "model", "demo", "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
+    "model",
+    "demo",
+    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
+    "org/name; demo is the shipped checkpoint.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -217,11 +220,13 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
     )
     if not _MODEL.value:
         raise ValueError("--model is empty; name a directory, or leave the flag out")
+    prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
     try:
+        # Last, as it may download one.
         model = pathlib.Path(find(_MODEL.value)).expanduser()
     except RuntimeError as e:
         raise ValueError(f"--model={_MODEL.value}: {e}") from e
-    return params, read_prompts(_PROMPT.value, _PROMPTS_FILE.value), model
+    return params, prompts, model
 
 
 def _with_fallbacks(params: SamplingParams, defaults: Defaults) -> SamplingParams:
