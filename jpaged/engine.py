@@ -6,11 +6,12 @@ import contextlib
 import itertools
 import logging
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import tokenizers
 
+from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.defaults import model_defaults
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype, plan_pool
@@ -28,6 +29,7 @@ from jpaged.host.stats import Counters, EngineStats
 from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.viewer import PoolSnapshot
+from jpaged.messages import Conversation
 from jpaged.models.checkpoint import check_params
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
@@ -64,6 +66,7 @@ class Engine:
         config: EngineConfig | None = None,
         tokenizer: tokenizers.Tokenizer | None = None,
         generation_config: GenerationConfig | None = None,
+        chat_template: ChatTemplate | None = None,
     ):
         """Allocates the page pool around a model that is in memory; see `load` for one on disk.
 
@@ -73,6 +76,7 @@ class Engine:
           config: the engine's settings.
           tokenizer: None serves prompts given as token ids.
           generation_config: defaults of `SamplingParams`; None has none.
+          chat_template: for `chat`; None has none.
 
         Raises:
           ValueError: if a setting cannot be met, or the parameters are not this model's; the
@@ -83,6 +87,8 @@ class Engine:
         check_params(model_config, params)
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
+        chat_template = chat_template or ChatTemplate({})
+        self.chat_template = instance_of("chat_template", chat_template, ChatTemplate)
         backend = resolve_backend(config.backend)
         self.defaults = model_defaults(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
@@ -144,8 +150,8 @@ class Engine:
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config = engine_config(config)
-        model_config, params, tokenizer, defaults = read_model(model_path, config)
-        return cls(model_config, params, config, tokenizer, defaults)
+        model_config, params, tokenizer, defaults, template = read_model(model_path, config)
+        return cls(model_config, params, config, tokenizer, defaults, template)
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -192,6 +198,53 @@ class Engine:
             self._repair()
             outputs = [done.get(r.request_id) or self._results.partial(r) for r in requests]
             raise GenerationInterrupted(outputs) from None
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        progress: bool = False,
+        on_step: Callable[[], object] = lambda: None,
+        on_output: Callable[[int, RequestOutput], object] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or several, by the model's chat template; see `generate`.
+
+        Args:
+          messages: a list of dicts with role and content, or a list of such lists.
+          params: for all conversations, or one for each.
+          tools: JSON schemas of functions that the answers may call; calls are text of the answers.
+          progress: as in `generate`, like the next two.
+          on_step: likewise.
+          on_output: likewise.
+          **options: see `chat.ChatOptions`.
+
+        Returns:
+          The outputs, one a conversation.
+
+        Raises:
+          ValueError: if a conversation, from 0, or one of its messages, from 0, cannot be served,
+            or the template refuses it; then none has been started.
+          GenerationInterrupted: on Ctrl-C; holds what was produced.
+        """
+        prompts = self.chat_template.prompts(self.tokenizer, messages, tools, options)
+        return self.generate(
+            prompts, params, progress=progress, on_step=on_step, on_output=on_output
+        )
+
+    def chat_prompt(
+        self,
+        messages: Conversation,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[int]:
+        """Returns the token ids that a conversation is, for `stream` or `add_request`.
+
+        The arguments are those of `chat`, and likewise what is raised.
+        """
+        return self.chat_template.prompt(self.tokenizer, messages, tools, options)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> RequestStream:
         """Answers one prompt; the stream yields its output each time it has grown.
