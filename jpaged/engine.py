@@ -8,6 +8,8 @@ from typing import Any
 
 import tokenizers
 
+from jpaged.chat import ChatTemplate
+from jpaged.chat_methods import ChatMethods
 from jpaged.defaults import model_defaults
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype, plan_pool
@@ -36,7 +38,7 @@ from jpaged.streams import Generation, RequestStream
 logger = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(ChatMethods):
     """Generates for many requests at once over one page pool.
 
     Outputs go to whom their request belongs, whoever runs the step: `stream` and `generate` have
@@ -55,6 +57,7 @@ class Engine:
         config: EngineConfig | None = None,
         tokenizer: tokenizers.Tokenizer | None = None,
         generation_config: GenerationConfig | None = None,
+        chat_template: ChatTemplate | None = None,
     ):
         """Allocates the page pool around a model that is in memory; see `load` for one on disk.
 
@@ -64,6 +67,7 @@ class Engine:
           config: the engine's settings.
           tokenizer: None serves prompts given as token ids.
           generation_config: defaults of `SamplingParams`; None has none.
+          chat_template: for `chat`; None has none.
 
         Raises:
           ValueError: if a setting cannot be met, or the parameters are not this model's; the
@@ -74,6 +78,8 @@ class Engine:
         check_params(model_config, params)
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
+        chat_template = chat_template or ChatTemplate({})
+        self.chat_template = instance_of("chat_template", chat_template, ChatTemplate)
         backend = resolve_backend(config.backend)
         self.defaults = model_defaults(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
@@ -121,19 +127,20 @@ class Engine:
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
-            "demo" is the shipped checkpoint.
+            or a model's name on the Hugging Face hub, "org/name", where no such path exists; "demo"
+            is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:
           An engine; its tokenizer is None where the directory has none.
 
         Raises:
-          FileNotFoundError: if the directory or something in it is missing.
+          FileNotFoundError: if the directory or something in it is missing, or cannot be had.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config = engine_config(config)
-        model_config, params, tokenizer, defaults = read_model(model_path, config)
-        return cls(model_config, params, config, tokenizer, defaults)
+        model_config, params, tokenizer, defaults, template = read_model(model_path, config)
+        return cls(model_config, params, config, tokenizer, defaults, template)
 
     @property
     def has_unfinished_requests(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tokenizers
 
 from jpaged.detokenizer import Detokenizer
+from jpaged.host.checks import shown
 
 
 def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -36,6 +37,30 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} is not a readable tokenizer: {reason:.300}") from e
     return tokenizer
+
+
+def encode(
+    tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Returns a text's token ids.
+
+    Args:
+      tokenizer: whose.
+      text: Unicode, without halves of surrogate pairs.
+      add_special_tokens: whether the tokenizer adds those that it adds to a text, such as a first
+        one; those that stand in the text are found in any case.
+
+    Raises:
+      ValueError: if it cannot be encoded.
+    """
+    try:
+        return tokenizer.encode(str.__str__(text), add_special_tokens=add_special_tokens).ids
+    except BaseException as e:
+        if not is_fault(e):
+            raise
+        raise ValueError(
+            f"the tokenizer cannot encode prompt={shown(text)}: {shown(str(e))}"
+        ) from e
 
 
 def is_fault(error: BaseException) -> bool:

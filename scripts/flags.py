@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts share: the engine's flags, the compilation cache, and how programs end."""
+"""What the scripts share: flags of settings, the compilation cache, and how programs end."""
 
+import contextlib
 import dataclasses
 import errno
 import inspect
+import logging as python_logging
 import os
 import pathlib
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
 
 from jpaged.host.config import CHOICES, EngineConfig
+from jpaged.host.params import SamplingParams
 from jpaged.scripts import interrupts
 
 # A flag defined by a call of `define_engine_flags` belongs to the script that calls it, so that
@@ -40,24 +43,8 @@ def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     Args:
       flag_values: where to define them.
     """
-    helps = _attribute_docs(EngineConfig)
-    hints = typing.get_type_hints(EngineConfig)
-    for field in dataclasses.fields(EngineConfig):
-        if field.name in flag_values:
-            continue
-        (kind,) = [t for t in _union_members(hints[field.name]) if t is not types.NoneType]
-        name, text = field.name, helps[field.name]
-        default: Any = field.default
-        if name in CHOICES:
-            flags.DEFINE_enum(name, default, CHOICES[name], text, flag_values=flag_values)
-            continue
-        define: Any = {
-            int: flags.DEFINE_integer,
-            float: flags.DEFINE_float,
-            bool: flags.DEFINE_bool,
-            str: flags.DEFINE_string,
-        }[kind]
-        define(name, default, text, flag_values=flag_values)
+    names = [field.name for field in dataclasses.fields(EngineConfig)]
+    _define_fields(EngineConfig, names, flag_values)
     if "compilation_cache_dir" not in flag_values:
         flags.DEFINE_string(
             "compilation_cache_dir",
@@ -79,6 +66,25 @@ def engine_config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Eng
         return EngineConfig(**values)
     except ValueError as e:
         raise app.UsageError(str(e)) from e
+
+
+def define_sampling_flags(
+    names: Iterable[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> None:
+    """Defines flags for some fields of `SamplingParams`, as `define_engine_flags` does."""
+    _define_fields(SamplingParams, names, flag_values)
+
+
+def sampling_params_from_flags(
+    names: Iterable[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> SamplingParams:
+    """Returns the parameters that the flags of `define_sampling_flags` describe.
+
+    Raises:
+      ValueError: if a value is out of range.
+    """
+    values: dict[str, Any] = {name: flag_values[name].value for name in names}
+    return SamplingParams(**values)
 
 
 def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pathlib.Path | None:
@@ -136,6 +142,33 @@ def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raises `app.UsageError` if a flag that is a list names what is not known."""
     if unknown := sorted(set(names) - set(known)):
         raise app.UsageError(f"--{flag}={','.join(unknown)}: choose among {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns the library's refusals into one line for people."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # no fault of the usage: see `run`
+    except OSError as e:
+        raise app.UsageError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+    except ValueError as e:
+        # Requests have numbers from 0, prompts and samples are shown to people from 1.
+        text = re.sub(r"^request '(\d+)':", lambda match: f"prompt {int(match[1]) + 1}:", str(e))
+        raise app.UsageError(text) from e
+
+
+def log_to_stderr() -> None:
+    """Has the library tell on standard error what it does."""
+    handler = python_logging.StreamHandler()
+    handler.setFormatter(python_logging.Formatter("%(name)s: %(message)s"))
+    logger = python_logging.getLogger("jpaged")
+    logger.addHandler(handler)
+    logger.propagate = False
+    # --verbosity=1 also logs every compilation with its shapes.
+    verbose = flags.FLAGS.verbosity > 0
+    logger.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -249,6 +282,30 @@ def _say(message: str) -> None:
 def _drop_stdout() -> None:
     """What is still buffered must go somewhere, or Python complains about it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _define_fields(cls: type, names: Iterable[str], flag_values: flags.FlagValues) -> None:
+    """Defines a flag for each of these fields of a dataclass that has none yet."""
+    helps, hints = _attribute_docs(cls), typing.get_type_hints(cls)
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    for name in names:
+        if name in flag_values:
+            continue
+        kind = next(t for t in _union_members(hints[name]) if t is not types.NoneType)
+        default: Any = defaults[name]
+        text = helps[name]
+        if cls is EngineConfig and name in CHOICES:
+            flags.DEFINE_enum(name, default, CHOICES[name], text, flag_values=flag_values)
+            continue
+        define: Any = {
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            bool: flags.DEFINE_bool,
+            str: flags.DEFINE_string,
+            tuple[str, ...]: flags.DEFINE_multi_string,
+        }[kind]
+        default = list(default) if isinstance(default, tuple) else default
+        define(name, default, text, flag_values=flag_values)
 
 
 def _union_members(hint: Any) -> tuple[Any, ...]:

@@ -5,10 +5,14 @@
     jpaged generate --model=DIR --prompts_file=prompts.txt --output=json > answers.jsonl
     echo "The old fisherman" | jpaged generate
     jpaged generate --prompt="Once upon a time" --n=4 --show_pages
+    jpaged generate --model=DIR --chat --prompts_file=conversations.jsonl
 
 Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
 from standard input. A model directory without a tokenizer takes prompts as token ids:
---prompt="1 15 27". Text or JSON goes to standard output, everything else to standard error.
+--prompt="1 15 27". With --chat each prompt is a conversation in JSON, a list of messages such as
+[{"role": "user", "content": "Hello"}] or an object with messages, tools and documents, and what is
+written as text is the answer alone. Text or JSON goes to standard output, everything else to
+standard error.
 
 Each result is written as soon as its request has ended, so the order is that in which they end:
 "prompt 3" in text counts the prompts from 1, and "request_id" in JSON from 0. What the encoding of
@@ -24,14 +28,10 @@ from jpaged.scripts import interrupts
 if __name__ == "__main__":
     interrupts.exit_at_once()  # also while the imports take their time
 
-import contextlib
 import dataclasses
-import logging
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags
@@ -42,18 +42,30 @@ from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
 from jpaged.models import find
+from jpaged.scripts.conversations import (
+    chat_options_from_flags,
+    chat_template_of,
+    define_chat_flags,
+    render_conversations,
+)
 from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    log_to_stderr,
     require_device,
     run,
+    usage_errors,
 )
 from jpaged.scripts.output import ResultWriter
 from jpaged.scripts.prompts import decode_flag, parse_token_ids, read_prompts
+from jpaged.text import encode
 
 _MODEL = flags.DEFINE_string(
-    "model", "demo", "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
+    "model",
+    "demo",
+    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
+    "org/name; demo is the shipped checkpoint.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
@@ -132,22 +144,31 @@ _SHOW_PAGES = flags.DEFINE_bool(
     "Draw who owned which page after the step that left most pages in use, the last of them if "
     "there are several, to standard error. At the end all pages are free. NO_COLOR is respected.",
 )
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Each prompt is a conversation in JSON, to be answered by the chat template."
+)
+define_chat_flags()
 define_engine_flags()
 
 
 def main(argv: list[str]) -> None:
     """Reads prompts, generates, prints."""
-    _log_to_stderr()
-    with _usage_errors():
+    log_to_stderr()
+    with usage_errors():
         params, prompts, model = read_flags(argv)
+        options = chat_options_from_flags()
+        if _CHAT.value:
+            prompts = render_conversations(prompts, chat_template_of(model), options)
+        elif options:
+            raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
         enable_compilation_cache()
         require_device()
         engine = Engine.load(model, engine_config_from_flags())
         params = _with_fallbacks(params, engine.defaults)
-        if engine.tokenizer is None:
-            prompts = [parse_token_ids(prompt) for prompt in prompts]
+        prompts = _encoded(prompts, engine)
     as_json = _OUTPUT.value == "json"
-    writer = ResultWriter(prompts, engine.tokenizer, as_json=as_json)
+    shown = [""] * len(prompts) if _CHAT.value else prompts
+    writer = ResultWriter(shown, engine.tokenizer, as_json=as_json)
     fullest = _Fullest(engine)
     interrupted = False
     streams = params.num_samples == params.n and params.beam_width is None
@@ -156,7 +177,7 @@ def main(argv: list[str]) -> None:
         interrupted = stream(engine, prompts[0], params, writer, fullest)
     else:
         try:
-            with _usage_errors():
+            with usage_errors():
                 engine.generate(
                     prompts,
                     params,
@@ -219,11 +240,26 @@ def read_flags(argv: list[str]) -> tuple[SamplingParams, list[str], pathlib.Path
     )
     if not _MODEL.value:
         raise ValueError("--model is empty; name a directory, or leave the flag out")
+    prompts = read_prompts(_PROMPT.value, _PROMPTS_FILE.value)
     try:
+        # Last, as it may download one.
         model = pathlib.Path(find(_MODEL.value)).expanduser()
     except RuntimeError as e:
         raise ValueError(f"--model={_MODEL.value}: {e}") from e
-    return params, read_prompts(_PROMPT.value, _PROMPTS_FILE.value), model
+    return params, prompts, model
+
+
+def _encoded(prompts: list[str], engine: Engine) -> list[str] | list[list[int]]:
+    """The prompts as the engine is given them.
+
+    Conversations have the special tokens that their template wrote, and get no others; a model
+    without a tokenizer has token ids.
+    """
+    if engine.tokenizer is None:
+        return [parse_token_ids(prompt) for prompt in prompts]
+    if not _CHAT.value:
+        return prompts
+    return [encode(engine.tokenizer, prompt, add_special_tokens=False) for prompt in prompts]
 
 
 def _with_fallbacks(params: SamplingParams, defaults: Defaults) -> SamplingParams:
@@ -270,7 +306,7 @@ def _stream(
     """Prints one sample as it grows. Returns: whether Ctrl-C ended it."""
     last: RequestOutput | None = None
     shown, interrupted = 0, False
-    with _usage_errors():
+    with usage_errors():
         engine.add_request(prompt, params, stream=True)
     try:
         writer.text(writer.prompt_text(0))
@@ -302,7 +338,7 @@ def _stream_samples(
     last: RequestOutput | None = None
     shown: set[int] = set()
     interrupted = False
-    with _usage_errors():
+    with usage_errors():
         engine.add_request(prompt, params, stream=True)
     try:
         while engine.has_unfinished_requests:
@@ -358,31 +394,6 @@ def _summary(writer: ResultWriter, stats: EngineStats, fullest: EngineStats) -> 
         f"max_model_len={stats.max_model_len} would have held {contiguous} pages "
         f"({contiguous * page_mib:.2f} MiB)"
     )
-
-
-@contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns the library's refusals into one line for people."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # no fault of the usage: see `scripts.flags.run`
-    except OSError as e:
-        raise app.UsageError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
-    except ValueError as e:
-        # Requests have numbers from 0, prompts and samples are shown to people from 1.
-        text = re.sub(r"^request '(\d+)':", lambda match: f"prompt {int(match[1]) + 1}:", str(e))
-        raise app.UsageError(text) from e
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logger = logging.getLogger("jpaged")
-    logger.addHandler(handler)
-    logger.propagate = False
-    # --verbosity=1 also logs every compilation with its shapes.
-    logger.setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
 
 
 if __name__ == "__main__":

