@@ -18,9 +18,9 @@ import safetensors.numpy
 
 from jpaged.models import checkpoint
 from jpaged.models.checkpoint import CheckpointError
-from jpaged.models.config import ModelConfigError
 from jpaged.models.config_json import load_config
 from jpaged.models.decoder import Decoder
+from jpaged.models.json_fields import ModelConfigError
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 ALL = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())

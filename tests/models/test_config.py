@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jpaged.models.config import ModelConfig, ModelConfigError, RopeScaling
+from jpaged.models.config import dense_config
 from jpaged.models.config_json import config_from_hf, config_to_hf, load_config
 from jpaged.models.decoder import Decoder
+from jpaged.models.json_fields import ModelConfigError
+from jpaged.models.rope import LinearScaling, Llama3Scaling, Rope
 from jpaged.models.shapes import SHAPES
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 
 # What scripts/fixtures/record_hf_fixtures.py asked transformers for.
 RECORDED = {
-    "llama_gqa5_hd48_untied": ModelConfig(
+    "llama_gqa5_hd48_untied": dense_config(
         family="LlamaForCausalLM",
         vocab_size=131,
         hidden_size=60,
@@ -33,7 +35,7 @@ RECORDED = {
         tie_word_embeddings=False,
         max_position_embeddings=128,
     ),
-    "llama3_rope_hd80_tied": ModelConfig(
+    "llama3_rope_hd80_tied": dense_config(
         family="LlamaForCausalLM",
         vocab_size=160,
         hidden_size=40,
@@ -44,8 +46,7 @@ RECORDED = {
         head_dim=80,
         rms_norm_eps=1e-5,
         rope_theta=500_000.0,
-        rope_scaling=RopeScaling(
-            kind="llama3",
+        rope_scaling=Llama3Scaling(
             factor=8.0,
             low_freq_factor=1.0,
             high_freq_factor=4.0,
@@ -54,7 +55,7 @@ RECORDED = {
         tie_word_embeddings=True,
         max_position_embeddings=256,
     ),
-    "llama_linear_rope_mqa": ModelConfig(
+    "llama_linear_rope_mqa": dense_config(
         family="LlamaForCausalLM",
         vocab_size=128,
         hidden_size=64,
@@ -65,11 +66,11 @@ RECORDED = {
         head_dim=16,
         rms_norm_eps=1e-2,
         rope_theta=10_000.0,
-        rope_scaling=RopeScaling(kind="linear", factor=2.0),
+        rope_scaling=LinearScaling(factor=2.0),
         tie_word_embeddings=False,
         max_position_embeddings=128,
     ),
-    "qwen3_gqa5_hd48_tied": ModelConfig(
+    "qwen3_gqa5_hd48_tied": dense_config(
         family="Qwen3ForCausalLM",
         vocab_size=150,
         hidden_size=36,
@@ -84,7 +85,7 @@ RECORDED = {
         tie_word_embeddings=True,
         max_position_embeddings=128,
     ),
-    "qwen3_mha_hd80_untied_sharded": ModelConfig(
+    "qwen3_mha_hd80_untied_sharded": dense_config(
         family="Qwen3ForCausalLM",
         vocab_size=128,
         hidden_size=48,
@@ -199,7 +200,7 @@ QWEN3_0_6B = {
 class TestPublishedModels:
     def test_llama_2_7b(self):
         config = config_from_hf(LLAMA_2_7B)
-        assert config == ModelConfig(
+        assert config == dense_config(
             family="LlamaForCausalLM",
             vocab_size=32000,
             hidden_size=4096,
@@ -221,9 +222,9 @@ class TestPublishedModels:
     def test_llama_3_1_8b(self):
         config = config_from_hf(LLAMA_3_1_8B)
         assert (config.num_kv_heads, config.head_dim, config.num_layers) == (8, 128, 32)
-        assert config.rope_theta == 500_000.0
-        assert config.rope_scaling == RopeScaling(
-            kind="llama3",
+        (layer,) = config.pattern
+        assert layer.attention.rope.theta == 500_000.0
+        assert layer.attention.rope.scaling == Llama3Scaling(
             factor=8.0,
             low_freq_factor=1.0,
             high_freq_factor=4.0,
@@ -231,14 +232,14 @@ class TestPublishedModels:
         )
         assert (config.bos_token_id, config.eos_token_ids) == (128000, (128001,))
         assert config.max_position_embeddings == 131072
-        assert not config.qk_norm and not config.tie_word_embeddings
+        assert layer.attention.qk_norm is None and not config.tie_word_embeddings
         assert Decoder(config).num_params == 8_030_261_248
         assert config.kv_bytes_per_token(2) == 128 * 1024
 
     def test_llama_3_2_1b(self):
         config = config_from_hf(LLAMA_3_2_1B)
         assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (32, 8, 64)
-        assert config.rope_scaling.factor == 32.0
+        assert config.pattern[0].attention.rope.scaling.factor == 32.0
         assert config.tie_word_embeddings
         assert Decoder(config).num_params == 1_235_814_400
         assert config.kv_bytes_per_token(2) == 32 * 1024
@@ -246,8 +247,9 @@ class TestPublishedModels:
     def test_qwen3_0_6b(self):
         config = config_from_hf(QWEN3_0_6B)
         assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (16, 8, 128)
-        assert config.qk_norm and config.tie_word_embeddings and config.rope_scaling is None
-        assert config.rope_theta == 1_000_000.0
+        attention = config.pattern[0].attention
+        assert attention.qk_norm == "head" and config.tie_word_embeddings
+        assert attention.rope == Rope(theta=1_000_000.0, dim=128)
         assert (config.bos_token_id, config.eos_token_ids) == (151643, (151645,))
         assert Decoder(config).num_params == 596_049_920
         assert config.kv_bytes_per_token(2) == 112 * 1024
@@ -324,10 +326,9 @@ def configs(draw):
     rope_scaling = draw(
         st.one_of(
             st.none(),
-            st.builds(RopeScaling, kind=st.just("linear"), factor=factor),
+            st.builds(LinearScaling, factor=factor),
             st.builds(
-                RopeScaling,
-                kind=st.just("llama3"),
+                Llama3Scaling,
                 factor=factor,
                 low_freq_factor=st.floats(0.1, 8, allow_nan=False),
                 high_freq_factor=st.floats(9, 64, allow_nan=False),
@@ -336,7 +337,7 @@ def configs(draw):
         )
     )
     family = draw(st.sampled_from(["LlamaForCausalLM", "Qwen3ForCausalLM"]))
-    return ModelConfig(
+    return dense_config(
         family=family,
         vocab_size=vocab_size,
         hidden_size=draw(size),
@@ -380,8 +381,9 @@ class TestDefaults:
         left_out = ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "rope_theta")
         fields = {key: value for key, value in LLAMA_3_1_8B.items() if key not in left_out}
         config = config_from_hf(fields)
-        assert (config.rms_norm_eps, config.tie_word_embeddings) == (1e-6, False)
-        assert (config.max_position_embeddings, config.rope_theta) == (2048, 10_000.0)
+        assert (config.norm.eps, config.tie_word_embeddings) == (1e-6, False)
+        assert config.max_position_embeddings == 2048
+        assert config.pattern[0].attention.rope.theta == 10_000.0
         assert config_from_hf(fields | {"eos_token_id": None}).eos_token_ids == ()
         assert config_from_hf(fields | {"eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
         assert config_from_hf(fields | {"eos_token_id": 0}).eos_token_ids == (0,)
@@ -392,7 +394,7 @@ class TestDefaults:
 
     def test_rope_scaling_in_its_oldest_form(self):
         config = config_from_hf(LLAMA_2_7B | {"rope_scaling": {"type": "linear", "factor": 4}})
-        assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
+        assert config.pattern[0].attention.rope.scaling == LinearScaling(factor=4.0)
 
 
 REMOVED = object()
