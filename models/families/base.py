@@ -53,6 +53,7 @@ INERT_FIELDS = frozenset(
         "experts_implementation",
         "is_decoder",
         "keys_to_ignore_at_inference",
+        "output_router_logits",
         "pretraining_tp",
         "return_dict",
         "tf_legacy_loss",
@@ -76,6 +77,8 @@ INERT_FIELDS = frozenset(
         "initializer_factor",
         "initializer_range",
         "resid_pdrop",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         # Lengths that were claimed beside max_position_embeddings, which is the one that counts.
         "max_seq_len",
         "max_sequence_length",

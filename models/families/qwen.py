@@ -74,8 +74,14 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
     (attention,) = _attentions(fields, has_qwen2_bias=False)
     activation = fields.activation()
     dense = MlpSpec(intermediate_size=fields("intermediate_size", int), activation=activation)
+    # transformers 5 writes the second name, and reads both.
+    other, count = fields.optional("num_local_experts", int), fields("num_experts", int)
+    if other is not None and fields.has("num_experts") and other != count:
+        raise ModelConfigError(
+            f"num_experts={count} and num_local_experts={other} contradict each other; keep one"
+        )
     experts = ExpertsSpec(
-        num_experts=fields("num_experts", int),
+        num_experts=count if other is None else other,
         num_experts_per_token=fields("num_experts_per_tok", int),
         intermediate_size=fields("moe_intermediate_size", int),
         weights="renormalized" if fields("norm_topk_prob", bool) else "softmax",

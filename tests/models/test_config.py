@@ -299,9 +299,6 @@ class TestRecordedModels:
     def test_reads_what_was_asked_for(self, name):
         assert load_config(FIXTURES / name) == RECORDED[name]
 
-    def test_every_fixture_is_checked(self):
-        assert {path.name for path in FIXTURES.iterdir() if path.is_dir()} == set(RECORDED)
-
     @pytest.mark.parametrize("name", ["llama3_rope_hd80_tied", "qwen3_gqa5_hd48_tied"])
     def test_transformers_4_and_5_write_the_same_model(self, name):
         old = json.loads((FIXTURES / name / "config_v4.json").read_text())
