@@ -94,6 +94,11 @@ class Fields:
         head_dim = self.optional("head_dim", int)
         if head_dim is None:
             head_dim = self._defaults.get("head_dim")
+        if head_dim is not None and (head_dim < 2 or head_dim % 2):
+            raise ModelConfigError(
+                f"head_dim={head_dim} must be even and at least 2: rotary embeddings turn pairs of "
+                "lanes"
+            )
         # Of no heads at all, the spec complains.
         if head_dim is None and num_heads > 0 and hidden_size % num_heads:
             raise ModelConfigError(
@@ -106,10 +111,13 @@ class Fields:
             "head_dim": hidden_size // max(num_heads, 1) if head_dim is None else head_dim,
         }
 
-    def kinds(self, default: Callable[[int], str], period: int | None) -> list[str]:
+    def kinds(
+        self, window: int | None, default: Callable[[int], str], period: int | None
+    ) -> list[str]:
         """The layers' attention, "full_attention" or "sliding_attention": one period of it.
 
         Args:
+          window: of the layers that have one; None supports none.
           default: of each layer, where layer_types does not say.
           period: with which it repeats; None with none that is known.
 
@@ -124,8 +132,11 @@ class Fields:
                 "attention": "full_attention",
                 "sliding_attention": "sliding_attention",
             }
+            if window is None:
+                del known["sliding_attention"]
             if not all(isinstance(kind, str) and kind in known for kind in given):
-                raise self.unsupported("layer_types", "'full_attention', 'sliding_attention'")
+                names = " or ".join(repr(kind) for kind in known if kind != "attention")
+                raise self.unsupported("layer_types", f"{names} in every layer")
             if len(given) != num_layers:
                 raise ModelConfigError(
                     f"layer_types has {len(given)} entries for num_hidden_layers={num_layers}: "

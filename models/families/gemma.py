@@ -52,7 +52,8 @@ def _model(fields: Fields, kinds: list[str], ropes: dict[str, Rope], **own) -> M
 
 def read_gemma2(fields: Fields) -> ModelConfig:
     """Reads a config.json of Gemma 2."""
-    kinds = fields.kinds(lambda i: "full_attention" if i % 2 else "sliding_attention", 2)
+    window = fields.optional("sliding_window", int)
+    kinds = fields.kinds(window, lambda i: "full_attention" if i % 2 else "sliding_attention", 2)
     rope = read_rope(fields, fields.heads()["head_dim"])
     return _model(fields, kinds, dict.fromkeys(kinds, rope))
 
@@ -63,7 +64,9 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     if every < 1:
         raise ModelConfigError(f"sliding_window_pattern={every} must be at least 1")
     kinds = fields.kinds(
-        lambda i: "sliding_attention" if (i + 1) % every else "full_attention", every
+        fields.optional("sliding_window", int),
+        lambda i: "sliding_attention" if (i + 1) % every else "full_attention",
+        every,
     )
     head_dim = fields.heads()["head_dim"]
     ropes = {

@@ -22,7 +22,7 @@ def read(fields: Fields) -> ModelConfig:
             bias=fields("mlp_bias", bool),
         ),
     )
-    fields.kinds(lambda i: "full_attention", 1)
+    fields.kinds(None, lambda i: "full_attention", 1)
     return ModelConfig(
         pattern=(layer,), norm=NormSpec(eps=fields("rms_norm_eps", float)), **fields.shared()
     )

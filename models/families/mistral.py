@@ -48,7 +48,9 @@ def read_mistral(fields: Fields) -> ModelConfig:
 
 def read_ministral(fields: Fields) -> ModelConfig:
     """Reads a config.json of Ministral."""
-    return _model(fields, fields.kinds(lambda i: "sliding_attention", 1), _dense(fields))
+    window = fields.optional("sliding_window", int)
+    kinds = fields.kinds(window, lambda i: "sliding_attention", 1)
+    return _model(fields, kinds, _dense(fields))
 
 
 def read_mixtral(fields: Fields) -> ModelConfig:

@@ -29,6 +29,7 @@ def _attentions(fields: Fields, *, has_qwen2_bias: bool) -> list[AttentionSpec]:
         window = None
     first = fields("max_window_layers", int)
     kinds = fields.kinds(
+        window,
         lambda i: "sliding_attention" if window is not None and i >= first else "full_attention",
         1 if window is None else None,
     )

@@ -31,6 +31,7 @@ def read(fields: Fields) -> ModelConfig:
     if not fields("use_sliding_window", bool):
         window = None
     kinds = fields.kinds(
+        window,
         lambda i: (
             "full_attention" if window is None or turns[i % len(turns)] else "sliding_attention"
         ),

@@ -412,6 +412,7 @@ class TestOrbax:
     )
     def test_another_model(self, damaged, fields, part):
         path = damaged / "config.json"
+        fields |= {"layer_types": None}
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
         load_fails(damaged, str(damaged / "params"), part)
 

@@ -409,24 +409,27 @@ FAULTS = {
     "not causal": ({"is_causal": False}, ["is_causal=False", "supported: True"]),
     "encoder": ({"is_encoder_decoder": True}, ["is_encoder_decoder=True"]),
     "interleaved": ({"rope_interleaved": True}, ["rope_interleaved=True"]),
-    "half of a head turned": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
-    "half of a head turned by rope": (
-        {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        ["partial_rotary_factor", "rope_type='default'"],
+    "more than a head turned": (
+        {"partial_rotary_factor": 1.5},
+        ["partial_rotary_factor=1.5", "at most 1"],
     ),
-    "bias that is no flag": ({"attention_bias": 0}, ["attention_bias=0", "supported: False"]),
-    "text for a bias": ({"mlp_bias": "false"}, ["mlp_bias='false'", "supported: False"]),
+    "two parts of a head turned": (
+        {
+            "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5},
+            "partial_rotary_factor": 0.25,
+        },
+        ["partial_rotary_factor", "[0.25, 0.5]"],
+    ),
+    "bias that is no flag": ({"attention_bias": 0}, ["attention_bias=0", "type bool"]),
+    "text for a bias": ({"mlp_bias": "false"}, ["mlp_bias='false'", "type bool"]),
     "another config": ({"text_config": {"vocab_size": 3}}, ["text_config={'vocab_size': 3}"]),
     "two contexts": (
         {"original_max_position_embeddings": 4096},
         ["original_max_position_embeddings=4096", "8192"],
     ),
     "architecture": (
-        {"architectures": ["MistralForCausalLM"]},
-        [
-            "architectures=['MistralForCausalLM']",
-            "'LlamaForCausalLM', 'Qwen3ForCausalLM'",
-        ],
+        {"architectures": ["FalconForCausalLM"]},
+        ["architectures=['FalconForCausalLM']", "'LlamaForCausalLM'", "'Qwen3ForCausalLM'"],
     ),
     "two architectures": (
         {"architectures": ["LlamaForCausalLM", "Qwen3ForCausalLM"]},
@@ -437,25 +440,23 @@ FAULTS = {
         ["architectures=[] with model_type=None"],
     ),
     "no architecture of ours": (
-        {"architectures": None, "model_type": "mistral"},
-        ["architectures=[] with model_type='mistral'"],
+        {"architectures": None, "model_type": "falcon"},
+        ["architectures=[] with model_type='falcon'"],
     ),
     "one architecture of ours and no type": (
         {"architectures": ["LlamaForCausalLM", "LlamaModel"], "model_type": REMOVED},
         ["architectures=['LlamaForCausalLM', 'LlamaModel'] with model_type=None"],
     ),
     "model type": ({"model_type": "mistral"}, ["model_type='mistral'", "'llama'"]),
-    "bias": ({"attention_bias": True}, ["attention_bias=True", "LlamaForCausalLM", "False"]),
-    "mlp bias": ({"mlp_bias": True}, ["mlp_bias=True", "False"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
     "sliding layers": (
         {"layer_types": ["full_attention", "sliding_attention"]},
         ["layer_types=['full_attention', 'sliding_attention']", "'full_attention'"],
     ),
     "sliding window": ({"use_sliding_window": True}, ["use_sliding_window=True"]),
-    "yarn": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        ["rope_type='yarn'", "'default', 'linear', 'llama3'"],
+    "ntk": (
+        {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}},
+        ["rope_type='ntk'", "'default', 'linear', 'dynamic', 'llama3', 'yarn', 'longrope'"],
     ),
     "old yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_type='yarn'"]),
     "new yarn": (
@@ -465,7 +466,10 @@ FAULTS = {
         },
         ["rope_type='yarn'"],
     ),
-    "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope_type='dynamic'"]),
+    "dynamic without factor": (
+        {"rope_scaling": {"type": "dynamic"}},
+        ["rope_type='dynamic'", "'factor'", "missing"],
+    ),
     "linear without factor": (
         {"rope_scaling": {"rope_type": "linear"}},
         ["rope_type='linear'", "'factor'", "missing"],
@@ -566,8 +570,6 @@ def test_what_is_not_supported_is_named(name):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"attention_bias": True}, "attention_bias=True is not supported for Qwen3ForCausalLM"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"layer_types": ["sliding_attention"] * 28}, "layer_types=['sliding_attention', "),
         ({"model_type": "llama"}, "model_type='llama' does not go with"),
@@ -578,6 +580,20 @@ def test_what_is_not_supported_is_named(name):
 def test_what_qwen3_does_not_support(changes, part):
     with pytest.raises(ModelConfigError, match=re.escape(part)):
         config_from_hf(QWEN3_0_6B | changes)
+
+
+def test_windows_of_qwen3():
+    """Of the layers from max_window_layers on, where use_sliding_window says so."""
+    fields = QWEN3_0_6B | {"sliding_window": 9, "max_window_layers": 26, "use_sliding_window": True}
+    config = config_from_hf(fields)
+    windows = [config.layer(i).attention.variant.sliding_window for i in range(28)]
+    assert windows == [None] * 26 + [9, 9]
+
+
+def test_dynamic_rope_changes_nothing_within_the_context():
+    """transformers changes the base beyond max_position_embeddings, which is never served."""
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    assert config_from_hf(LLAMA_2_7B | {"rope_scaling": rope}) == config_from_hf(LLAMA_2_7B)
 
 
 def test_inert_fields_of_qwen3():

@@ -72,6 +72,8 @@ RIGHT = {
     ("bos_token_id", "-1"),
     ("eos_token_id", "-1"),
     ("tie_word_embeddings", "True"),
+    ("attention_bias", "True"),
+    ("mlp_bias", "True"),
     ("is_causal", "True"),
 }
 

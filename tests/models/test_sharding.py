@@ -78,7 +78,7 @@ def test_what_is_split(mesh, scan):
         )
     }
     stacked = (None,) if scan else ()
-    layer = "layers/" if scan else "layers_1/"
+    layer = "layers/0/" if scan else "layers_1/"
     first, second = PartitionSpec(*stacked, "tp", None), PartitionSpec(*stacked, None, "tp")
     for name in ("attention/q_proj", "attention/k_proj", "attention/v_proj", "mlp/gate_proj"):
         assert specs[f"{layer}{name}/weight"] == first
