@@ -78,8 +78,8 @@ def runner_of(
         scan_layers = jax.default_backend() != "cpu"
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     return ModelRunner(
-        Decoder(model_config, scan_layers, backend).apply,
-        stack_layers(params) if scan_layers else params,
+        Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len).apply,
+        stack_layers(params, model_config) if scan_layers else params,
         plan,
         max_num_samples=config.max_num_seqs,
         vocab_size=model_config.vocab_size,

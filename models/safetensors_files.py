@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from jpaged.models.families import IGNORED_TENSORS
+from jpaged.models.families.base import IGNORED_TENSORS
 from jpaged.models.json_fields import ModelConfigError, read_json, shown, typed
 
 logger = logging.getLogger(__name__)

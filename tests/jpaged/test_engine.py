@@ -21,7 +21,14 @@ from tests import tolerances
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, token_ids
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "hf"
-CASES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+# Other families: see tests/models/test_families.py.
+CASES = [
+    "llama3_rope_hd80_tied",
+    "llama_gqa5_hd48_untied",
+    "llama_linear_rope_mqa",
+    "qwen3_gqa5_hd48_tied",
+    "qwen3_mha_hd80_untied_sharded",
+]
 NIGHTLY = (pytest.mark.nightly, pytest.mark.slow)
 
 # Pages for two of the longest sequences below, so that a crowd preempts.

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.models.config import ModelConfig, ModelConfigError
+from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import load_config
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
+from jpaged.models.json_fields import ModelConfigError
 from tests.models.test_config import LLAMA_3_1_8B
 
 BASE = LLAMA_3_1_8B | {"head_dim": 128, "transformers_weights": None}
@@ -71,6 +72,8 @@ RIGHT = {
     ("bos_token_id", "-1"),
     ("eos_token_id", "-1"),
     ("tie_word_embeddings", "True"),
+    ("attention_bias", "True"),
+    ("mlp_bias", "True"),
     ("is_causal", "True"),
 }
 
