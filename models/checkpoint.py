@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tqdm
 
 from jpaged.models import safetensors_files
 from jpaged.models.config import ModelConfig
@@ -45,7 +46,12 @@ from jpaged.models.decoder import Decoder, Params
 from jpaged.models.families import source_of
 from jpaged.models.families.base import layer_of
 from jpaged.models.json_fields import shown
-from jpaged.models.safetensors_files import CheckpointError, StoredTensor, reading, stored_tensors
+from jpaged.models.safetensors_files import (
+    CheckpointError,
+    StoredTensor,
+    TensorReader,
+    stored_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -233,21 +239,22 @@ def _load_safetensors(
     before_reading(config)
 
     params: Params = {}
-    with contextlib.ExitStack() as stack:
-        files = sorted({stored[name].file for name in wanted})
-        readers = {file: stack.enter_context(reading(file)) for file in files}
-
-        def read(name: str, part: slice | None) -> jax.Array:
-            reader = readers[stored[name].file]
-            return reader.get_tensor(name) if part is None else reader.get_slice(name)[part]
-
+    num_bytes = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
+    with (
+        TensorReader(stored) as reader,
+        tqdm.tqdm(
+            total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
+        ) as bar,
+    ):
         for path, source in sources.items():
-            # One parameter at a time from memory-mapped files bounds what the host holds.
-            parts = [read(name, source.part) for name in source.names]
+            # One parameter at a time bounds what the host holds.
+            parts = [reader.read(name, source.part) for name in source.names]
             leaf = jnp.stack(parts) if source.stacked else parts[0]
             if source.view is not None:
                 leaf = source.view(leaf)
-            _insert(params, path, jnp.asarray(leaf, dtype))
+            leaf = jnp.asarray(leaf, dtype)
+            _insert(params, path, leaf)
+            bar.update(leaf.nbytes)
     return params
 
 
