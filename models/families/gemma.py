@@ -61,6 +61,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
 def read_gemma3(fields: Fields) -> ModelConfig:
     """Reads a config.json of Gemma 3, of text alone."""
     every = fields("sliding_window_pattern", int)
+    fields.read.add("_sliding_window_pattern")  # transformers' own note of it, beside layer_types
     if every < 1:
         raise ModelConfigError(f"sliding_window_pattern={every} must be at least 1")
     kinds = fields.kinds(
