@@ -98,7 +98,7 @@ class Scheduler:
         """Plans the next step and assigns its pages; without sequences it has nothing to do."""
         for seq in self._queues.draining:
             if seq.table_id is not None:
-                self.cache.address(self.table, seq, seq.num_computed_tokens)
+                self.cache.address_pages(self.table, seq, seq.num_computed_tokens)
                 self._free_pages(seq)
         self._queues.draining.clear()
         step = StepBuilder()
@@ -124,7 +124,7 @@ class Scheduler:
         if reason not in ("abort", "error") and seq.table_id is not None:
             # Its last token came from a step that is over, so what is before was computed.
             known = seq.num_known_tokens - 1
-            self.cache.address(self.table, seq, known, end=known)
+            self.cache.address_pages(self.table, seq, known, end=known)
         self._queues.remove(seq)
         if seq.swapped is not None:
             self.swap_space.leave(seq.swapped, seq)
@@ -260,7 +260,7 @@ class Scheduler:
         row = step.add_row(seq, num_tokens)
         computed = seq.num_computed_tokens
         if computed // self.table.page_size > seq.num_addressed_pages:
-            step.addressed.update(self.cache.address(self.table, seq, before))
+            step.addressed.update(self.cache.address_pages(self.table, seq, before))
         if not last:
             return 0
         step.add_sample(seq, row)

@@ -40,14 +40,14 @@ class Simulation:
         self.table = PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq)
         self.scheduler = Scheduler(self.config, self.table)
         self.addressed = set()
-        address = self.scheduler.cache.address
+        address = self.scheduler.cache.address_pages
 
         def remembered(*args, **kwargs):
             pages = address(*args, **kwargs)
             self.addressed.update(pages)
             return pages
 
-        self.scheduler.cache.address = remembered
+        self.scheduler.cache.address_pages = remembered
         self.requests = [self.make_request(str(index), job) for index, job in enumerate(jobs)]
         self.host_memory = {}
         self.memory = collections.defaultdict(lambda: [None] * page_size)

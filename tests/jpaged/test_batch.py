@@ -198,10 +198,10 @@ def test_an_empty_batch_compiles_what_a_real_one_runs(mixed):
 
 def test_arrays_have_the_dtypes_of_the_device(mixed):
     batch = build_batch(*mixed, ShapeBuckets(64, 8))
+    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    arrays |= batch.sampling._asdict()
     dtypes = {
-        field.name: getattr(batch, field.name).dtype.name
-        for field in dataclasses.fields(batch)
-        if isinstance(getattr(batch, field.name), np.ndarray)
+        name: array.dtype.name for name, array in arrays.items() if isinstance(array, np.ndarray)
     }
     floats, unsigned = {"temperature", "top_p", "min_p"}, {"seeds", "sample_indices"}
     assert {name for name, dtype in dtypes.items() if dtype == "float32"} == floats

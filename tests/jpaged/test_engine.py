@@ -44,8 +44,8 @@ class TestHuggingFace:
             *((case, {}) for case in (CASES[0], CASES[1], CASES[4])),
             *((case, dict(scan_layers=True, page_size=4)) for case in CASES[2:4]),
             # Many shapes to compile: 10 s each.
-            *((case, SMALL_POOL) for case in (CASES[0], CASES[2], CASES[3])),
-            *(pytest.param(case, SMALL_POOL, marks=NIGHTLY) for case in (CASES[1], CASES[4])),
+            (CASES[0], SMALL_POOL),
+            *(pytest.param(case, SMALL_POOL, marks=NIGHTLY) for case in CASES[1:]),
         ],
     )
     def test_greedy_is_equal(self, case, config):
@@ -99,9 +99,9 @@ class TestScheduleIndependence:
             {},
             SMALL_POOL,
             dict(page_size=1),
-            dict(page_size=64),
+            pytest.param(dict(page_size=64), marks=NIGHTLY),
             dict(max_num_batched_tokens=5),
-            dict(max_num_seqs=2),
+            pytest.param(dict(max_num_seqs=2), marks=NIGHTLY),
             dict(scan_layers=True),
             dict(reservation="max"),
         ],

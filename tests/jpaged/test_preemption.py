@@ -101,7 +101,7 @@ class TestInterrupts:
         [
             "jpaged.host.page_table.PageTable.append",
             "jpaged.host.page_table.PageTable.free",
-            "jpaged.host.prefix_cache.PrefixCache.address",
+            "jpaged.host.prefix_cache.PrefixCache.address_pages",
             "jpaged.host.scheduler.Scheduler.finish",
             "jpaged.host.scheduler.Scheduler.continue_from",
             "jpaged.host.swap.SwapSpace.swap_out",

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jpaged import Engine, EngineConfig, SamplingParams
@@ -77,6 +77,7 @@ def plans(draw):
     )  # fmt: skip
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the first text reads Unicode's tables
 @given(
     st.lists(plans(), max_size=6), st.randoms(use_true_random=False), st.sampled_from(["", ".gz"])
 )
