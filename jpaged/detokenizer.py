@@ -19,11 +19,13 @@ _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _HIDDEN = (byte for byte in range(256) if byte not in _PRINTABLE)
 _BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_HIDDEN)}
 
-# Decoders that say of each token what it is by itself, apart from where the text begins; bytes that
-# are spelled as tokens; and what is done to the whole.
-_PIECES = re.compile(r"((Replace|Strip|Metaspace|WordPiece) )*(ByteFallback )?(Fuse (Strip )?)?")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_CONTEXT = "a"  # a token that is nothing special, to see what another says after it
+# Decoders that make one text of one token, which depends on nothing but whether the token is first.
+_ONE_BY_ONE = ("Replace", "Strip", "Metaspace", "WordPiece")
+# What may follow them: bytes that are spelled as tokens, and what is done to the whole.
+_AFTER_THEM = re.compile("(ByteFallback )?((Fuse )+(Strip )?)?")
+_UNKNOWN = {"type": "unknown"}
+_BYTE_FALLBACK = decoders.ByteFallback()
+_CONTEXT = "a"  # a token, to see what another says after it
 
 
 class Detokenizer:
@@ -43,36 +45,31 @@ class Detokenizer:
           ValueError: if it has a decoder that crashes on some texts.
         """
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder().values()
-        self._special = frozenset(token.content for token in added if token.special)
         self._decoder: decoders.Decoder | None = tokenizer.decoder
         self._kind: type[_ByteText | _PieceText | _WholeText] = _WholeText
         # What has been asked for before.
         self._tokens: dict[int, str | None] = {}
-        self._pieces: dict[str, str] = {}
+        self._pieces: dict[str, str | int] = {}
         self._bytes: dict[str, bytes] = {}
         # What is stripped from the beginning of a text: which character, how often at most.
         self.strip_char: str = ""
         self.max_strips: int = 0
         steps = _steps(self._decoder)
-        names = "".join(f"{step['type']} " for step in steps)
         if any(step["type"] == "Strip" and step["stop"] for step in steps):
             # tokenizers panics where a text is shorter than that.
             raise ValueError("its decoder strips the end of texts (Strip with stop above 0)")
-        self._has_bytes = "ByteFallback " in names
-        if re.fullmatch("ByteLevel (Fuse )?", names):
+        self._special = _special_tokens(tokenizer, known=_UNKNOWN not in steps)
+        one_by_one = list(itertools.takewhile(lambda step: step["type"] in _ONE_BY_ONE, steps))
+        after = "".join(f"{step['type']} " for step in steps[len(one_by_one) :])
+        if re.fullmatch("ByteLevel (Fuse )*", after) and not one_by_one:
             self._kind = _ByteText
-        elif _PIECES.fullmatch(names):
-            strip = names.endswith("Fuse Strip ")
-            end = steps.pop() if strip else {"content": "", "start": 0}
-            decoder = self._decoder
-            if end["start"]:
-                decoder = decoders.Fuse()
-                decoder.__setstate__(json.dumps({"type": "Sequence", "decoders": steps}).encode())
-            sample = [_CONTEXT, "<0x41>"] if self._has_bytes else [_CONTEXT]
-            if _decode(decoder, sample) == (_CONTEXT + "A")[: len(sample)]:
-                self._kind, self._decoder = _PieceText, decoder
-                self.strip_char, self.max_strips = end["content"], end["start"]
+        elif _AFTER_THEM.fullmatch(after):
+            self._kind = _PieceText
+            self._has_bytes = "ByteFallback" in after
+            self._one_by_one = _sequence(one_by_one) if self._decoder else None
+            self._context = _decode(self._one_by_one, [_CONTEXT])
+            if "Strip" in after:
+                self.strip_char, self.max_strips = steps[-1]["content"], steps[-1]["start"]
 
     def begin(self, prompt_token_ids: Sequence[int], *, skip_special_tokens: bool) -> "GrowingText":
         """Returns an empty text that follows a prompt."""
@@ -97,21 +94,20 @@ class Detokenizer:
                 self._bytes[token] = token.encode()
         return self._bytes[token]
 
-    def byte(self, token: str) -> int | None:
-        """The byte that a token spells where others are pieces of text; None for such others."""
-        # Six characters, which spares most others the expression.
-        match = _BYTE_TOKEN.fullmatch(token) if len(token) == 6 and self._has_bytes else None
-        return int(match[1], 16) if match else None
-
-    def piece(self, token: str, *, first: bool) -> str:
-        """The piece of text that a token is; `first` if no token is before it."""
+    def piece(self, token: str, *, first: bool) -> str | int:
+        """The piece of text that a token is, or the byte; `first` if no token is before it."""
         if first:
-            return _decode(self._decoder, [token])
-        piece = self._pieces.get(token)
-        if piece is None:
-            piece = _decode(self._decoder, [_CONTEXT, token])[len(_CONTEXT) :]
-            self._pieces[token] = piece
-        return piece
+            return self._read(_decode(self._one_by_one, [token]))
+        if token not in self._pieces:
+            both = _decode(self._one_by_one, [_CONTEXT, token])
+            self._pieces[token] = self._read(both[len(self._context) :])
+        return self._pieces[token]
+
+    def _read(self, piece: str) -> str | int:
+        # The library says what it takes for a byte; "<0x+A>" is one.
+        if not self._has_bytes or _BYTE_FALLBACK.decode([piece]) == piece:
+            return piece
+        return int(piece[3:5], 16)
 
     def _token(self, token_id: int) -> str | None:
         try:
@@ -228,8 +224,9 @@ class _PieceText(GrowingText):
         self._num_strips = detokenizer.max_strips
         self._end_run()
         # Of the prompt its beginning matters, while something is stripped, and its last bytes.
-        start = len(prompt)
-        while start and self._is_in_run(prompt[start - 1]):
+        known = (place for place, i in enumerate(prompt) if self._token(i) is not None)
+        first, start = next(known, 0), len(prompt)
+        while start and self._is_in_run(prompt[start - 1], first=start - 1 == first):
             start -= 1
         for token_id in itertools.islice(prompt, start):
             self.add(token_id)
@@ -244,23 +241,23 @@ class _PieceText(GrowingText):
     def inside_character(self) -> bool:
         return bool(self._incomplete)
 
-    def _is_in_run(self, token_id: int) -> bool:
+    def _is_in_run(self, token_id: int, *, first: bool) -> bool:
         """Whether a token is a byte, or none at all, which ends no run."""
         token = self._token(token_id)
-        return token is None or self._detokenizer.byte(token) is not None
+        return token is None or isinstance(self._detokenizer.piece(token, first=first), int)
 
     def _add(self, token: str) -> str:
         first, self._first = self._first, False
-        byte = self._detokenizer.byte(token)
-        if byte is None:
-            run, piece = self._run(), self._detokenizer.piece(token, first=first)
-            text, self._num_strips = self._strip(run + piece)
+        piece = self._detokenizer.piece(token, first=first)
+        if isinstance(piece, str):
+            text, self._num_strips = self._strip(self._run() + piece)
             self._end_run()
             return text
         if self._broken:
-            return MARK
+            text, self._num_strips = self._strip(MARK)
+            return text
         self._num_bytes += 1
-        data = self._incomplete + bytes([byte])
+        data = self._incomplete + bytes([piece])
         try:
             text, num_read = codecs.utf_8_decode(data, "strict", False)
         except UnicodeDecodeError:
@@ -343,6 +340,23 @@ def _decode(decoder: decoders.Decoder | None, tokens: list[str]) -> str:
     return " ".join(tokens) if decoder is None else decoder.decode(tokens)
 
 
+def _special_tokens(tokenizer: tokenizers.Tokenizer, *, known: bool) -> frozenset[str]:
+    """Those that decoding skips; `known` if its decoder is one of the library's own."""
+
+    def is_skipped(i: int) -> bool:
+        # A special token that was added again as another stays one.
+        return known and tokenizer.decode([i, i]) != tokenizer.decode([i, i], False)
+
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(t.content for i, t in added.items() if t.special or is_skipped(i))
+
+
+def _sequence(steps: list[dict[str, Any]]) -> decoders.Decoder:
+    decoder = decoders.Fuse()
+    decoder.__setstate__(json.dumps({"type": "Sequence", "decoders": steps}).encode())
+    return decoder
+
+
 def _steps(decoder: decoders.Decoder | None) -> list[dict[str, Any]]:
     """What a decoder does, one thing after the other."""
     if decoder is None:
@@ -350,7 +364,7 @@ def _steps(decoder: decoders.Decoder | None) -> list[dict[str, Any]]:
     try:
         steps = [json.loads(decoder.__getstate__())]
     except Exception:  # written in Python; tokenizers raises bare Exception
-        return [{"type": "unknown"}]
+        return [_UNKNOWN]
     while any(step["type"] == "Sequence" for step in steps):
         steps = [s for step in steps for s in step.get("decoders", [step])]
     return steps

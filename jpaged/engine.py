@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: requests in, text out; the one owner of the host's state."""
 
-import collections
-import contextlib
-import itertools
 import logging
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,42 +8,38 @@ from typing import Any
 
 import tokenizers
 
+from jpaged.chat import ChatTemplate
+from jpaged.chat_methods import ChatMethods
 from jpaged.defaults import model_defaults
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype, plan_pool
-from jpaged.device.runner import StepResult
-from jpaged.host.batch import Batch, ShapeBuckets, StepShape, build_batch, warm_up_plan
-from jpaged.host.checks import instance_of, shown
+from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
+from jpaged.host.checks import instance_of
 from jpaged.host.config import EngineConfig, engine_config
-from jpaged.host.outputs import GenerationInterrupted, Mailbox, RequestOutput
+from jpaged.host.outputs import GenerationInterrupted, RequestOutput
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.sequence import Request
 from jpaged.host.stats import Counters, EngineStats
-from jpaged.host.step import StepPlan
-from jpaged.host.step_builder import ScheduledStep
+from jpaged.host.step_log import open_log
 from jpaged.host.viewer import PoolSnapshot
+from jpaged.live import LiveRequests
 from jpaged.models.checkpoint import check_params
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
 from jpaged.pallas_kernels.dispatch import resolve_backend
+from jpaged.pipeline import Pipeline
 from jpaged.placement import read_model, runner_of
-from jpaged.recovery import Change
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
-from jpaged.streams import Generation, Owner, RequestStream
+from jpaged.streams import Generation, RequestStream
 
 logger = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(ChatMethods):
     """Generates for many requests at once over one page pool.
-
-    `step` keeps the device one step ahead: it schedules and dispatches the next step before it
-    reads the samples of the one before. A sequence that a sample ends may therefore compute one
-    token too many, which is dropped.
 
     Outputs go to whom their request belongs, whoever runs the step: `stream` and `generate` have
     their own, `step` returns those of `add_request` and `fork`, in any interleaving.
@@ -64,6 +57,7 @@ class Engine:
         config: EngineConfig | None = None,
         tokenizer: tokenizers.Tokenizer | None = None,
         generation_config: GenerationConfig | None = None,
+        chat_template: ChatTemplate | None = None,
     ):
         """Allocates the page pool around a model that is in memory; see `load` for one on disk.
 
@@ -73,6 +67,7 @@ class Engine:
           config: the engine's settings.
           tokenizer: None serves prompts given as token ids.
           generation_config: defaults of `SamplingParams`; None has none.
+          chat_template: for `chat`; None has none.
 
         Raises:
           ValueError: if a setting cannot be met, or the parameters are not this model's; the
@@ -83,6 +78,8 @@ class Engine:
         check_params(model_config, params)
         if tokenizer is not None:
             instance_of("tokenizer", tokenizer, tokenizers.Tokenizer)
+        chat_template = chat_template or ChatTemplate({})
+        self.chat_template = instance_of("chat_template", chat_template, ChatTemplate)
         backend = resolve_backend(config.backend)
         self.defaults = model_defaults(generation_config, model_config.vocab_size)
         plan = plan_pool(config, model_config, backend)
@@ -95,36 +92,34 @@ class Engine:
         self._buckets = ShapeBuckets(
             config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
         )
+        self._log = open_log(
+            config.record_steps,
+            self._scheduler_config,
+            plan.num_pages,
+            config.page_size,
+            deterministic=config.deterministic,
+        )
         num_host_pages = self._scheduler_config.num_host_pages
         self._runner = runner_of(
             config, model_config, params, plan, backend=backend, num_host_pages=num_host_pages
         )
-        self._requests: dict[str, Request] = {}
-        self._request_counter = itertools.count()
         self._totals = Counters()
-        self._change = Change()
-        # What `step` is to return.
-        self._outbox: Mailbox = {}
-        # Of consumers that went; what is live of their requests is still to be aborted.
-        self._abandoned: collections.deque[Owner] = collections.deque()
-        self._make_host_state()
+        self._live = LiveRequests(self._new_pipeline, self._runner.recover)
 
-    def _make_host_state(self) -> None:
-        """Makes an empty pool, page table and queues, and forgets the steps before."""
-        # A step that is scheduled but not dispatched, and one that is dispatched but not read.
-        self._planned: tuple[ScheduledStep, Batch] | None = None
-        self._inflight: tuple[ScheduledStep, StepResult] | None = None
+    def _new_pipeline(self) -> Pipeline:
+        """Makes an empty pool, page table and queues, and what holds requests against them."""
         plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
-        self._table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
-        self._scheduler = Scheduler(config, self._table)
-        self._maker = RequestMaker(self.model_config, tokenizer, config, self._table, self.defaults)
-        self._results = ResultReader(
-            self._scheduler,
+        table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
+        scheduler = Scheduler(config, table)
+        self._maker = RequestMaker(self.model_config, tokenizer, config, table, self.defaults)
+        results = ResultReader(
+            scheduler,
             tokenizer,
             self.model_config.eos_token_ids,
             self._totals,
             default_dtype(self.config).name,
         )
+        return Pipeline(scheduler, results, self._runner, self._buckets, self._log)
 
     @classmethod
     def load(cls, model_path: str | pathlib.Path, config: EngineConfig | None = None) -> "Engine":
@@ -132,25 +127,26 @@ class Engine:
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
-            "demo" is the shipped checkpoint.
+            or a model's name on the Hugging Face hub, "org/name", where no such path exists; "demo"
+            is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:
           An engine; its tokenizer is None where the directory has none.
 
         Raises:
-          FileNotFoundError: if the directory or something in it is missing.
+          FileNotFoundError: if the directory or something in it is missing, or cannot be had.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config = engine_config(config)
-        model_config, params, tokenizer, defaults = read_model(model_path, config)
-        return cls(model_config, params, config, tokenizer, defaults)
+        model_config, params, tokenizer, defaults, template = read_model(model_path, config)
+        return cls(model_config, params, config, tokenizer, defaults, template)
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to do, or outputs to return."""
-        self._enter(reads=True)
-        return bool(self._requests or self._outbox)
+        self._live.enter(reads=True)
+        return bool(self._live.by_id or self._live.outbox)
 
     def generate(
         self,
@@ -177,19 +173,20 @@ class Engine:
           ValueError: if a prompt cannot be served; then none has been started.
           GenerationInterrupted: on Ctrl-C; holds what was produced.
         """
-        self._enter()
-        requests = self._maker.make_all(prompts, params, iter(self._next_request_id, None))
-        generation = Generation(requests, self._abandoned, progress, on_step, on_output)
+        self._live.enter()
+        requests = self._maker.make_all(prompts, params, iter(self._live.next_id, None))
+        generation = Generation(requests, self._live.abandoned, progress, on_step, on_output)
         try:
-            with self._change.held():
-                self._add(requests, generation.mailbox)
-                return generation.run(self._drive, self.stats)
+            with self._live.change.held():
+                self._live.add(requests, generation.owner)
+                return generation.run(self._live.drive, self.stats)
         except BaseException as e:
             done = generation.close()
             if not isinstance(e, KeyboardInterrupt):
                 raise
-            self._repair()
-            outputs = [done.get(r.request_id) or self._results.partial(r) for r in requests]
+            self._live.repair()
+            results = self._live.pipeline.results
+            outputs = [done.get(r.request_id) or results.partial(r) for r in requests]
             raise GenerationInterrupted(outputs) from None
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> RequestStream:
@@ -200,10 +197,10 @@ class Engine:
         Raises:
           ValueError: if the prompt or the parameters cannot be served; nothing has changed then.
         """
-        self._enter()
-        request = self._maker.make(prompt, params, self._next_request_id(), stream=True)
-        stream = RequestStream(request, self._abandoned, self._drive)
-        self._add([request], stream.mailbox)
+        self._live.enter()
+        request = self._maker.make(prompt, params, self._live.next_id(), stream=True)
+        stream = RequestStream(request, self._live.abandoned, self._live.drive)
+        self._live.add([request], stream.owner)
         return stream
 
     def add_request(
@@ -232,13 +229,13 @@ class Engine:
         Raises:
           ValueError: if the prompt or the parameters cannot be served; nothing has changed then.
         """
-        self._enter()
+        self._live.enter()
         if request_id is None:
-            request_id = self._next_request_id()
+            request_id = self._live.next_id()
         request = self._maker.make(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
-        if request.request_id in self._requests or request.request_id in self._outbox:
+        if request.request_id in self._live.by_id or request.request_id in self._live.outbox:
             raise ValueError(f"request_id={request_id!r} is in use by a live request")
-        self._add([request], None)
+        self._live.add([request], None)
         return request.request_id
 
     def fork(
@@ -269,18 +266,11 @@ class Engine:
           KeyError: if no live request has this id.
           ValueError: if the request cannot be forked; nothing has changed then.
         """
-        self._enter()
-        parent = self._live(request_id)
-        ids = iter(self._next_request_id, None)
+        self._live.enter()
+        parent = self._live.get(request_id)
+        ids = iter(self._live.next_id, None)
         forks = self._maker.fork(parent, k, ids, params, stream=stream)
-        source = parent.sequences[0]
-        texts = [self._results.forked_text(source, child.sequences[0]) for child in forks]
-        with self._change:
-            # Each is put right behind the parent.
-            for child, text in zip(reversed(forks), reversed(texts), strict=True):
-                self._results.add_text(child.sequences[0], text)
-                self._scheduler.fork(parent, child)
-                self._requests[child.request_id] = child
+        self._live.fork(parent, forks)
         return [child.request_id for child in forks]
 
     def step(self) -> list[RequestOutput]:
@@ -294,27 +284,11 @@ class Engine:
           BaseException: whatever interrupts it, Ctrl-C too; every live request has been aborted
             then, and the next call reports so.
         """
-        self._enter()
-        self._drive()
-        outputs = list(self._outbox.values())
-        self._outbox = {}  # no call: no interrupt comes between, and loses them
+        self._live.enter()
+        self._live.drive()
+        outputs = list(self._live.outbox.values())
+        self._live.outbox = {}  # no call: no interrupt comes between, and loses them
         return outputs
-
-    def _step(self) -> list[RequestOutput]:
-        previous, self._inflight = self._inflight, None
-        if previous is None:
-            self._results.start_clock()
-        planned, self._planned = self._planned or self._plan_step(), None
-        assert planned or previous, "requests are live, but nothing is scheduled"
-        if planned and previous and not self._runner.is_compiled(planned[1]):
-            # Samples that are there already do not wait for a compilation.
-            self._planned = planned
-        elif planned:
-            step, batch = planned
-            self._swap(step.plan)
-            self._inflight = step, self._runner.run(batch, step.plan.copies)
-            self._results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
-        return self._results.read(*previous) if previous else []
 
     def abort(self, request_id: str) -> RequestOutput:
         """Ends a live request now.
@@ -326,17 +300,18 @@ class Engine:
         Raises:
           KeyError: if no live request has this id.
         """
-        self._enter()
-        if isinstance(request_id, str) and request_id in self._outbox:
-            request = self._requests.get(request_id)
+        self._live.enter()
+        if isinstance(request_id, str) and request_id in self._live.outbox:
+            request = self._live.by_id.get(request_id)
         else:
-            request = self._live(request_id)
+            request = self._live.get(request_id)
         if request is not None:
-            self._abort(request)
-            if request.mailbox is not None:
-                return request.mailbox[request_id]
-        output = self._outbox[request_id]
-        del self._outbox[request_id]
+            owner = self._live.owners.get(request_id)
+            self._live.abort(request)
+            if owner is not None:
+                return owner.mailbox[request_id]
+        output = self._live.outbox[request_id]
+        del self._live.outbox[request_id]
         return output
 
     def reset_prefix_cache(self) -> None:
@@ -345,10 +320,11 @@ class Engine:
         Raises:
           RuntimeError: if requests are live that use such pages.
         """
-        self._enter()
-        self._scheduler.cache.check_unused()
-        with self._change:
-            self._scheduler.cache.clear()
+        self._live.enter()
+        cache = self._live.pipeline.scheduler.cache
+        cache.check_unused()
+        with self._live.change:
+            cache.clear()
 
     def warm_up(
         self,
@@ -368,18 +344,18 @@ class Engine:
         Raises:
           ValueError: if an argument is none of these; nothing has changed then.
         """
-        self._enter()
+        self._live.enter()
         model = self.model_config.vocab_size, self.model_config.eos_token_ids, self.defaults.params
         asked = self._plan.max_model_len, shapes, num_logprobs, params
         plan = warm_up_plan(self._buckets, *model, *asked)
-        with self._change:
+        with self._live.change:
             self._runner.warm_up(**plan)
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""
-        self._enter(reads=True)
+        self._live.enter(reads=True)
         return EngineStats.read(
-            self._scheduler,
+            self._live.pipeline.scheduler,
             self._totals,
             page_bytes=self._plan.page_bytes,
             num_compilations=self._runner.num_compilations,
@@ -388,115 +364,15 @@ class Engine:
 
     def pool_snapshot(self) -> PoolSnapshot:
         """Returns for each page its owners ("request_id#sample") and fill. Cost: every page."""
-        self._enter()
-        return PoolSnapshot.of_requests(self._table, self._requests.values())
+        self._live.enter()
+        return PoolSnapshot.of_requests(self._live.pipeline.table, self._live.by_id.values())
 
     def reset_stats(self) -> None:
         """Starts the totals of `stats` again, for instance after a warm-up run."""
-        self._enter()
-        self._totals = self._results.totals = Counters()
+        self._live.enter()
+        self._totals.reset()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if pages are lost or held twice. Cost: every page; for tests."""
-        self._enter()
-        self._scheduler.check_invariants()
-        self._scheduler.cache.check_roots(r.cache_root for r in self._requests.values())
-        if not self._requests:
-            assert self._table.pool.num_used_pages == 0, "an idle engine holds pages"
-
-    def _next_request_id(self) -> str:
-        known = self._requests, self._outbox
-        return next(i for i in map(str, self._request_counter) if not any(i in k for k in known))
-
-    def _live(self, request_id: str) -> Request:
-        request = self._requests.get(request_id) if isinstance(request_id, str) else None
-        if request is None:
-            raise KeyError(f"no live request {shown(request_id)}")
-        return request
-
-    def _add(self, requests: Sequence[Request], mailbox: Mailbox | None) -> None:
-        with self._change:
-            for request in requests:
-                request.mailbox = mailbox
-                self._scheduler.add(request, request.cache_salt)
-                self._requests[request.request_id] = request
-
-    def _enter(self, *, reads: bool = False) -> None:
-        """Begins a call from outside: the state is whole from here on, but for one that reads."""
-        if reads and self._change.is_below():
-            return
-        self._repair()
-        self._change.check_alive()
-
-    def _repair(self) -> None:
-        """Makes the state anew if a change was cut short; ends what nobody waits for any more."""
-        self._change.check_caller()
-        if self._change.was_cut_short():
-            self._recover()
-        for owner in list(self._abandoned):
-            for request in owner.requests:
-                self._abort(request)
-            with contextlib.suppress(ValueError):  # a signal handler's call may have done it
-                self._abandoned.remove(owner)
-
-    def _recover(self) -> None:
-        """Aborts all requests and empties host and device; may be cut short itself, and repeated.
-
-        Nothing is taken up again: whatever keeps the books may have been interrupted itself.
-        """
-        self._change.begin_repair()
-        self._make_host_state()
-        for request in list(self._requests.values()):
-            self._deliver(request, self._results.mark_aborted(request))
-        self._change.settle(self._runner.recover)
-
-    def _drive(self, request: Request | None = None) -> bool:
-        """Runs a step if a request is live, this one or any; outputs go to their owners.
-
-        Returns:
-          Whether it was.
-        """
-        self._repair()
-        with self._change:
-            live = bool(self._requests)
-            if request is not None:
-                live = self._requests.get(request.request_id) is request
-            for output in self._step() if live else ():
-                self._deliver(self._requests[output.request_id], output)
-        return live
-
-    def _abort(self, request: Request) -> None:
-        with self._change:
-            if self._requests.get(request.request_id) is request:
-                self._results.abort(request)
-                self._deliver(request, self._results.output(request, finished=True))
-
-    def _deliver(self, request: Request, output: RequestOutput) -> None:
-        mailbox = self._outbox if request.mailbox is None else request.mailbox
-        mailbox[request.request_id] = output
-        if not output.finished:
-            return
-        del self._requests[request.request_id]
-        self._scheduler.cache.release_root(request.cache_root)
-        request.processors = None  # its bitmaps are as large as the vocabulary
-        if not self._requests:
-            # What runs ahead computes tokens of ended sequences only: nobody waits for them.
-            if self._planned is not None:
-                # Pages have addresses whose content is never computed.
-                self._scheduler.cache.clear()
-            self._planned = self._inflight = None
-
-    def _swap(self, step: StepPlan) -> None:
-        compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
-        self._results.skip(compile_s, overlapped=False)
-
-    def _plan_step(self) -> tuple[ScheduledStep, Batch] | None:
-        if not self._scheduler.has_work:
-            return None
-        step = self._scheduler.schedule()
-        if not step.plan.num_rows:
-            self._totals.record_swaps(step.plan)
-            self._swap(step.plan)
-            return None
-        self._totals.record_step(step.plan, self._table)
-        return step, build_batch(step.plan, self._table, self._buckets)
+        self._live.enter()
+        self._live.check_invariants()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
+from jpaged.chat import ChatTemplate
 from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
 from jpaged.device.runner import ModelRunner
 from jpaged.host.checks import directory
@@ -26,17 +27,18 @@ logger = logging.getLogger(__name__)
 
 def read_model(
     model_path: str | pathlib.Path, config: EngineConfig
-) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None]:
+) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None, ChatTemplate]:
     """Reads what a model directory holds; see `Engine.load`.
 
     Returns:
-      Config, parameters, tokenizer and sampling settings, these unless the engine ignores them.
+      Config, parameters, tokenizer, sampling settings, unless the engine ignores them, and chat
+      templates.
     """
     path = directory("model_path", find(model_path))
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
     # What can be refused is, before the weights are read.
-    tokenizer, defaults = load_tokenizer(path), None
+    tokenizer, chat_template, defaults = load_tokenizer(path), ChatTemplate.load(path), None
     if config.generation_config == "model":
         defaults = load_generation_config(path)
     model_config, params = checkpoint.load(
@@ -49,7 +51,7 @@ def read_model(
         dtype.name,
         time.perf_counter() - start,
     )
-    return model_config, params, tokenizer, defaults
+    return model_config, params, tokenizer, defaults, chat_template
 
 
 def runner_of(
@@ -76,8 +78,8 @@ def runner_of(
         scan_layers = jax.default_backend() != "cpu"
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     return ModelRunner(
-        Decoder(model_config, scan_layers, backend).apply,
-        stack_layers(params) if scan_layers else params,
+        Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len).apply,
+        stack_layers(params, model_config) if scan_layers else params,
         plan,
         max_num_samples=config.max_num_seqs,
         vocab_size=model_config.vocab_size,

@@ -20,7 +20,7 @@ from jpaged.host.page_table import PageTable
 from jpaged.host.params import MAX_NUM_SAMPLES, SamplingParams
 from jpaged.host.sequence import Request, fork_seed
 from jpaged.models.config import ModelConfig
-from jpaged.text import is_fault
+from jpaged.text import encode
 
 # Text, or token ids: a sequence of integers, or a NumPy array of one dimension.
 Prompt = str | Sequence[int] | np.ndarray
@@ -265,13 +265,9 @@ class RequestMaker:
             )
         else:
             try:
-                token_ids = self._tokenizer.encode(str.__str__(prompt)).ids
-            except BaseException as e:
-                if not is_fault(e):
-                    raise
-                raise ValueError(
-                    f"{where}: the tokenizer cannot encode prompt={shown(prompt)}: {shown(str(e))}"
-                ) from e
+                token_ids = encode(self._tokenizer, prompt)
+            except ValueError as e:
+                raise ValueError(f"{where}: {e}") from e
         if not token_ids:
             text = isinstance(prompt, str)
             raise ValueError(f"{where}: prompt={shown(prompt)} has no tokens" if text else empty)

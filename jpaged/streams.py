@@ -6,13 +6,17 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import TypeAlias
 
 import tqdm
 
 from jpaged.host.checks import checked, function
-from jpaged.host.outputs import Mailbox, RequestOutput
+from jpaged.host.outputs import RequestOutput
 from jpaged.host.sequence import Request
 from jpaged.host.stats import EngineStats
+
+# By request id, of each request the newest output that its owner did not take yet.
+Mailbox: TypeAlias = dict[str, RequestOutput]
 
 
 class Owner(weakref.ref["Consumer"]):

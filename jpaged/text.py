@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tokenizers
 
 from jpaged.detokenizer import Detokenizer
+from jpaged.host.checks import shown
 
 
 def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -36,6 +37,30 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} is not a readable tokenizer: {reason:.300}") from e
     return tokenizer
+
+
+def encode(
+    tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Returns a text's token ids.
+
+    Args:
+      tokenizer: whose.
+      text: Unicode, without halves of surrogate pairs.
+      add_special_tokens: whether the tokenizer adds those that it adds to a text, such as a first
+        one; those that stand in the text are found in any case.
+
+    Raises:
+      ValueError: if it cannot be encoded.
+    """
+    try:
+        return tokenizer.encode(str.__str__(text), add_special_tokens=add_special_tokens).ids
+    except BaseException as e:
+        if not is_fault(e):
+            raise
+        raise ValueError(
+            f"the tokenizer cannot encode prompt={shown(text)}: {shown(str(e))}"
+        ) from e
 
 
 def is_fault(error: BaseException) -> bool:
@@ -152,6 +177,8 @@ class TextStream:
 
     def _meet_special(self, special: str) -> None:
         """Looks for stop strings that have a special token in them, which is no text itself."""
+        if not self._begun and not any(special in stop for stop in self._stop):
+            return  # at no cost: a tail may be all of the text
         whole = self._certain + self._growing.tail()
         self._begun = [begun for begun in self._begun if begun.go_on_with(special)]
         for stop in self._stop:

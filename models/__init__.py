@@ -4,10 +4,24 @@
 import os
 import pathlib
 
+from jpaged.models import hub
+
 DEMO = pathlib.Path(__file__).resolve().parent / "demo"
 """Directory of the shipped checkpoint."""
 
 
 def find(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The directory that is meant: "demo" is `DEMO`, unless there is a directory of that name."""
-    return DEMO if model == "demo" and not os.path.isdir(model) else model
+    """The directory that is meant, which counts where there is one of that name.
+
+    Args:
+      model: a path; "demo" is `DEMO`; "org/name" is a model of the Hugging Face hub, which is
+        downloaded as far as it is not in the hub's cache yet.
+
+    Raises:
+      FileNotFoundError: if a name of the hub cannot be had; see `hub.download`.
+    """
+    if not isinstance(model, str | os.PathLike) or os.path.lexists(model):
+        return model
+    if model == "demo":
+        return DEMO
+    return hub.download(os.fspath(model)) if hub.is_name(model) else model

@@ -37,14 +37,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tqdm
 
 from jpaged.models import safetensors_files
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
 from jpaged.models.decoder import Decoder, Params
-from jpaged.models.families import tensor_name
+from jpaged.models.families import source_of
+from jpaged.models.families.base import layer_of
 from jpaged.models.json_fields import shown
-from jpaged.models.safetensors_files import CheckpointError, StoredTensor, reading, stored_tensors
+from jpaged.models.safetensors_files import (
+    CheckpointError,
+    StoredTensor,
+    TensorReader,
+    stored_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -226,18 +233,28 @@ def _load_safetensors(
     _check_size(str(directory), config, stored)
     # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
     shapes = _wanted_shapes(config, stored)
-    _check_tensors(str(directory), {tensor_name(path): shapes[path] for path in shapes}, stored)
+    sources = {path: source_of(path, shape, config) for path, shape in shapes.items()}
+    wanted = {name: source.shape for source in sources.values() for name in source.names}
+    _check_tensors(str(directory), wanted, stored)
     before_reading(config)
 
     params: Params = {}
-    by_file: dict[pathlib.Path, list[str]] = {}
-    for path in shapes:
-        by_file.setdefault(stored[tensor_name(path)].file, []).append(path)
-    for file, paths in by_file.items():
-        with reading(file) as reader:
-            for path in paths:
-                # One tensor at a time from a memory-mapped file bounds what the host holds.
-                _insert(params, path, jnp.asarray(reader.get_tensor(tensor_name(path)), dtype))
+    num_bytes = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
+    with (
+        TensorReader(stored) as reader,
+        tqdm.tqdm(
+            total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
+        ) as bar,
+    ):
+        for path, source in sources.items():
+            # One parameter at a time bounds what the host holds.
+            parts = [reader.read(name, source.part) for name in source.names]
+            leaf = jnp.stack(parts) if source.stacked else parts[0]
+            if source.view is not None:
+                leaf = source.view(leaf)
+            leaf = jnp.asarray(leaf, dtype)
+            _insert(params, path, leaf)
+            bar.update(leaf.nbytes)
     return params
 
 
@@ -257,9 +274,16 @@ def _check_size(
     num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
     numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
     # Each of these is an axis of a tensor. Tracing a model takes what grows with them.
-    heads = config.num_q_heads * config.head_dim
-    sizes = (config.vocab_size, config.hidden_size, config.intermediate_size, heads)
-    asked = None
+    widths = [
+        width
+        for layer in config.pattern
+        for width in (
+            layer.attention.num_q_heads * layer.attention.head_dim,
+            layer.mlp.intermediate_size,
+            getattr(layer.mlp, "num_experts", 1),
+        )
+    ]
+    sizes, asked = (config.vocab_size, config.hidden_size, *widths), None
     if max(sizes) <= 4 * num_params:
         asked = Decoder(config).num_params
     # What is wrong by less is told tensor by tensor.
@@ -267,7 +291,8 @@ def _check_size(
         raise CheckpointError(
             f"{asking} asks for {asked or 'far more'} parameters "
             f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.intermediate_size}, vocab_size={config.vocab_size}, "
+            f"intermediate_size={config.pattern[0].mlp.intermediate_size}, "
+            f"vocab_size={config.vocab_size}, "
             f"num_attention_heads={config.num_q_heads}, num_key_value_heads="
             f"{config.num_kv_heads}, head_dim={config.head_dim}); {source} holds {num_params} in "
             f"{len(stored)} tensors of {len(set(numbers))} layers: one of them is not this model's"
@@ -281,16 +306,24 @@ def _wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, 
       config: the model's; `_check_size` has bounded its sizes.
       stored: what there is, by the names of either form.
     """
-    one_layer = dataclasses.replace(config, num_layers=1, tie_word_embeddings=False)
-    shapes = {path: leaf.shape for path, leaf in _flatten(Decoder(one_layer).abstract_params())}
-    layer = {path: shape for path, shape in shapes.items() if path.startswith("layers_0/")}
-    for number in range(1, config.num_layers):
-        shapes |= {
-            path.replace("layers_0/", f"layers_{number}/", 1): shape
-            for path, shape in layer.items()
-        }
+    period = len(config.pattern)
+    one = dataclasses.replace(config, num_layers=period, tie_word_embeddings=False)
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(period)]
+    for path, leaf in _flatten(Decoder(one).abstract_params()):
+        layer = layer_of(path)
+        if layer is None:
+            shapes[path] = leaf.shape
+        else:
+            layers[layer[0]][layer[1]] = leaf.shape
+    for number in range(config.num_layers):
+        own = layers[number % period]
+        shapes |= {f"layers_{number}/{path}": shape for path, shape in own.items()}
     if config.tie_word_embeddings:
-        has = {path: path in stored or tensor_name(path) in stored for path in _TIED}
+        has = {
+            path: path in stored or source_of(path, shapes[path], config).names[0] in stored
+            for path in _TIED
+        }
         if not has["lm_head"]:
             del shapes["lm_head"]
         elif not has["embedding"]:

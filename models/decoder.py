@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoder for every dense family: `apply(params, inputs, kv_pages) -> (logits, kv_pages)`."""
+"""One decoder for every family: `apply(params, inputs, kv_pages) -> (logits, kv_pages)`."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jpaged.models import layers, sharding
 from jpaged.models.config import ModelConfig
+from jpaged.models.decoder_layer import DecoderLayer, LayerPattern
 from jpaged.models.inputs import PagedInputs
 from jpaged.pallas_kernels import dispatch
 from jpaged.pallas_kernels.rows import Rows
@@ -25,17 +26,21 @@ class Decoder:
     Attributes:
       config: the model's shape.
       scan_layers: False unrolls the layers (fastest on CPU); True scans over stacked weights, which
-        compiles in a time that does not grow with depth (right for TPU and GPU). The parameter tree
-        differs: see `stack_layers`.
+        compiles in a time that does not grow with depth (right for TPU and GPU): over repetitions
+        of the config's pattern, and what is left is unrolled. The parameter tree differs: see
+        `stack_layers`.
       backend: which kernels to use, as in `pallas_kernels.paged_attention`.
       mesh: devices with one axis, over which `apply` splits the heads; the caller lays parameters
         and pool out as `models.sharding` says. None computes on one device.
+      max_length: longest sequence that is served, in tokens, which some rotary embeddings depend
+        on; None is no longer than the context that the model was first made for.
     """
 
     config: ModelConfig
     scan_layers: bool = False
     backend: str | None = None
     mesh: jax.sharding.Mesh | None = None
+    max_length: int | None = None
 
     def __post_init__(self):
         if self.mesh is not None:
@@ -46,7 +51,7 @@ class Decoder:
         token_ids = jnp.zeros((1, 1), jnp.int32)
         module = self._dense_module(1, dtype)
         params: Params = dict(module.init(key, token_ids[0], token_ids[0], None)["params"])
-        return stack_layers(params) if self.scan_layers else params
+        return stack_layers(params, self.config) if self.scan_layers else params
 
     def abstract_params(self, dtype: jnp.dtype = jnp.float32) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
@@ -54,13 +59,15 @@ class Decoder:
 
     @property
     def num_params(self) -> int:
-        """Parameters, the tied head counted once; one layer is traced, however many there are."""
-        one_layer = Decoder(dataclasses.replace(self.config, num_layers=1)).abstract_params()
+        """Parameters, the tied head counted once; one pattern is traced, however many there are."""
+        period, count = len(self.config.pattern), self.config.num_layers
+        traced = Decoder(dataclasses.replace(self.config, num_layers=period)).abstract_params()
         sizes = {
-            name: sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for name, tree in one_layer.items()
+            name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in traced.items()
         }
-        return sum(sizes.values()) + (self.config.num_layers - 1) * sizes["layers_0"]
+        in_layers = [sizes.pop(f"layers_{i}") for i in range(period)]
+        repetitions, rest = divmod(count, period)
+        return sum(sizes.values()) + repetitions * sum(in_layers) + sum(in_layers[:rest])
 
     def apply(
         self, params: Params, inputs: PagedInputs, kv_pages: jax.Array
@@ -81,6 +88,7 @@ class Decoder:
             functools.partial(_paged_attend, backend=self.backend, mesh=self.mesh),
             self.scan_layers,
             _dtype_of(params),
+            self.max_length,
         )
         logits, written_pages = module.apply(
             {"params": params},
@@ -110,17 +118,40 @@ class Decoder:
         return logits.reshape(batch, seq_len, -1)
 
     def _dense_module(self, batch: int, dtype: jnp.dtype) -> "_DecoderModule":
-        return _DecoderModule(
-            self.config, functools.partial(_dense_attend, batch=batch), False, dtype
+        attend = functools.partial(_dense_attend, batch=batch)
+        return _DecoderModule(self.config, attend, False, dtype, self.max_length)
+
+
+def num_repetitions(config: ModelConfig) -> int:
+    """How often the pattern repeats where layers are scanned over; 0 where it does not."""
+    repetitions = config.num_layers // len(config.pattern)
+    return repetitions if repetitions > 1 else 0
+
+
+def stack_layers(params: Params, config: ModelConfig) -> Params:
+    """Turns `layers_0 .. layers_n` into one tree `layers`, for a scan.
+
+    Args:
+      params: as `Decoder.init` makes them with scan_layers=False.
+      config: the model's.
+
+    Returns:
+      The parameters, in `layers` those of each layer of the pattern by its number, with an axis of
+      repetitions first; layers beyond the last whole repetition stay what they are.
+    """
+    period, repetitions = len(config.pattern), num_repetitions(config)
+    if not repetitions:
+        return params
+    stacked = {
+        str(index): jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *(params[f"layers_{index + period * k}"] for k in range(repetitions)),
         )
-
-
-def stack_layers(params: Params) -> Params:
-    """Turns `layers_0 .. layers_n` into one `layers` tree with a leading layer axis, for a scan."""
-    num_layers = sum(name.startswith("layers_") for name in params)
-    per_layer = [params[f"layers_{i}"] for i in range(num_layers)]
-    rest = {name: tree for name, tree in params.items() if not name.startswith("layers_")}
-    return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *per_layer)}
+        for index in range(period)
+    }
+    scanned = {f"layers_{i}" for i in range(period * repetitions)}
+    rest = {name: tree for name, tree in params.items() if name not in scanned}
+    return rest | {"layers": stacked}
 
 
 class _DecoderModule(nn.Module):
@@ -130,6 +161,7 @@ class _DecoderModule(nn.Module):
     attend: layers.Attend
     scan_layers: bool
     dtype: jnp.dtype
+    max_length: int | None
 
     @nn.compact
     def __call__(self, token_ids, positions, rows: Rows | None, kv_pages=None, logits_indices=None):
@@ -137,35 +169,40 @@ class _DecoderModule(nn.Module):
         embedding = self.param(
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
         )
-        rope = layers.rope_table(c, positions)
-        carry = (embedding[token_ids], kv_pages)
-        if self.scan_layers:
+        tables = tuple(rope.table(positions, self.max_length) for rope in c.ropes)
+        x = embedding[token_ids]
+        if c.embedding_scale is not None:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        carry, scanned = (x, kv_pages), 0
+        if self.scan_layers and (repetitions := num_repetitions(c)):
+            scanned = repetitions * len(c.pattern)
             stack = nn.scan(
-                layers.DecoderLayer,
+                LayerPattern,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 # flax annotates in_axes as an int, and takes one entry an argument.
                 in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-                length=c.num_layers,
+                length=repetitions,
                 # It takes kernels with effects, which Pallas for TPUs has under jax 0.11, for
                 # results that are constant over the layers, and refuses them.
                 check_constancy_invariants=False,
             )(c, self.attend, name="layers")
-            carry, _ = stack(carry, jnp.arange(c.num_layers, dtype=jnp.int32), rope, rows)
-        else:
-            for i in range(c.num_layers):
-                layer = layers.DecoderLayer(c, self.attend, name=f"layers_{i}")
-                carry, _ = layer(carry, i, rope, rows)
+            carry, _ = stack(carry, jnp.arange(repetitions, dtype=jnp.int32), tables, rows)
+        for i in range(scanned, c.num_layers):
+            layer = DecoderLayer(c.layer(i), c, self.attend, name=f"layers_{i}")
+            carry, _ = layer(carry, i, tables, rows)
         x, kv_pages = carry
         if logits_indices is not None:
             x = x[logits_indices]
-        x = layers.RMSNorm(c.rms_norm_eps, name="final_norm")(x)
+        x = layers.RMSNorm(c.norm, name="final_norm")(x)
         head = embedding
         if not c.tie_word_embeddings:
             head = self.param(
                 "lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
             )
         logits = layers.linear(x, head, jnp.float32)
+        if c.logit_soft_cap is not None:
+            logits = c.logit_soft_cap * jnp.tanh(logits / c.logit_soft_cap)
         return logits, kv_pages
 
 

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The building blocks of a dense decoder, as Flax Linen modules over a flat axis of tokens."""
+"""The building blocks of a decoder, as Flax Linen modules over a flat axis of tokens."""
 
 import functools
-import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jpaged.models.config import ModelConfig, RopeScaling
+from jpaged.models.config import AttentionSpec, MlpSpec, NormSpec
+from jpaged.models.rope import rotate
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
@@ -81,16 +82,21 @@ def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> j
 
 
 class Linear(nn.Module):
-    """`linear` with a weight of its own."""
+    """`linear` with a weight, and maybe a bias, of its own."""
 
     features: int
+    bias: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         weight = self.param(
             "weight", nn.initializers.normal(0.02), (self.features, x.shape[-1]), x.dtype
         )
-        return linear(x, weight)
+        y = linear(x, weight, dtype)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
+            y = y + bias.astype(y.dtype)[None]
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -99,116 +105,68 @@ class RMSNorm(nn.Module):
     Source: Zhang & Sennrich 2019.
     """
 
-    eps: float
+    spec: NormSpec
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), x.dtype)
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         scale = jnp.expand_dims(scale, range(x.ndim - 1))
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.spec.eps)
+        if self.spec.scales_float32:
+            scale32 = scale.astype(jnp.float32) + self.spec.offset
+            return (scale32 * (x32 * inverse)).astype(x.dtype)
         return scale * (x32 * inverse).astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Projections, optional per-head norms and rotation around an `Attend`."""
+    """Projections, norms and rotation around an `Attend`."""
 
-    config: ModelConfig
+    spec: AttentionSpec
+    norm: NormSpec
     attend: Attend
 
     @nn.compact
-    def __call__(self, x, rope, kv_pages, layer, rows: Rows | None):
-        c = self.config
-        q = Linear(c.num_q_heads * c.head_dim, name="q_proj")(x)
-        k = Linear(c.num_kv_heads * c.head_dim, name="k_proj")(x)
-        v = Linear(c.num_kv_heads * c.head_dim, name="v_proj")(x)
-        q = q.reshape(-1, c.num_q_heads, c.head_dim)
-        k = k.reshape(-1, c.num_kv_heads, c.head_dim)
-        v = v.reshape(-1, c.num_kv_heads, c.head_dim)
-        if c.qk_norm:
-            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
-            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
-        q, k = rotate(q, rope), rotate(k, rope)
-        out, kv_pages = self.attend(q, k, v, kv_pages, layer, rows, AttentionVariant())
-        out = out.reshape(-1, c.num_q_heads * c.head_dim)
-        return Linear(c.hidden_size, name="o_proj")(out), kv_pages
+    def __call__(self, x, table, kv_pages, layer, rows: Rows | None):
+        s = self.spec
+        q = Linear(s.num_q_heads * s.head_dim, s.qkv_bias, name="q_proj")(x)
+        k = Linear(s.num_kv_heads * s.head_dim, s.qkv_bias, name="k_proj")(x)
+        v = Linear(s.num_kv_heads * s.head_dim, s.qkv_bias, name="v_proj")(x)
+        if s.qk_norm == "all":
+            q = RMSNorm(self.norm, name="q_norm")(q)
+            k = RMSNorm(self.norm, name="k_norm")(k)
+        q = q.reshape(-1, s.num_q_heads, s.head_dim)
+        k = k.reshape(-1, s.num_kv_heads, s.head_dim)
+        v = v.reshape(-1, s.num_kv_heads, s.head_dim)
+        if s.qk_norm == "head":
+            q = RMSNorm(self.norm, name="q_norm")(q)
+            k = RMSNorm(self.norm, name="k_norm")(k)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        out, kv_pages = self.attend(q, k, v, kv_pages, layer, rows, s.variant)
+        out = out.reshape(-1, s.num_q_heads * s.head_dim)
+        return Linear(x.shape[-1], s.out_bias, name="o_proj")(out), kv_pages
+
+
+_ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
+    {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+)
+
+
+def gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """What a gated MLP makes of its two halves. Source: Shazeer 2020."""
+    return _ACTIVATIONS[activation](gate) * up
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`. Source: Shazeer 2020."""
+    """`down(activation(gate(x)) * up(x))`."""
 
-    config: ModelConfig
+    spec: MlpSpec
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = Linear(self.config.intermediate_size, name="gate_proj")(x)
-        up = Linear(self.config.intermediate_size, name="up_proj")(x)
-        return Linear(self.config.hidden_size, name="down_proj")(nn.silu(gate) * up)
-
-
-class DecoderLayer(nn.Module):
-    """Attention and MLP, each normed before and added to the residual stream.
-
-    Called on the carry `(x, kv_pages)` so that the layers can be unrolled or scanned over.
-    """
-
-    config: ModelConfig
-    attend: Attend
-
-    @nn.compact
-    def __call__(self, carry, layer, rope, rows: Rows | None):
-        x, kv_pages = carry
-        eps = self.config.rms_norm_eps
-        attention = Attention(self.config, self.attend, name="attention")
-        out, kv_pages = attention(
-            RMSNorm(eps, name="attention_norm")(x), rope, kv_pages, layer, rows
-        )
-        x = x + out
-        x = x + GatedMlp(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x))
-        return (x, kv_pages), None
-
-
-def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position's rotation angles.
-
-    Args:
-      config: gives head_dim, rope_theta and rope_scaling.
-      positions: i32[num_tokens].
-
-    Returns:
-      Two f32[num_tokens, 1, head_dim / 2]; the middle axis broadcasts over heads.
-    """
-    angles = positions.astype(jnp.float32)[:, None, None] * rope_frequencies(config)[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """f32[head_dim / 2]: radians a position turns each pair of lanes by.
-
-    Source: Su et al. 2021; the llama3 scaling is that of Meta's Llama 3.1 reference code.
-    """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return (frequencies / scaling.factor).astype(np.float32)
-    return _llama3_frequencies(frequencies, scaling)
-
-
-def _llama3_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
-    # 0 below `low` turns over the original context (stretched), 1 above `high` (left alone).
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return ((1 - blend) * frequencies / scaling.factor + blend * frequencies).astype(np.float32)
-
-
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns lane i and lane i + head_dim / 2 of `[num_tokens, heads, head_dim]` by their angle."""
-    cos, sin = rope
-    half = x.shape[-1] // 2
-    x32 = x.astype(jnp.float32)
-    a, b = x32[..., :half], x32[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+        s = self.spec
+        gate = Linear(s.intermediate_size, s.bias, name="gate_proj")(x)
+        up = Linear(s.intermediate_size, s.bias, name="up_proj")(x)
+        hidden = gated(s.activation, gate, up)
+        return Linear(x.shape[-1], s.bias, name="down_proj")(hidden)

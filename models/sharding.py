@@ -40,11 +40,15 @@ def axis_of(mesh: Mesh) -> str:
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """Raises ValueError unless heads, MLP and vocabulary split evenly over the devices."""
     axis_of(mesh)
-    for name in ("num_kv_heads", "intermediate_size", "vocab_size"):
-        if getattr(config, name) % mesh.size:
+    sizes = [("num_kv_heads", config.num_kv_heads), ("vocab_size", config.vocab_size)]
+    sizes += [("intermediate_size", layer.mlp.intermediate_size) for layer in config.pattern]
+    if any(attention.qk_norm == "all" for attention in config.attentions):
+        raise ValueError("norms over all heads of a token cannot be computed by heads alone")
+    for name, size in sizes:
+        if size % mesh.size:
             raise ValueError(
-                f"{name}={getattr(config, name)} does not split over {mesh.size} devices; take a "
-                "number of devices that divides it"
+                f"{name}={size} does not split over {mesh.size} devices; take a number of devices "
+                "that divides it"
             )
 
 
@@ -63,8 +67,12 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
         names = [entry.key for entry in path]
         split = next((_SPLIT_AXIS[name] for name in names if name in _SPLIT_AXIS), None)
         spec: list[str | None] = [None] * leaf.ndim
-        if split is not None:
-            # Stacked layers come before the weight's own two axes.
+        if split is not None and names[-1] == "bias":
+            # What is added to a sum over devices is on each of them.
+            if split == 0:
+                spec[-1] = axis_of(mesh)
+        elif split is not None:
+            # Stacked layers, and experts, come before the weight's own two axes.
             spec[leaf.ndim - 2 + split] = axis_of(mesh)
         return NamedSharding(mesh, PartitionSpec(*spec))
 

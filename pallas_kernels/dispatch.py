@@ -138,7 +138,7 @@ def attend(
 ) -> jax.Array:
     """`paged_attention`, for callers that have its arguments as values already."""
     kernels = _package(resolve_backend(backend))
-    validation.check_attention(q, kv_pages, rows, kv_scale=kv_scale)
+    validation.check_attention(q, kv_pages, rows, variant, kv_scale=kv_scale)
     validation.check_layer(kv_pages, layer)
     return kernels.paged_attention(q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale)
 

@@ -2,16 +2,27 @@
 """Checks of the kernels' arguments: shapes and dtypes at trace time, contents in tests."""
 
 import dataclasses
+import math
+import numbers
+import operator
+import reprlib
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 
 def check_attention(
-    q: jax.Array, kv_pages: jax.Array, rows: Rows, *, kv_scale: jax.Array | None
+    q: jax.Array,
+    kv_pages: jax.Array,
+    rows: Rows,
+    variant: AttentionVariant,
+    *,
+    kv_scale: jax.Array | None,
 ) -> None:
     """Raises ValueError where the arguments of `paged_attention` do not fit together."""
     _check_rank("q", q, "[num_tokens, num_q_heads, head_dim]")
@@ -24,6 +35,7 @@ def check_attention(
             f"q has {num_q_heads} heads, not a multiple of the {num_kv_heads} KV heads of kv_pages"
         )
     _check_lanes("q", q.shape[2], kv_pages)
+    _check_variant(variant)
 
 
 def check_write(
@@ -34,6 +46,7 @@ def check_write(
     _check_float("k", k)
     _check_pool(kv_pages, kv_scale)
     _check_rows(rows)
+    _check_array("v", v)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v is {v.dtype}{list(v.shape)}, but k is {k.dtype}{list(k.shape)}")
     if k.shape[1] != kv_pages.shape[2]:
@@ -56,8 +69,18 @@ def check_copy(kv_pages, src_page_ids, dst_page_ids) -> None:
 
 def check_layer(kv_pages, layer) -> None:
     """Raises ValueError for a layer that is known at trace time and not in the pool."""
-    if isinstance(layer, int) and not 0 <= layer < kv_pages.shape[0]:
-        raise ValueError(f"layer={layer} is outside the {kv_pages.shape[0]} layers of kv_pages")
+    if isinstance(layer, jax.Array):
+        known, is_layer = None, layer.shape == () and jnp.issubdtype(layer.dtype, jnp.integer)
+    else:
+        scalar = layer[()] if type(layer) is np.ndarray and layer.shape == () else layer
+        is_layer = _is_a(numbers.Integral, scalar)
+        known = operator.index(scalar) if is_layer else None
+    if not is_layer:
+        raise ValueError(
+            f"layer={_shown(layer)} must be an integer, or an integer array of no axes"
+        )
+    if known is not None and not 0 <= known < kv_pages.shape[0]:
+        raise ValueError(f"layer={known} is outside the {kv_pages.shape[0]} layers of kv_pages")
 
 
 def check_contents(kv_pages: jax.Array, rows: Rows) -> None:
@@ -69,6 +92,8 @@ def check_contents(kv_pages: jax.Array, rows: Rows) -> None:
       kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim].
       rows: as the kernels get them.
     """
+    _check_rank("kv_pages", kv_pages, _POOL)
+    _check_rows(rows)
     num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
     page_table, kv_lens = np.asarray(rows.page_table), np.asarray(rows.kv_lens)
     cu_q_lens, live = np.asarray(rows.cu_q_lens), int(np.asarray(rows.num_seqs)[0])
@@ -99,7 +124,25 @@ def check_contents(kv_pages: jax.Array, rows: Rows) -> None:
 _POOL = "[num_layers, num_pages, num_kv_heads, page_size, kv_dim]"
 
 
+def _check_array(name: str, value: object) -> None:
+    """Raises ValueError for all but arrays whose values are what jax computes with."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise ValueError(f"{name} is a {type(value).__name__}, expected an array of jax or NumPy")
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array: give a plain one, such as {name}.filled(0)")
+    try:
+        jax.typeof(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} has dtype {value.dtype}, expected numbers in the byte order of this machine"
+        ) from None
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+        if value.is_deleted():
+            raise ValueError(f"{name} was deleted or donated: give an array that is still there")
+
+
 def _check_rank(name: str, array: jax.Array, dims: str) -> None:
+    _check_array(name, array)
     rank = dims.count(",") + 1
     if array.ndim != rank:
         raise ValueError(f"{name} has shape {list(array.shape)}, expected {dims}")
@@ -122,7 +165,10 @@ def _check_pool(kv_pages: jax.Array, kv_scale: jax.Array | None) -> None:
     if kv_pages.dtype == jnp.int8:
         if kv_scale is None:
             raise ValueError("kv_pages of int8 need kv_scale, the size of one step of keys, values")
-    if kv_scale is not None and kv_scale.shape != (2,):
+    if kv_scale is None:
+        return
+    _check_array("kv_scale", kv_scale)
+    if kv_scale.shape != (2,):
         raise ValueError(f"kv_scale has shape {list(kv_scale.shape)}, expected [2]: keys, values")
 
 
@@ -131,6 +177,7 @@ def _check_rows(rows: Rows) -> None:
     count = rows.max_num_seqs
     shapes = {"kv_lens": (count,), "cu_q_lens": (count + 1,), "num_seqs": (1,)}
     for name, shape in shapes.items():
+        _check_array(name, getattr(rows, name))
         if getattr(rows, name).shape != shape:
             raise ValueError(
                 f"{name} has shape {list(getattr(rows, name).shape)}, expected {list(shape)} for a "
@@ -140,9 +187,34 @@ def _check_rows(rows: Rows) -> None:
         _check_int32(field.name, getattr(rows, field.name))
 
 
+def _check_variant(variant: AttentionVariant) -> None:
+    for name in ("sm_scale", "soft_cap"):
+        value = getattr(variant, name)
+        if value is not None and not (_is_a(numbers.Real, value) and math.isfinite(value)):
+            raise ValueError(f"{name}={_shown(value)} must be a finite number, or None")
+    sliding_window, soft_cap = variant.sliding_window, variant.soft_cap
+    if sliding_window is not None and not _is_a(numbers.Integral, sliding_window):
+        raise ValueError(f"sliding_window={_shown(sliding_window)} must be an integer, or None")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window} must be at least 1, or None")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap={soft_cap} must be positive, or None")
+
+
 def _check_lanes(name: str, head_dim: int, kv_pages: jax.Array) -> None:
     if 2 * head_dim > kv_pages.shape[4]:
         raise ValueError(
             f"{name} has head_dim {head_dim}, but a cell of kv_pages has {kv_pages.shape[4]} "
             f"lanes, fewer than the {2 * head_dim} that a key and a value need"
         )
+
+
+def _is_a(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A number as itself; anything else in a short line."""
+    if isinstance(value, numbers.Number):
+        return str(value)
+    return " ".join(reprlib.repr(value).split())

@@ -16,20 +16,11 @@ class AttentionVariant:
       sliding_window: a query sees itself and the `sliding_window - 1` tokens before it; with None,
         all before it.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`; None leaves them as they are.
-
-    Raises:
-      ValueError: for a window or a cap that is not positive.
     """
 
     sm_scale: float | None = None
     sliding_window: int | None = None
     soft_cap: float | None = None
-
-    def __post_init__(self):
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1, or None")
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            raise ValueError(f"soft_cap={self.soft_cap} must be positive, or None")
 
     def scale(self, head_dim: int) -> float:
         """What scores of keys of so many lanes are multiplied by."""

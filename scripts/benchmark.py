@@ -59,13 +59,14 @@ from jpaged.host.params import SamplingParams
 from jpaged.measure import machine
 from jpaged.measure.machine import CompileClock
 from jpaged.measure.runs import measure_reservations
-from jpaged.models import checkpoint, find
+from jpaged.models import checkpoint, find, hub
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
 from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
@@ -75,7 +76,10 @@ from jpaged.simulation.workload import Workload, make_workload
 from jpaged.text import load_tokenizer
 
 _MODEL = flags.DEFINE_string(
-    "model", None, "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
+    "model",
+    None,
+    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
+    "org/name; demo is the shipped checkpoint.",
 )
 _RANDOM_WEIGHTS = flags.DEFINE_enum(
     "random_weights", None, sorted(SHAPES), "Random weights of this public model's shape."
@@ -143,6 +147,7 @@ def _engine(config: EngineConfig) -> Report:
     for role, spec in (("prompt", _PROMPT_LEN.value), ("output", _OUTPUT_LEN.value)):
         parse_lengths(spec, role)  # before the model is loaded
     enable_compilation_cache()
+    require_device()
     clock = CompileClock()
     start = time.perf_counter()
     name, model_config, params, tokenizer = _load_model(config)
@@ -178,9 +183,11 @@ def _load_model(config: EngineConfig):
         name, model_config, tokenizer = f"{shape}, random weights", SHAPES[shape], None
         params = Decoder(model_config).init(jax.random.key(_WEIGHTS_SEED), dtype)
     else:
-        directory = pathlib.Path(find(_MODEL.value or "")).expanduser()
+        given = _MODEL.value or ""
+        directory = pathlib.Path(find(given)).expanduser()
         model_config, params = checkpoint.load(directory, dtype)
-        name, tokenizer = directory.name, load_tokenizer(directory)
+        name = given if hub.is_name(given) else directory.name
+        tokenizer = load_tokenizer(directory)
     return name, model_config, jax.block_until_ready(params), tokenizer
 
 

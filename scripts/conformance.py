@@ -29,7 +29,7 @@ from absl import app, flags
 from jpaged import pallas_kernels
 from jpaged.pallas_kernels import conformance
 from jpaged.pallas_kernels.aot import GPU_TARGETS
-from jpaged.scripts.flags import run
+from jpaged.scripts.flags import require_device, run
 
 _FUNCTIONS = ("paged_attention", "write_kv", "copy_pages")
 for _name in _FUNCTIONS:
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     if _INTERPRET.value:
         # Threads for what an interpreted kernel runs at once, see `conformance.interpret_tpu`.
         os.environ.setdefault("PJRT_NPROC", "8")
+    require_device()
     results = []
     for result in conformance.run(
         **_implementations(),

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts share: the engine's flags, the compilation cache, and how programs end."""
+"""What the scripts share: flags of settings, the compilation cache, and how programs end."""
 
+import contextlib
 import dataclasses
 import errno
 import inspect
+import logging as python_logging
 import os
 import pathlib
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -40,24 +42,23 @@ def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     Args:
       flag_values: where to define them.
     """
-    helps = _attribute_docs(EngineConfig)
-    hints = typing.get_type_hints(EngineConfig)
+    helps, hints = _attribute_docs(EngineConfig), typing.get_type_hints(EngineConfig)
     for field in dataclasses.fields(EngineConfig):
-        if field.name in flag_values:
-            continue
-        (kind,) = [t for t in _union_members(hints[field.name]) if t is not types.NoneType]
-        name, text = field.name, helps[field.name]
+        name = field.name
         default: Any = field.default
-        if name in CHOICES:
-            flags.DEFINE_enum(name, default, CHOICES[name], text, flag_values=flag_values)
+        if name in flag_values:
             continue
+        if name in CHOICES:
+            flags.DEFINE_enum(name, default, CHOICES[name], helps[name], flag_values=flag_values)
+            continue
+        kind = next(t for t in _union_members(hints[name]) if t is not types.NoneType)
         define: Any = {
             int: flags.DEFINE_integer,
             float: flags.DEFINE_float,
             bool: flags.DEFINE_bool,
             str: flags.DEFINE_string,
         }[kind]
-        define(name, default, text, flag_values=flag_values)
+        define(name, default, helps[name], flag_values=flag_values)
     if "compilation_cache_dir" not in flag_values:
         flags.DEFINE_string(
             "compilation_cache_dir",
@@ -114,10 +115,59 @@ def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pat
     return path
 
 
+def require_device() -> None:
+    """Has jax find its devices, before anything is loaded or computed.
+
+    Raises:
+      app.UsageError: if there is none, as JAX_PLATFORMS names what is not there.
+    """
+    import jax  # as above
+
+    try:
+        jax.devices()
+    except Exception as e:  # jax has errors of many kinds for it, one of them without a word
+        reason = str(e).split(" (set JAX_PLATFORMS")[0] or "it did not say why"
+        raise app.UsageError(
+            f"jax has no device, with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: "
+            f"{reason}; name platforms that are there, such as JAX_PLATFORMS=cpu, or none"
+        ) from e
+
+
 def check_names(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Raises `app.UsageError` if a flag that is a list names what is not known."""
     if unknown := sorted(set(names) - set(known)):
         raise app.UsageError(f"--{flag}={','.join(unknown)}: choose among {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def usage_errors(prompt: str = "prompt") -> Iterator[None]:
+    """Turns the library's refusals into one line for people.
+
+    Args:
+      prompt: what to call a request, before its number from 1.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # no fault of the usage: see `run`
+    except OSError as e:
+        raise app.UsageError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
+    except ValueError as e:
+        # Requests have numbers from 0, prompts and samples are shown to people from 1.
+        text = re.sub(r"^request '(\d+)':", lambda match: f"{prompt} {int(match[1]) + 1}:", str(e))
+        raise app.UsageError(text) from e
+
+
+def log_to_stderr() -> None:
+    """Has the library tell on standard error what it does."""
+    handler = python_logging.StreamHandler()
+    handler.setFormatter(python_logging.Formatter("%(name)s: %(message)s"))
+    logger = python_logging.getLogger("jpaged")
+    logger.addHandler(handler)
+    logger.propagate = False
+    # --verbosity=1 also logs every compilation with its shapes.
+    verbose = flags.FLAGS.verbosity > 0
+    logger.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
@@ -192,7 +242,14 @@ class _Forgiving:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if any(argument.startswith("\ufeff") for argument in rest):
+            _exit_usage("a --flagfile begins with a byte order mark; save it without")
+        return rest
+    except UnicodeDecodeError as e:
+        files = [argument for argument in argv if argument.lstrip("-").startswith("flagfile")]
+        found = f"byte 0x{e.object[e.start]:02x} at position {e.start + 1}"
+        _exit_usage(f"{' '.join(files)}: not UTF-8 ({found}); save the file as UTF-8")
     except (flags.Error, ValueError) as e:  # some of absl's own flags raise the second
         _exit_usage(e)
 

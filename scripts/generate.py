@@ -6,12 +6,16 @@
     echo "The old fisherman" | jpaged generate
     jpaged generate --prompt="Once upon a time" --n=4 --show_pages
     jpaged generate --prompts_file=prompts.jsonl --output=json > answers.jsonl
+    jpaged generate --model=DIR --chat --prompts_file=conversations.jsonl
 
 Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
-from standard input. A file that ends with .jsonl has a JSON object a line, {"prompt": "Once",
-"max_tokens": 9}: parameters have the names and values of `SamplingParams`; null is the model's own.
-A model directory without a tokenizer takes prompts as token ids: --prompt="1 15 27". Text or JSON
-goes to standard output, everything else to standard error.
+from standard input. A model directory without a tokenizer takes prompts as token ids:
+--prompt="1 15 27". A file whose name ends in .jsonl has a JSON object a line, such as
+{"prompt": "Once", "max_tokens": 9}: text or token ids, and parameters of its own, which win over
+the flags, with names and values of `SamplingParams`; null is the default of one. With --chat each
+prompt is a conversation in JSON, a list of messages such as [{"role": "user", "content": "Hello"}]
+or an object with messages, tools, documents and parameters, and what is written as text is the
+answer alone. Text or JSON goes to standard output, everything else to standard error.
 
 Each result is written as soon as its request has ended, so the order is that in which they end:
 "prompt 3" in text counts the prompts from 1, and "request_id" in JSON from 0. What the encoding of
@@ -28,12 +32,11 @@ if __name__ == "__main__":
     interrupts.exit_at_once()  # also while the imports take their time
 
 import contextlib
-import logging
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -42,33 +45,44 @@ from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
 from jpaged.models import find
+from jpaged.scripts.conversations import (
+    chat_options_from_flags,
+    chat_template_of,
+    define_chat_flags,
+    read_conversations,
+    render_conversations,
+)
 from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    log_to_stderr,
+    require_device,
     run,
+    usage_errors,
 )
+from jpaged.scripts.json_prompts import read_json_prompts
 from jpaged.scripts.output import ResultWriter
-from jpaged.scripts.prompts import (
-    parse_token_ids,
-    read_json_lines,
-    read_prompts,
-)
+from jpaged.scripts.prompts import parse_token_ids, read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
     with_fallbacks,
 )
+from jpaged.text import encode
 
 _MODEL = flags.DEFINE_string(
-    "model", "demo", "Model directory, Hugging Face's or our own; demo is the shipped checkpoint."
+    "model",
+    "demo",
+    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
+    "org/name; demo is the shipped checkpoint.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",
     None,
-    "File with one prompt a line; - is standard input. A line of a .jsonl file is a JSON object "
-    "with the prompt, as text or token ids, and parameters of its own, which win over the flags.",
+    "File with one prompt a line; - is standard input. One that ends in .jsonl has JSON objects, "
+    "with a prompt and parameters of its own.",
 )
 _OUTPUT = flags.DEFINE_enum(
     "output", "text", ["text", "json"], "json prints one object a request, one a line."
@@ -79,22 +93,32 @@ _SHOW_PAGES = flags.DEFINE_bool(
     "Draw who owned which page after the step that left most pages in use, the last of them if "
     "there are several, to standard error. At the end all pages are free. NO_COLOR is respected.",
 )
-define_engine_flags()
+_CHAT = flags.DEFINE_bool(
+    "chat", False, "Each prompt is a conversation in JSON, to be answered by the chat template."
+)
 define_sampling_flags()
+define_chat_flags()
+define_engine_flags()
 
 
 def main(argv: list[str]) -> None:
     """Reads prompts, generates, prints."""
-    _log_to_stderr()
-    with _usage_errors():
+    log_to_stderr()
+    with usage_errors():
         params, prompts, model = read_flags(argv)
+        options = chat_options_from_flags()
+        if _CHAT.value:
+            prompts = render_conversations(prompts, chat_template_of(model), options)
+        elif options:
+            raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
         enable_compilation_cache()
+        require_device()
         engine = Engine.load(model, engine_config_from_flags())
         params = [with_fallbacks(own, engine.defaults) for own in params]
-        if engine.tokenizer is None:
-            prompts = [parse_token_ids(p) if isinstance(p, str) else p for p in prompts]
+        prompts = _encoded(prompts, engine)
     as_json = _OUTPUT.value == "json"
-    writer = ResultWriter(prompts, engine.tokenizer, as_json=as_json)
+    shown = [""] * len(prompts) if _CHAT.value else prompts
+    writer = ResultWriter(shown, engine.tokenizer, as_json=as_json)
     fullest = _Fullest(engine)
     interrupted = False
     first = params[0]
@@ -104,7 +128,7 @@ def main(argv: list[str]) -> None:
         interrupted = stream(engine, prompts[0], first, writer, fullest)
     else:
         try:
-            with _usage_errors():
+            with _prompt_errors():
                 engine.generate(
                     prompts,
                     params,
@@ -129,16 +153,15 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def read_flags(
-    argv: list[str],
-) -> tuple[list[SamplingParams], Sequence[str | list[int]], pathlib.Path]:
+def read_flags(argv: list[str]) -> tuple[list[SamplingParams], list[Any], pathlib.Path]:
     """Returns what the flags ask for, before anything has been loaded.
 
     Args:
       argv: the program's name, and arguments that are no flags.
 
     Returns:
-      The parameters of each prompt, the prompts, and the model directory.
+      The parameters of each prompt, the prompts, which are text, token ids or, with --chat, what
+      `render_conversations` takes, and the model directory.
 
     Raises:
       app.UsageError, ValueError: if something is missing or wrong.
@@ -148,16 +171,42 @@ def read_flags(
     params = sampling_params_from_flags()
     if not _MODEL.value:
         raise ValueError("--model is empty; name a directory, or leave the flag out")
+    path = _PROMPTS_FILE.value
+    lines = read_prompts(_PROMPT.value, path)
+    given: Sequence[tuple[Any, SamplingParams]] = [(prompt, params) for prompt in lines]
+    if _CHAT.value:
+        given = read_conversations(lines, params)
+    elif path is not None and _has_json_lines():
+        given = read_json_prompts(lines, path, params)
     try:
+        # Last, as it may download one.
         model = pathlib.Path(find(_MODEL.value)).expanduser()
     except RuntimeError as e:
         raise ValueError(f"--model={_MODEL.value}: {e}") from e
+    return [own for _, own in given], [prompt for prompt, _ in given], model
+
+
+def _has_json_lines() -> bool:
     path = _PROMPTS_FILE.value
-    if path is not None and path.endswith(".jsonl") and not _PROMPT.value:
-        lines = read_json_lines(path, params)
-        return [own for _, own in lines], [prompt for prompt, _ in lines], model
-    prompts = read_prompts(_PROMPT.value, path)
-    return [params] * len(prompts), prompts, model
+    return path is not None and path.endswith(".jsonl") and not _CHAT.value
+
+
+def _prompt_errors() -> contextlib.AbstractContextManager[None]:
+    """As `usage_errors`, with the prompt named by its line where that is what people see."""
+    return usage_errors(f"{_PROMPTS_FILE.value}: line" if _has_json_lines() else "prompt")
+
+
+def _encoded(prompts: Sequence[Any], engine: Engine) -> list[str] | list[list[int]]:
+    """The prompts as the engine is given them.
+
+    Conversations have the special tokens that their template wrote, and get no others; a model
+    without a tokenizer has token ids.
+    """
+    if engine.tokenizer is None:
+        return [parse_token_ids(p) if isinstance(p, str) else p for p in prompts]
+    if not _CHAT.value:
+        return list(prompts)
+    return [encode(engine.tokenizer, prompt, add_special_tokens=False) for prompt in prompts]
 
 
 class _Fullest:
@@ -192,7 +241,7 @@ def _stream(
     """Prints one sample as it grows. Returns: whether Ctrl-C ended it."""
     last: RequestOutput | None = None
     shown, interrupted = 0, False
-    with _usage_errors():
+    with _prompt_errors():
         engine.add_request(prompt, params, stream=True)
     try:
         writer.text(writer.prompt_text(0))
@@ -224,7 +273,7 @@ def _stream_samples(
     last: RequestOutput | None = None
     shown: set[int] = set()
     interrupted = False
-    with _usage_errors():
+    with _prompt_errors():
         engine.add_request(prompt, params, stream=True)
     try:
         while engine.has_unfinished_requests:
@@ -280,31 +329,6 @@ def _summary(writer: ResultWriter, stats: EngineStats, fullest: EngineStats) -> 
         f"max_model_len={stats.max_model_len} would have held {contiguous} pages "
         f"({contiguous * page_mib:.2f} MiB)"
     )
-
-
-@contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns the library's refusals into one line for people."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # no fault of the usage: see `scripts.flags.run`
-    except OSError as e:
-        raise app.UsageError(f"{e.filename}: {e.strerror}" if e.filename else str(e)) from e
-    except ValueError as e:
-        # Requests have numbers from 0, prompts and samples are shown to people from 1.
-        text = re.sub(r"^request '(\d+)':", lambda match: f"prompt {int(match[1]) + 1}:", str(e))
-        raise app.UsageError(text) from e
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    logger = logging.getLogger("jpaged")
-    logger.addHandler(handler)
-    logger.propagate = False
-    # --verbosity=1 also logs every compilation with its shapes.
-    logger.setLevel(logging.DEBUG if flags.FLAGS.verbosity > 0 else logging.INFO)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Ctrl-C does at which time of a program's life. Imports nothing that takes time."""
 
+import contextlib
 import gc
 import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 CODE = 130  # what shells report of a program that Ctrl-C has ended
@@ -44,6 +45,37 @@ def raise_once() -> None:
     _handle(interrupt)
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, interrupt)
+
+
+class Note:
+    """What `noted` yields.
+
+    Attributes:
+      asked: whether Ctrl-C was pressed.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Note]:
+    """Has a first Ctrl-C be noted, for work to end where it can; the next ones as `raise_once`.
+
+    Afterwards Ctrl-C raises `KeyboardInterrupt` as if there had been none.
+    """
+    note = Note()
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        note.asked = True
+        raise_once()
+
+    _handle(interrupt)
+    try:
+        yield note
+    finally:
+        handled()
+        raise_once()
 
 
 def handled() -> None:

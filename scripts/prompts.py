@@ -2,17 +2,15 @@
 """Prompts as people give them: arguments, a file, or standard input."""
 
 import codecs
-import dataclasses
-import json
+import io
 import os
 import pathlib
+import re
+import select
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import BinaryIO
 
-from jpaged import SamplingParams
-
-_PARAMETERS = [field.name for field in dataclasses.fields(SamplingParams)]
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -34,82 +32,48 @@ def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
         if not all(given):
             raise ValueError("a --prompt is empty; a prompt needs at least a character")
         alone = len(given) == 1
-        return [
-            decode_flag("--prompt" if alone else f"--prompt number {number}", prompt)
-            for number, prompt in enumerate(given, 1)
-        ]
+        prompts = []
+        for number, prompt in enumerate(given, 1):
+            flag = "--prompt" if alone else f"--prompt number {number}"
+            prompts.append(decode_flag(flag, prompt))
+            if "\0" in prompt:
+                raise ValueError(f"{flag} has a NUL character, which no text has")
+        return prompts
     if path == "":
         raise ValueError("--prompts_file is empty; name a file, or - for standard input")
     if path is not None and path != "-":
-        return parse_prompts(_read(path), path)
+        try:
+            data = pathlib.Path(path).expanduser().read_bytes()
+        except OSError as e:
+            raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
+        except (ValueError, RuntimeError) as e:  # a NUL character, or no such home directory
+            raise ValueError(f"--prompts_file={path!r}: {e}") from e
+        return parse_prompts(data, path)
     if sys.stdin is None:
         raise ValueError(
             "no prompt, and standard input is closed: give --prompt=... or --prompts_file=FILE"
         )
     if path is None and sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt=..., --prompts_file=FILE, or standard input")
-    return parse_prompts(sys.stdin.buffer.read(), "standard input")
-
-
-def read_json_lines(
-    path: str, params: SamplingParams
-) -> list[tuple[str | list[int], SamplingParams]]:
-    """Returns the prompts of a file with a JSON object a line, each with its parameters.
-
-    An object has a "prompt", text or token ids, and any parameters by the names of
-    `SamplingParams`; null is the default of one.
-
-    Args:
-      path: of the file.
-      params: what counts where a line has no other.
-
-    Raises:
-      ValueError: if it is no such file; the message names line and field.
-    """
-    lines = parse_prompts(_read(path), path)
-    return [_prompt_of(f"{path}: line {i}", line, params) for i, line in enumerate(lines, 1)]
-
-
-def _prompt_of(
-    where: str, line: str, params: SamplingParams
-) -> tuple[str | list[int], SamplingParams]:
     try:
-        fields = json.loads(line, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError(f"{where} is nested too deeply") from None
-    except ValueError as e:
-        raise ValueError(f"{where} is no JSON that can be read: {e}") from None
-    if not isinstance(fields, dict) or "prompt" not in fields:
-        raise ValueError(f'{where} must be a JSON object with a prompt, such as {{"prompt": "Hi"}}')
-    prompt = fields.pop("prompt")
-    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not prompt or not (isinstance(prompt, str) or is_ids):
-        raise ValueError(f"{where}: prompt={prompt!r:.80} must be text or token ids, not empty")
-    if unknown := [name for name in fields if name not in _PARAMETERS]:
+        data = _read_all(sys.stdin.buffer)
+    except (OSError, io.UnsupportedOperation) as e:
         raise ValueError(
-            f"{where} has the field {unknown[0]!r:.80}, which is no parameter; there are prompt, "
-            f"{', '.join(_PARAMETERS)}"
-        )
-    try:
-        return prompt, dataclasses.replace(params, **fields)
-    except ValueError as e:
-        raise ValueError(f"{where}: {e}") from None
+            f"standard input cannot be read: {getattr(e, 'strerror', None) or e}; give "
+            "--prompt=... or --prompts_file=FILE"
+        ) from e
+    return parse_prompts(data, "standard input")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice!r:.80} is there twice")
-    return found
-
-
-def _read(path: str) -> bytes:
-    try:
-        return pathlib.Path(path).read_bytes()
-    except OSError as e:
-        raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
+def _read_all(stream: BinaryIO) -> bytes:
+    """Reads to the end, also what another process has set not to block."""
+    parts = [stream.read()]
+    if not os.get_blocking(stream.fileno()):
+        # None, or less than all, is what was there; only nothing at all is the end.
+        while parts[-1] != b"":
+            select.select([stream], [], [])
+            parts.append(stream.read())
+    return b"".join(part for part in parts if part)
 
 
 def parse_prompts(data: bytes, name: str) -> list[str]:
@@ -172,20 +136,20 @@ def decode_flag(flag: str, value: str) -> str:
 def parse_token_ids(prompt: str) -> list[int]:
     """Returns the token ids that a prompt is for a model without a tokenizer.
 
+    They are decimal numbers of ASCII digits, with blanks or one comma between them.
+
     Raises:
       ValueError: if it is something else.
     """
-    try:
-        return list(_ids(prompt))
-    except ValueError:
-        raise ValueError(
-            f"prompt {prompt!r:.80}: the model has no tokenizer.json, so its prompts are token "
-            "ids, such as --prompt='1 15 27'"
-        ) from None
+    return _ids(
+        prompt,
+        f"prompt {prompt!r:.80}: the model has no tokenizer.json, so its prompts are token ids, "
+        "such as --prompt='1 15 27'",
+    )
 
 
 def parse_ids(flag: str, text: str) -> tuple[int, ...]:
-    """Returns the token ids that a flag's value has, with spaces or commas between them.
+    """Returns the token ids of a flag's value, written as those of a prompt.
 
     Args:
       flag: what the message begins with.
@@ -194,14 +158,12 @@ def parse_ids(flag: str, text: str) -> tuple[int, ...]:
     Raises:
       ValueError: if there are none, or something else.
     """
-    try:
-        ids = _ids(text)
-    except ValueError:
-        ids = ()
-    if not ids:
-        raise ValueError(f"{flag!r:.80} must have token ids, such as '10 45'")
-    return ids
+    return tuple(_ids(text, f"{flag!r:.80} must have token ids, such as '10 45'"))
 
 
-def _ids(text: str) -> tuple[int, ...]:
-    return tuple(int(token) for token in text.replace(",", " ").split())
+def _ids(text: str, says: str) -> list[int]:
+    pieces = re.split(r"[ \t]*,[ \t]*|[ \t]+", text.strip(" \t"))
+    for piece in pieces:
+        if not re.fullmatch(r"[0-9]{1,10}", piece):
+            raise ValueError(f"{says}, and {piece!r:.40} is none")
+    return list(map(int, pieces))

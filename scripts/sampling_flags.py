@@ -2,148 +2,127 @@
 """The flags of `SamplingParams`."""
 
 import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from absl import flags
 
-from jpaged import SamplingParams
 from jpaged.defaults import Defaults
+from jpaged.host.params import SamplingParams
 from jpaged.scripts.prompts import decode_flag, parse_ids
 
 flags.disclaim_key_flags()  # as in scripts.flags
 
-_FILE = "None takes the model's generation_config.json, else "
 _EARLY_STOPPINGS = {"false": False, "true": True, "never": "never"}
+_FILE = "None takes the model's generation_config.json, else "
 
 
-def define_sampling_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines a flag for every field of `SamplingParams`, with its name.
+def _early_stoppings(name: str, default: Any, text: str, **where: Any) -> None:
+    flags.DEFINE_enum(name, default, list(_EARLY_STOPPINGS), text, **where)
+
+
+_WHOLE, _REAL, _BOOL = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
+_TOKENS, _TEXTS = flags.DEFINE_multi_integer, flags.DEFINE_multi_string
+_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
+    {
+        "max_tokens": (_WHOLE, f"Most tokens to generate for a prompt. {_FILE}{{longest}}."),
+        "temperature": (
+            _REAL,
+            f"Divides the logits; 0 is greedy. {_FILE}0.7; 1 in a beam search.",
+        ),
+        "top_k": (_WHOLE, f"Keep the k likeliest tokens; 0 keeps all. {_FILE}0."),
+        "top_p": (_REAL, f"Keep the likeliest tokens up to this probability. {_FILE}1."),
+        "min_p": (_REAL, f"Keep tokens this fraction as likely as the likeliest. {_FILE}0."),
+        "repetition_penalty": (
+            _REAL,
+            f"Above 1: makes tokens less likely that prompt or answer have already. {_FILE}1.",
+        ),
+        "presence_penalty": (
+            _REAL,
+            "Subtracted from the logits of tokens that the answer has already, in [-2, 2].",
+        ),
+        "frequency_penalty": (_REAL, "Likewise, as often as the answer has them."),
+        "logit_bias": (
+            _TEXTS,
+            "TOKEN:BIAS, what is added to the logit of a token, in [-100, 100], such as 15:-2.5; "
+            "may be repeated.",
+        ),
+        "sequence_bias": (
+            _TEXTS,
+            "TOKENS:BIAS, what is added to the logit of the last of these tokens where the others "
+            f"are the newest ones, such as '10 45:-2.0'; may be repeated. {_FILE}none.",
+        ),
+        "min_tokens": (_WHOLE, f"Choose no token that ends an answer before so many. {_FILE}0."),
+        "suppress_tokens": (
+            _TOKENS,
+            f"A token that is never chosen; may be repeated. {_FILE}none.",
+        ),
+        "bad_words_ids": (
+            _TEXTS,
+            f"Tokens, such as '10 45', that never follow each other; may be repeated. {_FILE}none.",
+        ),
+        "allowed_token_ids": (
+            _TOKENS,
+            "A token that is chosen, and no other; may be repeated. None allows all.",
+        ),
+        "n": (_WHOLE, "Samples to draw from each prompt, or best beams to print."),
+        "best_of": (_WHOLE, "Draw so many samples and print the n likeliest a token."),
+        "beam_width": (_WHOLE, "Search with so many beams instead of drawing samples."),
+        "length_penalty": (
+            _REAL,
+            f"Rank beams by log-probability / length ** this; above 0 favours long ones. {_FILE}1.",
+        ),
+        "early_stopping": (
+            _early_stoppings,
+            "End a beam search when beam_width beams have ended (true), when none that runs looks "
+            f"better (false), or when none could be (never). {_FILE}false.",
+        ),
+        "renormalize_logits": (
+            _BOOL,
+            "Rank beams by probabilities that add up to 1 again after what changes them. "
+            f"{_FILE}false.",
+        ),
+        "seed": (_WHOLE, "Makes the run reproducible; None draws a new seed."),
+        "stop": (_TEXTS, "A string that ends a sample; may be repeated."),
+        "stop_token_ids": (_TOKENS, "A token that ends a sample; may be repeated."),
+        "ignore_eos": (_BOOL, "Go on after the model's end of text."),
+        "logprobs": (_WHOLE, "Report this many likeliest tokens with each token."),
+        "skip_special_tokens": (_BOOL, "Leave the tokenizer's special tokens out of the text."),
+    }
+)
+
+
+def define_sampling_flags(
+    names: Iterable[str] = _FLAGS,
+    *,
+    longest: str = "128",
+    flag_values: flags.FlagValues = flags.FLAGS,
+) -> None:
+    """Defines flags for fields of `SamplingParams`, with their names and defaults.
 
     Args:
+      names: of the fields.
+      longest: what max_tokens is where neither flag nor model say, for the help text.
       flag_values: where to define them.
     """
-
-    def number(define: Any, name: str, text: str, default: Any = None) -> None:
-        define(name, default, text, flag_values=flag_values)
-
-    whole, real, flag = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
-    tokens, texts = flags.DEFINE_multi_integer, flags.DEFINE_multi_string
-    number(whole, "max_tokens", f"Most tokens to generate for a prompt. {_FILE}128.")
-    number(
-        real,
-        "temperature",
-        f"Divides the logits; 0 is greedy. {_FILE}0.7; 1 with --beam_width.",
-    )
-    number(whole, "top_k", f"Keep the k likeliest tokens; 0 keeps all. {_FILE}0.")
-    number(real, "top_p", f"Keep the likeliest tokens up to this probability. {_FILE}1.")
-    number(real, "min_p", f"Keep tokens this fraction as likely as the likeliest. {_FILE}0.")
-    number(
-        real,
-        "repetition_penalty",
-        f"Above 1: makes tokens less likely that prompt or answer have already. {_FILE}1.",
-    )
-    number(
-        real,
-        "presence_penalty",
-        "Subtracted from the logits of tokens that the answer has already, in [-2, 2].",
-        0.0,
-    )
-    number(
-        real,
-        "frequency_penalty",
-        "Likewise, as often as the answer has them.",
-        0.0,
-    )
-    number(
-        texts,
-        "logit_bias",
-        "TOKEN:BIAS, what is added to the logit of a token, in [-100, 100], such as 15:-2.5; may "
-        "be repeated.",
-        [],
-    )
-    number(
-        texts,
-        "sequence_bias",
-        "TOKENS:BIAS, what is added to the logit of the last of these tokens where the others are "
-        f"the newest ones, such as '10 45:-2.0'; may be repeated. {_FILE}none.",
-    )
-    number(
-        whole,
-        "min_tokens",
-        f"Choose no token that ends an answer before so many. {_FILE}0.",
-    )
-    number(
-        tokens,
-        "suppress_tokens",
-        f"A token that is never chosen; may be repeated. {_FILE}none.",
-    )
-    number(
-        texts,
-        "bad_words_ids",
-        f"Tokens, such as '10 45', that never follow each other; may be repeated. {_FILE}none.",
-    )
-    number(
-        tokens,
-        "allowed_token_ids",
-        "A token that is chosen, and no other; may be repeated. None allows all.",
-    )
-    number(whole, "n", "Samples to draw from each prompt, or best beams to print.", 1)
-    number(whole, "best_of", "Draw so many samples and print the n likeliest a token.")
-    number(whole, "beam_width", "Search with so many beams instead of drawing samples.")
-    number(
-        real,
-        "length_penalty",
-        f"Rank beams by log-probability / length ** this; above 0 favours long ones. {_FILE}1.",
-    )
-    flags.DEFINE_enum(
-        "early_stopping",
-        None,
-        list(_EARLY_STOPPINGS),
-        "End a beam search when beam_width beams have ended (true), when none that runs looks "
-        f"better (false), or when none could be (never). {_FILE}false.",
-        flag_values=flag_values,
-    )
-    number(
-        flag,
-        "renormalize_logits",
-        "Rank beams by probabilities that add up to 1 again after what changes them. "
-        f"{_FILE}false.",
-    )
-    number(whole, "seed", "Makes the run reproducible; None draws a new seed.")
-    number(texts, "stop", "A string that ends a sample; may be repeated.", [])
-    number(tokens, "stop_token_ids", "A token that ends a sample; may be repeated.", [])
-    number(flag, "ignore_eos", "Go on after the model's end of text.", False)
-    number(whole, "logprobs", "Report this many likeliest tokens with each token.")
-    number(
-        flag,
-        "skip_special_tokens",
-        "Leave the tokenizer's special tokens out of the text.",
-        True,
-    )
+    defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+    for name in names:
+        define, text = _FLAGS[name]
+        default: Any = defaults[name]
+        default = list(default) if isinstance(default, tuple) else default
+        define(name, default, text.format(longest=longest), flag_values=flag_values)
 
 
-def sampling_params_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> SamplingParams:
+def sampling_params_from_flags(
+    names: Iterable[str] = _FLAGS, flag_values: flags.FlagValues = flags.FLAGS
+) -> SamplingParams:
     """Returns the parameters that the flags of `define_sampling_flags` describe.
 
     Raises:
       ValueError: if a value is out of range.
     """
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    values: dict[str, Any] = {name: flag_values[name].value for name in names}
-    values["early_stopping"] = _EARLY_STOPPINGS.get(values["early_stopping"] or "")
-    values["stop"] = tuple(decode_flag("--stop", stop) for stop in values["stop"])
-    biases = [_bias("logit_bias", text) for text in values["logit_bias"]]
-    if wrong := [ids for ids, _ in biases if len(ids) != 1]:
-        raise ValueError(f"--logit_bias has the tokens {wrong[0]}: give one, as in 15:-2.5")
-    values["logit_bias"] = tuple((ids[0], bias) for ids, bias in biases)
-    for name, parse in (
-        ("sequence_bias", _bias),
-        ("bad_words_ids", lambda name, text: parse_ids(f"--{name}={text}", text)),
-    ):
-        if values[name] is not None:
-            values[name] = tuple(parse(name, text) for text in values[name])
-    for name in ("suppress_tokens", "allowed_token_ids"):
-        values[name] = tuple(values[name]) if values[name] else None
+    values = {name: _VALUES.get(name, _as_it_is)(flag_values[name].value) for name in names}
     return SamplingParams(**values)
 
 
@@ -159,6 +138,25 @@ def with_fallbacks(params: SamplingParams, defaults: Defaults) -> SamplingParams
     return dataclasses.replace(params, **values)
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _logit_bias(texts: list[str]) -> tuple[tuple[int, float], ...]:
+    biases = [_bias("logit_bias", text) for text in texts]
+    if wrong := [ids for ids, _ in biases if len(ids) != 1]:
+        raise ValueError(f"--logit_bias has the tokens {wrong[0]}: give one, as in 15:-2.5")
+    return tuple((ids[0], bias) for ids, bias in biases)
+
+
+def _sequence_bias(texts: list[str] | None) -> tuple[tuple[tuple[int, ...], float], ...] | None:
+    return tuple(_bias("sequence_bias", text) for text in texts) if texts else None
+
+
+def _bad_words(texts: list[str] | None) -> tuple[tuple[int, ...], ...] | None:
+    return tuple(parse_ids(f"--bad_words_ids={text}", text) for text in texts) if texts else None
+
+
 def _bias(name: str, text: str) -> tuple[tuple[int, ...], float]:
     flag = f"--{name}={text}"
     ids, colon, bias = text.rpartition(":")
@@ -169,3 +167,17 @@ def _bias(name: str, text: str) -> tuple[tuple[int, ...], float]:
     if not colon:
         raise ValueError(f"{flag} must be token ids, a colon and a number, such as 15:-2.5")
     return parse_ids(flag, ids), value
+
+
+# How the values of flags become those of fields, where they are not the same.
+_VALUES: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "logit_bias": _logit_bias,
+        "sequence_bias": _sequence_bias,
+        "suppress_tokens": lambda tokens: tuple(tokens) if tokens else None,
+        "bad_words_ids": _bad_words,
+        "allowed_token_ids": lambda tokens: tuple(tokens) if tokens else None,
+        "early_stopping": lambda name: _EARLY_STOPPINGS.get(name or ""),
+        "stop": lambda texts: tuple(decode_flag("--stop", text) for text in texts),
+    }
+)

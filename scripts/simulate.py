@@ -43,6 +43,9 @@ _MAX_TOKENS = flags.DEFINE_integer("max_num_batched_tokens", 2560, "Of a step.",
 _PREEMPTION = flags.DEFINE_enum(
     "preemption", "recompute", ["recompute", "swap", "auto"], "What preempted sequences go through."
 )
+_RECORD_STEPS = flags.DEFINE_string(
+    "record_steps", None, "File for the steps of policy paged, one JSON object a line; may be .gz."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -78,6 +81,7 @@ def main(argv: list[str]) -> None:
                 preemption=_PREEMPTION.value,
                 drain=True,
                 progress=policy,
+                record_steps=_RECORD_STEPS.value,
             )
             for policy in _POLICY.value
         }

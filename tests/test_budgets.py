@@ -3,7 +3,7 @@
 
 A folder is what a newcomer reads to change one thing, so each has a budget: what it has, and room
 for a tenth more. The memory management is what this project explains: pool, table, sequence,
-scheduler and engine together are to be read in an evening, hence 1,775 lines. A file of more than
+scheduler and engine together are to be read in an evening, hence 1,630 lines. A file of more than
 400 lines has a second subject that wants a file of its own. Comments and blank lines count, and the
 tables of the demo's corpus do not. A change that breaks a budget simplifies something, or argues in
 CHANGELOG.md for the number that it puts here.
@@ -15,27 +15,27 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
-    "jpaged": 2400,
-    "jpaged/host": 5050,
+    "jpaged": 3150,
+    "jpaged/host": 4850,
+    "jpaged/host/growth": 500,
     "jpaged/device": 1100,
     "jpaged/simulation": 1250,
     "jpaged/measure": 300,
-    "models": 2400,
+    "models": 2850,
+    "models/families": 1450,
     "pallas_kernels": 6300,
-    "scripts": 1850,
+    "scripts": 2400,
     "scripts/kernels": 1250,
-    "scripts/measure": 1000,
+    "scripts/measure": 1150,
     "scripts/demo": 400,
-    "scripts/fixtures": 1000,
+    "scripts/fixtures": 1300,
 }
 CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
     "engine.py",
 ]
-MAX_CORE_LINES = 1775
+MAX_CORE_LINES = 1630
 MAX_FILE_LINES = 400
-# Older than that limit; whoever cuts one takes it out, and none comes in.
-LARGER = {"jpaged/engine.py": 501, "jpaged/host/scheduler.py": 500, "models/config.py": 481}
 TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 
 LINES = {
@@ -65,8 +65,4 @@ def test_a_folder_stays_small(folder):
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_file_has_one_subject(name):
-    assert LINES[name] <= LARGER.get(name, MAX_FILE_LINES)
-
-
-def test_what_was_cut_needs_no_exception():
-    assert [name for name in LARGER if LINES[name] <= MAX_FILE_LINES] == []
+    assert LINES[name] <= MAX_FILE_LINES

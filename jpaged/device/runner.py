@@ -177,19 +177,10 @@ class ModelRunner:
             ready = time.perf_counter()
             jax.block_until_ready(logits)
             waited_s = time.perf_counter() - ready
-        rows = sampling.SamplingRows(
-            temperature=batch.temperature,
-            top_k=batch.top_k,
-            top_p=batch.top_p,
-            min_p=batch.min_p,
-            seeds=batch.seeds,
-            sample_indices=batch.sample_indices,
-            positions=batch.sample_positions,
-        )
         processors, previous, chosen_from = batch.processors, self._tokens, logits
         if processors is not None:
             chosen_from = self._process(logits, processors, previous)
-        self._tokens, logprobs = self._sample(chosen_from, rows)
+        self._tokens, logprobs = self._sample(chosen_from, batch.sampling)
         if processors is not None:
             logprobs = self._model_logprobs(logits, self._tokens, logprobs, processors)
         beams = [

@@ -1,40 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses tokens from logits on the device: pure, jitted, with parameters of each row's own."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jpaged.host.batch import SamplingRows
 from jpaged.host.logits_processors import ProcessorRows
 
 _ARGMAX_BLOCK = 128  # columns
 _TOP_K_BLOCK = 64  # columns
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingRows:
-    """Sampling parameters, one entry a sample; see `jpaged.host.params.SamplingParams`.
-
-    Attributes:
-      temperature: f32[num_samples]; 0 is greedy.
-      top_k: i32[num_samples]; 0 keeps all.
-      top_p: f32[num_samples]; 1 keeps all.
-      min_p: f32[num_samples].
-      seeds: u32[num_samples], the request's seed.
-      sample_indices: u32[num_samples], which of the request's samples.
-      positions: i32[num_samples], position of the token to be chosen.
-    """
-
-    temperature: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    min_p: jax.Array | np.ndarray
-    seeds: jax.Array | np.ndarray
-    sample_indices: jax.Array | np.ndarray
-    positions: jax.Array | np.ndarray
 
 
 def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]:

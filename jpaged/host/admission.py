@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The budgets of a scheduler, and which requests could never run within them."""
+"""The budgets of a scheduler, which requests could never run within them, and how others start."""
 
 import dataclasses
+import itertools
 
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import NO_COSTS, PreemptionCosts
-from jpaged.host.sequence import Request
+from jpaged.host.prefix_cache import PrefixCache
+from jpaged.host.queues import Queues
+from jpaged.host.sequence import Request, Sequence
+from jpaged.host.step_builder import StepBuilder
+from jpaged.host.swap import SwappedGroup, SwapSpace
 
 
 class RequestTooLongError(ValueError):
@@ -112,3 +117,124 @@ def max_tokens_in(table: PageTable, num_prompt_tokens: int, width: int = 1) -> i
 def _num_shared_pages(table: PageTable, num_prompt_tokens: int, width: int) -> int:
     """Beams share the full pages of the prompt at least."""
     return num_prompt_tokens // table.page_size if width > 1 else 0
+
+
+class Admission:
+    """Starts the sequences that wait, oldest first: gives them places, and pages to begin with."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        table: PageTable,
+        cache: PrefixCache,
+        space: SwapSpace,
+        queues: Queues,
+    ):
+        """Remembers where sequences wait and run, and where there are pages for them."""
+        self._config = config
+        self._table = table
+        self._cache = cache
+        self._space = space
+        self._queues = queues
+
+    def start(self, step: StepBuilder) -> list[Sequence]:
+        """Has the first waiting sequence run, with all that were swapped to host memory with it.
+
+        Args:
+          step: learns what is swapped in, and what the prefix cache had.
+
+        Returns:
+          The sequences, which hold pages now; none if they must wait.
+        """
+        swapped = self._queues.waiting[0].swapped
+        return self._admit(step) if swapped is None else self._swap_in(step, swapped)
+
+    def _admit(self, step: StepBuilder) -> list[Sequence]:
+        """Gives the first waiting sequence a place, and the pages of its prefix that are known.
+
+        Returns:
+          The sequence, for which there are pages; none if it must wait.
+        """
+        config, table, seq = self._config, self._table, self._queues.waiting[0]
+        if not self._have_places(seq.request, 1):
+            return []
+        pool, size, total = table.pool, table.page_size, seq.num_known_tokens
+        pages: list[int] = []
+        held = 0
+        if config.reservation == "max":
+            needed = -(-config.max_model_len // size)
+        else:
+            root = seq.request.cache_root
+            if root is not None:
+                pages = self._cache.match(root, seq.token_ids[:], size)
+            # At least one token is computed, for what comes after it. If it is in a page that is
+            # known, that page is copied, unless it is written only now, or there is no other.
+            held = min(len(pages) * size, total - 1)
+            whole = held // size
+            free = pool.num_free_pages - self._spare_pages(seq)
+            # The pages of its whole prompt, though the first chunk may take fewer.
+            needed = -(-total // size) - sum(pool.refcount(page) > 0 for page in pages[:whole])
+            if whole < len(pages):
+                cached = pool.refcount(pages[whole]) == 0
+                waits = seq.request.growth.waits_for_host  # and the copy with it
+                if pages[whole] in step.addressed or needed + cached > free or waits:
+                    held = whole * size
+                else:
+                    needed += cached
+            pages = pages[: -(-held // size)]
+            needed += self._spare_pages(seq)
+        if needed > pool.num_free_pages:
+            return []
+        self._queues.waiting.popleft()
+        seq.table_id = table.add_shared(pages, held)
+        seq.num_computed_tokens = held
+        seq.num_addressed_pages = held // size
+        if config.reservation == "max":
+            table.reserve(seq.table_id, config.max_model_len)
+        self._queues.start([seq])
+        step.num_lookup_tokens += total
+        step.num_hit_tokens += held
+        return [seq]
+
+    def _swap_in(self, step: StepBuilder, swapped: SwappedGroup) -> list[Sequence]:
+        """Gives the first waiting sequence, and all that were swapped with it, their pages back.
+
+        Returns:
+          The sequences; none if they must wait.
+        """
+        first = self._queues.waiting[0]
+        group = list(itertools.takewhile(swapped.held.__contains__, self._queues.waiting))
+        if not self._have_places(first.request, len(group)):
+            return []
+        needed = len(swapped.host_pages) + self._spare_pages(first)
+        if self._queues.running:
+            # To go on with: pages for all tokens, and a copy for each.
+            needed += sum(
+                -(-seq.num_tokens // self._table.page_size) - len(swapped.held[seq][0]) + 1
+                for seq in group
+            )
+        if needed > self._table.pool.num_free_pages:
+            return []
+        table_ids, copies = self._space.swap_in(self._table, swapped)
+        step.swap_ins += copies
+        for seq in group:
+            self._queues.waiting.popleft()
+            seq.table_id, seq.swapped = table_ids[seq], None
+            # Its pages have other numbers now than the cache knows.
+            seq.num_addressed_pages = 0
+        self._queues.start(group)
+        return group
+
+    def _have_places(self, request: Request, count: int) -> bool:
+        return self._queues.num_free_places() >= self._queues.places_needed(request, count)
+
+    def _spare_pages(self, seq: Sequence) -> int:
+        """Pages to leave free: two for each that runs to grow into, as far as the pool can spare.
+
+        So that what is admitted is not preempted soon (measured: docs/decisions.md).
+        """
+        others = len(self._queues.running)
+        if seq.request.growth.num_rows > 1:
+            # They wait for each other: they must not wait for room beside each other.
+            others = sum(other.request is not seq.request for other in self._queues.running)
+        return min(2 * others, self._table.pool.num_usable_pages // 16)

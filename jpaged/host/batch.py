@@ -2,6 +2,7 @@
 """From a planned step to padded arrays; every shape the device ever sees is chosen here."""
 
 import dataclasses
+import typing
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,11 +11,18 @@ import numpy as np
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
-from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
 from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
+
+
+class PageRows(typing.Protocol):
+    """Where the pages of a step's rows are known."""
+
+    def snapshot(self, table_ids: Sequence[int], num_rows: int, /) -> np.ndarray:
+        """As `PageTable.snapshot`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -80,6 +88,28 @@ class ShapeBuckets:
         return [min(rows, self.max_num_rows) for rows in ladder]
 
 
+class SamplingRows(typing.NamedTuple):
+    """Sampling parameters, one entry a sample; see `jpaged.host.params.SamplingParams`.
+
+    Attributes:
+      temperature: f32[num_samples]; 0 is greedy.
+      top_k: i32[num_samples]; 0 keeps all.
+      top_p: f32[num_samples]; 1 keeps all.
+      min_p: f32[num_samples].
+      seeds: u32[num_samples], the request's seed.
+      sample_indices: u32[num_samples], which of the request's samples.
+      positions: i32[num_samples], position of the token to be chosen.
+    """
+
+    temperature: np.ndarray
+    top_k: np.ndarray
+    top_p: np.ndarray
+    min_p: np.ndarray
+    seeds: np.ndarray
+    sample_indices: np.ndarray
+    positions: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class BeamBatch:
     """The beams of one search in a step.
@@ -107,9 +137,7 @@ class Batch:
         read where `previous_slots` is set.
       page_table, kv_lens, cu_q_lens, num_seqs: as in `pallas_kernels.rows.Rows`.
       previous_slots: i32[num_tokens], which sample of the step before is this token, or -1.
-      temperature, top_p, min_p: f32[num_rows], per sample.
-      top_k, sample_positions: i32[num_rows], per sample.
-      seeds, sample_indices: u32[num_rows], per sample.
+      sampling: how tokens are drawn, one entry a row of the padded shape.
       num_samples: live samples.
       num_logprobs: likeliest tokens wanted with each sample; 0 for none.
       beams: one for each beam search.
@@ -126,25 +154,19 @@ class Batch:
     cu_q_lens: np.ndarray
     num_seqs: np.ndarray
     logits_indices: np.ndarray
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    seeds: np.ndarray
-    sample_indices: np.ndarray
-    sample_positions: np.ndarray
+    sampling: SamplingRows
     num_samples: int
     num_logprobs: int
     beams: tuple[BeamBatch, ...]
     processors: ProcessorRows | None
 
 
-def build_batch(step: StepPlan, table: PageTable, buckets: ShapeBuckets) -> Batch:
+def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch:
     """Pads a planned step to the nearest shape.
 
     Args:
       step: with at least one row.
-      table: the page table, as the scheduler left it.
+      table: the page table, as the scheduler left it, or a step of a log.
       buckets: the shapes to choose from.
 
     Returns:
@@ -191,7 +213,7 @@ def build_batch(step: StepPlan, table: PageTable, buckets: ShapeBuckets) -> Batc
         cu_q_lens=cu_q_lens,
         num_seqs=np.array([num_rows], np.int32),
         logits_indices=logits_indices,
-        **_sampling_arrays(
+        sampling=_sampling_rows(
             samples.draws, positions[logits_indices[:num_samples]] + 1, shape.num_rows
         ),
         num_samples=num_samples,
@@ -287,7 +309,7 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
         cu_q_lens=np.zeros(shape.num_rows + 1, np.int32),
         num_seqs=np.zeros(1, np.int32),
         logits_indices=rows,
-        **_sampling_arrays((), rows[:0], shape.num_rows),
+        sampling=_sampling_rows((), rows[:0], shape.num_rows),
         num_samples=0,
         num_logprobs=num_logprobs,
         beams=(),
@@ -295,10 +317,8 @@ def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> 
     )
 
 
-def _sampling_arrays(
-    draws: Sequence[Draw], positions: np.ndarray, num_rows: int
-) -> dict[str, np.ndarray]:
-    """Per-sample parameters, padded with those of greedy sampling."""
+def _sampling_rows(draws: Sequence[Draw], positions: np.ndarray, num_rows: int) -> SamplingRows:
+    """Parameters of samples, padded with those of greedy sampling."""
 
     def column(values: Sequence[float] | np.ndarray, dtype: type) -> np.ndarray:
         padded = np.zeros(num_rows, dtype)
@@ -307,15 +327,15 @@ def _sampling_arrays(
 
     columns = zip(*draws, strict=True) if draws else iter([()] * 7)
     temperature, top_k, top_p, min_p, seeds, indices, _ = columns
-    return {
-        "temperature": column(temperature, np.float32),
-        "top_k": column(top_k, np.int32),
-        "top_p": column(top_p, np.float32),
-        "min_p": column(min_p, np.float32),
-        "seeds": column(seeds, np.uint32),
-        "sample_indices": column(indices, np.uint32),
-        "sample_positions": column(positions, np.int32),
-    }
+    return SamplingRows(
+        column(temperature, np.float32),
+        column(top_k, np.int32),
+        column(top_p, np.float32),
+        column(min_p, np.float32),
+        column(seeds, np.uint32),
+        column(indices, np.uint32),
+        column(positions, np.int32),
+    )
 
 
 def _power_of_two(number: int) -> int:

@@ -151,6 +151,8 @@ def integer(value: Any) -> int:
         return value
     if isinstance(value, bool) or _dtype_kind(value) == "b":
         raise TypeError("a bool is no integer")
+    if getattr(value, "shape", ()) != ():
+        raise TypeError("an array is no integer")
     return int(operator.index(value))
 
 
@@ -170,7 +172,10 @@ def integers(values: Any, most: int = 2**24) -> list[int]:
         raise TypeError(f"a list of integers, not {_article(type(values).__name__)}")
     if len(values) > most:
         raise TypeError(f"a list of at most {most} integers, not of {len(values)}")
-    found: list[Any] = np.asarray(values).tolist() if is_array else list(values)
+    try:
+        found: list[Any] = np.asarray(values).tolist() if is_array else list(values)
+    except RuntimeError as e:  # an array of jax that was deleted or donated
+        raise TypeError(f"a list of integers that can be read: {e}") from None
     if all(type(value) is int for value in found):
         return found
     plain: list[int] = []
@@ -312,8 +317,18 @@ _CONVERTERS: Mapping[Any, Callable[[Any], Any]] = {
 
 
 def _dtype_kind(value: Any) -> str | None:
-    """The kind of a NumPy or jax value's numbers, as NumPy's letters; None for anything else."""
-    return getattr(getattr(value, "dtype", None), "kind", None)
+    """The kind of an array's or a scalar's numbers, as NumPy's letters; None for anything else.
+
+    Raises:
+      TypeError: for a masked array: what is behind its mask is not what it shows.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            "a list of integers, not a masked array: give its .compressed() or .filled(token)"
+        )
+    dtype = getattr(value, "dtype", None)
+    # Of dtypes that are not NumPy's a name says it: torch.bool.
+    return getattr(dtype, "kind", "b" if "bool" in str(dtype) else None)
 
 
 def _article(name: str) -> str:

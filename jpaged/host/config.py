@@ -69,6 +69,8 @@ class EngineConfig:
       backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
       generation_config: "model" takes what the model's generation_config.json says for sampling
         parameters that are None; "ignore" reads its end-of-sequence tokens only.
+      record_steps: file that the steps are written to, one JSON object a line, to be run again with
+        `jpaged.device.replay`; compressed if its name ends in ".gz". None records none.
     """
 
     page_size: int = 16
@@ -88,6 +90,7 @@ class EngineConfig:
     scan_layers: bool | None = None
     backend: str | None = None
     generation_config: str = "model"
+    record_steps: str | None = None
 
     def __post_init__(self):
         check_fields(self, _RULES)

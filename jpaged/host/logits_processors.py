@@ -141,14 +141,14 @@ class LogitsProcessors:
 
     def _check_rest(self, bad_words: Sequence[tuple[int, ...]]) -> None:
         """Raises ValueError if some newest token would leave none to choose."""
+        allowed, early = self._allowed, self._early
+        usual = self._vocab_size - len(early) if allowed is None else len(allowed - early)
         last: dict[int | None, set[int]] = {None: set()}
         for ids in bad_words:
-            last.setdefault(ids[-2], set()).add(ids[-1])
+            if ids[-1] not in early and (allowed is None or ids[-1] in allowed):
+                last.setdefault(ids[-2], set()).add(ids[-1])
         for newest, tokens in last.items():
-            blocked = self._early | tokens
-            rest = self._vocab_size if self._allowed is None else len(self._allowed - blocked)
-            rest -= len(blocked) if self._allowed is None else 0
-            if rest > 0:
+            if usual > len(tokens):
                 continue
             params = self._params
             names = [
@@ -156,7 +156,7 @@ class LogitsProcessors:
                 for name, given in (
                     ("suppress_tokens", params.suppress_tokens),
                     ("bad_words_ids", params.bad_words_ids),
-                    ("allowed_token_ids", self._allowed is not None),
+                    ("allowed_token_ids", allowed is not None),
                     (f"the stop tokens before min_tokens={params.min_tokens}", params.min_tokens),
                 )
                 if given
@@ -223,7 +223,7 @@ class LogitsProcessors:
         assert params.repetition_penalty is not None, "not resolved"
         return Processing(
             self._num_bytes,
-            token_ids[-1],
+            int(token_ids[-1]),
             params.repetition_penalty,
             self._seen_in(index, token_ids) if penalised else None,
             blocked,

@@ -3,7 +3,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeAlias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +52,6 @@ class RequestOutput:
     finished: bool
     time_to_first_token_s: float | None
     latency_s: float
-
-
-# By request id, of each request the newest output that its owner did not take yet.
-Mailbox: TypeAlias = dict[str, RequestOutput]
 
 
 class GenerationInterrupted(KeyboardInterrupt):

@@ -2,11 +2,12 @@
 """Finds pages again by what they hold."""
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
+from collections.abc import Sequence as SequenceOf
 
-from jpaged.host import sequence
 from jpaged.host.page_pool import NULL_PAGE, PagePool
 from jpaged.host.page_table import PageTable
+from jpaged.host.sequence import Sequence
 
 
 class PrefixCache:
@@ -66,7 +67,7 @@ class PrefixCache:
             if not self._uses[root]:
                 del self._uses[root], self._roots[self._salts.pop(root)]
 
-    def match(self, root: int, token_ids: Sequence[int], page_size: int) -> list[int]:
+    def match(self, root: int, token_ids: SequenceOf[int], page_size: int) -> list[int]:
         """Finds the longest known prefix.
 
         Args:
@@ -110,8 +111,8 @@ class PrefixCache:
         self.use_root(before)
         return page
 
-    def address(
-        self, table: PageTable, seq: sequence.Sequence, settled: int, end: int | None = None
+    def address_pages(
+        self, table: PageTable, seq: Sequence, settled: int, end: int | None = None
     ) -> list[int]:
         """Gives the full pages of a sequence their addresses, or has it use those that are known.
 
@@ -146,7 +147,7 @@ class PrefixCache:
             seq.num_addressed_pages += 1
         return new
 
-    def quarantine(self, root: int, token_ids: Sequence[int], page_size: int) -> None:
+    def quarantine(self, root: int, token_ids: SequenceOf[int], page_size: int) -> None:
         """Makes a prefix unknown, and all that follow it, for instance as its content is damaged.
 
         Who uses the pages goes on, and what it adds to them is unknown too.

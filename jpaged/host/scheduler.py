@@ -7,11 +7,10 @@ on the values that are sampled.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Sequence as SequenceOf
 
-from jpaged.host.admission import SchedulerConfig, check_fits
+from jpaged.host.admission import Admission, SchedulerConfig, check_fits
 from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import take_pages
@@ -47,6 +46,7 @@ class Scheduler:
         self.swap_space = SwapSpace(config.num_host_pages)
         self.num_preemptions = 0
         self._queues = Queues(config.max_num_seqs)
+        self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
 
     @property
     def num_waiting(self) -> int:
@@ -98,7 +98,7 @@ class Scheduler:
         """Plans the next step and assigns its pages; without sequences it has nothing to do."""
         for seq in self._queues.draining:
             if seq.table_id is not None:
-                self.cache.address(self.table, seq, seq.num_computed_tokens)
+                self.cache.address_pages(self.table, seq, seq.num_computed_tokens)
                 self._free_pages(seq)
         self._queues.draining.clear()
         step = StepBuilder()
@@ -124,7 +124,7 @@ class Scheduler:
         if reason not in ("abort", "error") and seq.table_id is not None:
             # Its last token came from a step that is over, so what is before was computed.
             known = seq.num_known_tokens - 1
-            self.cache.address(self.table, seq, known, end=known)
+            self.cache.address_pages(self.table, seq, known, end=known)
         self._queues.remove(seq)
         if seq.swapped is not None:
             self.swap_space.leave(seq.swapped, seq)
@@ -219,7 +219,7 @@ class Scheduler:
         """Starts waiting sequences, oldest first, while tokens, places and pages last."""
         queues = self._queues
         while queues.waiting and budget:
-            group = self._swap_in(step) if queues.waiting[0].swapped else self._start(step)
+            group = self._admission.start(step)
             if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
                 first = queues.running.index(group[0]) - group[0].sample_index
@@ -230,98 +230,6 @@ class Scheduler:
                 return
             budget -= sum(tokens)
             self._plan(step, group, tokens)
-
-    def _start(self, step: StepBuilder) -> list[Sequence]:
-        """Gives the first waiting sequence a place, and the pages of its prefix that are known.
-
-        Returns:
-          The sequence, for which there are pages; none if it must wait.
-        """
-        config, table, seq = self.config, self.table, self._queues.waiting[0]
-        if not self._have_places(seq.request, 1):
-            return []
-        pool, size, total = table.pool, table.page_size, seq.num_known_tokens
-        pages: list[int] = []
-        held = 0
-        if config.reservation == "max":
-            needed = -(-config.max_model_len // size)
-        else:
-            root = seq.request.cache_root
-            if root is not None:
-                pages = self.cache.match(root, seq.token_ids[:], size)
-            # At least one token is computed, for what comes after it. If it is in a page that is
-            # known, that page is copied, unless it is written only now, or there is no other.
-            held = min(len(pages) * size, total - 1)
-            whole = held // size
-            free = pool.num_free_pages - self._spare_pages(seq)
-            # The pages of its whole prompt, though the first chunk may take fewer.
-            needed = -(-total // size) - sum(pool.refcount(page) > 0 for page in pages[:whole])
-            if whole < len(pages):
-                cached = pool.refcount(pages[whole]) == 0
-                waits = seq.request.growth.waits_for_host  # and the copy with it
-                if pages[whole] in step.addressed or needed + cached > free or waits:
-                    held = whole * size
-                else:
-                    needed += cached
-            pages = pages[: -(-held // size)]
-            needed += self._spare_pages(seq)
-        if needed > pool.num_free_pages:
-            return []
-        self._queues.waiting.popleft()
-        seq.table_id = table.add_shared(pages, held)
-        seq.num_computed_tokens = held
-        seq.num_addressed_pages = held // size
-        if config.reservation == "max":
-            table.reserve(seq.table_id, config.max_model_len)
-        self._queues.start([seq])
-        step.num_lookup_tokens += total
-        step.num_hit_tokens += held
-        return [seq]
-
-    def _swap_in(self, step: StepBuilder) -> list[Sequence]:
-        """Gives the first waiting sequence, and all that were swapped with it, their pages back.
-
-        Returns:
-          The sequences; none if they must wait.
-        """
-        first = self._queues.waiting[0]
-        swapped = first.swapped
-        assert swapped is not None
-        group = list(itertools.takewhile(swapped.held.__contains__, self._queues.waiting))
-        if not self._have_places(first.request, len(group)):
-            return []
-        needed = len(swapped.host_pages) + self._spare_pages(first)
-        if self._queues.running:
-            # To go on with: pages for all tokens, and a copy for each.
-            needed += sum(
-                -(-seq.num_tokens // self.table.page_size) - len(swapped.held[seq][0]) + 1
-                for seq in group
-            )
-        if needed > self.table.pool.num_free_pages:
-            return []
-        table_ids, copies = self.swap_space.swap_in(self.table, swapped)
-        step.swap_ins += copies
-        for seq in group:
-            self._queues.waiting.popleft()
-            seq.table_id, seq.swapped = table_ids[seq], None
-            # Its pages have other numbers now than the cache knows.
-            seq.num_addressed_pages = 0
-        self._queues.start(group)
-        return group
-
-    def _have_places(self, request: Request, count: int) -> bool:
-        return self._queues.num_free_places() >= self._queues.places_needed(request, count)
-
-    def _spare_pages(self, seq: Sequence) -> int:
-        """Pages to leave free: two for each that runs to grow into, as far as the pool can spare.
-
-        So that what is admitted is not preempted soon (measured: docs/decisions.md).
-        """
-        others = len(self._queues.running)
-        if seq.request.growth.num_rows > 1:
-            # They wait for each other: they must not wait for room beside each other.
-            others = sum(other.request is not seq.request for other in self._queues.running)
-        return min(2 * others, self.table.pool.num_usable_pages // 16)
 
     def _plan(self, step: StepBuilder, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         """Adds rows to the step: pages for the tokens, and samples where they are the last ones.
@@ -352,7 +260,7 @@ class Scheduler:
         row = step.add_row(seq, num_tokens)
         computed = seq.num_computed_tokens
         if computed // self.table.page_size > seq.num_addressed_pages:
-            step.addressed.update(self.cache.address(self.table, seq, before))
+            step.addressed.update(self.cache.address_pages(self.table, seq, before))
         if not last:
             return 0
         step.add_sample(seq, row)

@@ -13,7 +13,6 @@ import numpy as np
 from jpaged.host.growth.base import Growth
 from jpaged.host.growth.sampling import Sampling
 from jpaged.host.logits_processors import LogitsProcessors, Processing
-from jpaged.host.outputs import Mailbox
 from jpaged.host.params import SamplingParams
 from jpaged.host.step import Draw
 from jpaged.host.swap import SwappedGroup
@@ -173,7 +172,6 @@ class Request:
       sequences: what has grown, in order of `sample_index`; later ones appear when they fork.
       processors: what changes its logits before a token is chosen, or None.
       num_forks: requests that were forked from it so far.
-      mailbox: where its outputs go, by request id; None for what `Engine.step` returns.
       arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
     """
 
@@ -202,7 +200,6 @@ class Request:
         self.is_single = self.growth.max_sequences == 1 and not self.growth.waits_for_host
         self.processors: LogitsProcessors | None = None
         self.num_forks = 0
-        self.mailbox: Mailbox | None = None
         assert params.max_tokens is not None, "not resolved"
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         first = Sequence(self, 0, self.max_total_tokens)

@@ -12,6 +12,7 @@ from jpaged.host.sequence import Request
 from jpaged.host.stats import Counters, EngineStats
 from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
+from jpaged.host.step_log import open_log
 from jpaged.simulation.costs import Memory, StepWork
 from jpaged.simulation.workload import Item
 
@@ -22,14 +23,31 @@ class PagedSimulator:
     Like `jpaged.engine.Engine`, it schedules a step before it ends the sequences of the one before.
     """
 
-    def __init__(self, config: SchedulerConfig, num_pages: int, page_size: int):
-        """Makes an empty pool of `num_pages` pages, the reserved one included."""
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        num_pages: int,
+        page_size: int,
+        record_steps: str | None = None,
+    ):
+        """Makes an empty pool.
+
+        Args:
+          config: the scheduler's settings.
+          num_pages: of the pool, the reserved one included.
+          page_size: tokens a page holds.
+          record_steps: as in `EngineConfig`.
+
+        Raises:
+          ValueError: if the file cannot be written.
+        """
         self.table = PageTable(
             PagePool(num_pages), page_size, -(-config.max_model_len // page_size)
         )
         self.scheduler = Scheduler(config, self.table)
         self.totals = Counters()
         self._inflight: ScheduledStep | None = None
+        self._log = open_log(record_steps, config, num_pages, page_size)
         self._num_added = 0
 
     @property
@@ -83,6 +101,8 @@ class PagedSimulator:
             plan = step.plan
             idle = not (plan.num_rows or plan.swap_outs or plan.swap_ins)
             assert previous or not idle, "the scheduler has work but schedules none of it"
+            if self._log is not None and not idle:
+                self._log.write(plan, self.table.snapshot(plan.rows.table_ids, plan.num_rows))
             if plan.num_rows:
                 self.totals.record_step(plan, self.table)
                 self._inflight = step

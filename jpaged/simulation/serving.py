@@ -149,6 +149,7 @@ def serve(
     costs: CostModel = paper.COSTS,
     drain: bool = False,
     progress: str | None = None,
+    record_steps: str | None = None,
 ) -> Serving:
     """Serves a workload under a policy.
 
@@ -162,9 +163,11 @@ def serve(
       costs: how long steps and copies take.
       drain: see `simulate`.
       progress: likewise.
+      record_steps: file for the steps of `paged`, as in `EngineConfig`.
 
     Raises:
-      ValueError: if there is no such policy, or a request could never run.
+      ValueError: if there is no such policy, a request could never run, or the file cannot be
+        written.
     """
     num_pages, recompute_s = num_slots // page_size, costs.flops_per_token / costs.flops_per_s
     paged_config = dataclasses.replace(
@@ -174,15 +177,15 @@ def serve(
         costs=PreemptionCosts(2 * costs.copy_s(1, page_size), recompute_s),
     )
 
-    def make() -> PagedSimulator | ContiguousSimulator:
+    def make(record: str | None = None) -> PagedSimulator | ContiguousSimulator:
         if policy == "paged":
-            return PagedSimulator(paged_config, num_pages + 1, page_size)
+            return PagedSimulator(paged_config, num_pages + 1, page_size, record)
         return ContiguousSimulator(policy, config, num_slots)
 
     check = make()
     for item in work.items:
         check.add(item)  # refused now, not when it arrives
-    return simulate(make(), work.items, costs, drain=drain, progress=progress)
+    return simulate(make(record_steps), work.items, costs, drain=drain, progress=progress)
 
 
 def run_scheduler(config: EngineConfig, workload: Workload) -> tuple[EngineStats, Trace]:

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from jpaged.models.checkpoint import save_orbax
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import dense_config
 from jpaged.models.decoder import Decoder, Params
 from jpaged.scripts.demo.corpus import stories
 from jpaged.scripts.demo.tokenizer import EOS, train_tokenizer
@@ -43,7 +43,7 @@ _WARMUP_STEPS = flags.DEFINE_integer("warmup_steps", 100, "Steps to the peak.", 
 _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "Decay of the matrices.", lower_bound=0)
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 400, "Steps between evaluations.", lower_bound=1)
 
-_CONFIG = ModelConfig(
+_CONFIG = dense_config(
     family="LlamaForCausalLM",
     vocab_size=2048,
     hidden_size=192,

@@ -49,7 +49,7 @@ import numpy as np
 from absl import app, flags
 
 from jpaged.pallas_kernels import dispatch
-from jpaged.scripts.flags import check_names, run
+from jpaged.scripts.flags import check_names, require_device, run
 from jpaged.scripts.kernels.contenders import (
     OWN,
     PEERS,
@@ -213,6 +213,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     values, start = flags.FLAGS, time.monotonic()
     own, layer, cases = _parse_flags()
+    require_device()
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**32)  # CPUs do not say
     limit = 2**30 * (values.memory_gib or 0.9 * memory / 2**30)

@@ -25,12 +25,18 @@ Struct = jax.ShapeDtypeStruct
 
 def _with_attention(shape: AttentionShape) -> ModelConfig:
     """A small model with the heads of one whose layers `models` does not have."""
-    return dataclasses.replace(
-        SHAPES["qwen3-0.6b"],
+    config = SHAPES["qwen3-0.6b"]
+    (layer,) = config.pattern
+    rope = layer.attention.rope
+    assert rope is not None
+    attention = dataclasses.replace(
+        layer.attention,
         num_q_heads=shape.num_q_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        rope=dataclasses.replace(rope, dim=shape.head_dim),
     )
+    return dataclasses.replace(config, pattern=(dataclasses.replace(layer, attention=attention),))
 
 
 # What has no decoder here stands for the sizes of its pool: windows and caps are left out.

@@ -27,7 +27,7 @@ from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.measure import machine
-from jpaged.scripts.flags import run
+from jpaged.scripts.flags import require_device, run
 
 _MODEL = flags.DEFINE_string("model", "demo", "Model directory; demo is the shipped checkpoint.")
 _WIDTHS = flags.DEFINE_list("widths", "2,4,8,16,32,64,128,256,400".split(","), "Beam widths.")
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
         widths = [0]
     if widths[0] < 1:
         raise app.UsageError(f"--widths={','.join(_WIDTHS.value)} must be numbers of at least 1")
+    require_device()
     rows = []
     print("width  step ms  ms a beam  copies a step  pages saved")
     for width in tqdm.tqdm(widths, unit="width", disable=None):

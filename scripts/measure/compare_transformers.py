@@ -44,6 +44,7 @@ from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    require_device,
     run,
 )
 from jpaged.simulation.lengths import Uniform
@@ -129,14 +130,14 @@ def _write_model(directory: pathlib.Path) -> None:
 
     from jpaged.models.config_json import config_to_hf
     from jpaged.models.decoder import Decoder
-    from jpaged.models.families import tensor_name
+    from jpaged.models.families import source_of
 
     config = SHAPES[_SHAPE.value]
     params = Decoder(config).init(jax.random.key(_SEED.value), jnp.float32)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "/".join(key.key for key in path)
-        tensors[tensor_name(name)] = np.asarray(leaf)
+        tensors[source_of(name, leaf.shape, config).names[0]] = np.asarray(leaf)
     # transformers refuses a file that does not say which framework wrote it.
     safetensors.numpy.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config_to_hf(config)))
@@ -149,6 +150,7 @@ def _run_jpaged(directory: pathlib.Path, prompts: Tokens) -> tuple[dict[str, Any
     from jpaged.host.params import SamplingParams
 
     enable_compilation_cache()
+    require_device()
     config = engine_config_from_flags()
     total = _PROMPT_LEN.value + _OUTPUT_LEN.value
     config = dataclasses.replace(

@@ -72,7 +72,7 @@ def use(engine, want, seen, mine):
             seen[output.request_id].append(output)
         single = SamplingParams(max_tokens=30, temperature=1.1, seed=5)
         parent = engine.add_request(PROMPTS[2], single, "parent")
-        while engine._requests["parent"].sequences[0].num_known_tokens < 33:
+        while engine._live.by_id["parent"].sequences[0].num_known_tokens < 33:
             for output in engine.step():
                 seen[output.request_id].append(output)
         engine.abort(engine.fork(parent, 2)[0])

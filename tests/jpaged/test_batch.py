@@ -99,14 +99,14 @@ def test_a_mixed_step_by_hand(mixed):
 def test_the_parameters_are_those_of_the_samples_not_of_the_rows(mixed):
     batch = build_batch(*mixed, ShapeBuckets(64, 8))
     assert batch.num_samples == 4
-    assert batch.temperature.tolist() == [0.5, 0, 0, 0]
-    assert batch.top_k.tolist() == [3, 0, 0, 0]
-    assert batch.top_p.tolist() == [1, 0.25, 1, 1]
-    assert batch.min_p.tolist() == [0, 0, 0.125, 0.125]
-    assert batch.seeds.tolist() == [7, 8, 2**32 - 1, 2**32 - 1]
-    assert batch.sample_indices.tolist() == [0, 0, 0, 1]
+    assert batch.sampling.temperature.tolist() == [0.5, 0, 0, 0]
+    assert batch.sampling.top_k.tolist() == [3, 0, 0, 0]
+    assert batch.sampling.top_p.tolist() == [1, 0.25, 1, 1]
+    assert batch.sampling.min_p.tolist() == [0, 0, 0.125, 0.125]
+    assert batch.sampling.seeds.tolist() == [7, 8, 2**32 - 1, 2**32 - 1]
+    assert batch.sampling.sample_indices.tolist() == [0, 0, 0, 1]
     # The sampled token's position: as many tokens stand before it.
-    assert batch.sample_positions.tolist() == [4, 3, 2, 2]
+    assert batch.sampling.positions.tolist() == [4, 3, 2, 2]
     assert batch.num_logprobs == 3
 
 
@@ -125,7 +125,7 @@ def test_padding_cannot_reach_a_live_row():
     assert batch.num_samples == 1
     assert batch.num_logprobs == 0
     # Padded samples are greedy, which draws nothing, and index what is there.
-    assert batch.temperature[1:].tolist() == [0, 0, 0]
+    assert batch.sampling.temperature[1:].tolist() == [0, 0, 0]
     assert ((0 <= batch.logits_indices) & (batch.logits_indices < 16)).all()
     assert (batch.previous_slots[5:] == -1).all()
     assert (batch.positions[5:] < 10).all() and (batch.positions >= 0).all()
@@ -198,10 +198,10 @@ def test_an_empty_batch_compiles_what_a_real_one_runs(mixed):
 
 def test_arrays_have_the_dtypes_of_the_device(mixed):
     batch = build_batch(*mixed, ShapeBuckets(64, 8))
+    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    arrays |= batch.sampling._asdict()
     dtypes = {
-        field.name: getattr(batch, field.name).dtype.name
-        for field in dataclasses.fields(batch)
-        if isinstance(getattr(batch, field.name), np.ndarray)
+        name: array.dtype.name for name, array in arrays.items() if isinstance(array, np.ndarray)
     }
     floats, unsigned = {"temperature", "top_p", "min_p"}, {"seeds", "sample_indices"}
     assert {name for name, dtype in dtypes.items() if dtype == "float32"} == floats

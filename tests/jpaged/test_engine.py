@@ -21,7 +21,14 @@ from tests import tolerances
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, token_ids
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "hf"
-CASES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
+# Other families: see tests/models/test_families.py.
+CASES = [
+    "llama3_rope_hd80_tied",
+    "llama_gqa5_hd48_untied",
+    "llama_linear_rope_mqa",
+    "qwen3_gqa5_hd48_tied",
+    "qwen3_mha_hd80_untied_sharded",
+]
 NIGHTLY = (pytest.mark.nightly, pytest.mark.slow)
 
 # Pages for two of the longest sequences below, so that a crowd preempts.
@@ -37,8 +44,8 @@ class TestHuggingFace:
             *((case, {}) for case in (CASES[0], CASES[1], CASES[4])),
             *((case, dict(scan_layers=True, page_size=4)) for case in CASES[2:4]),
             # Many shapes to compile: 10 s each.
-            *((case, SMALL_POOL) for case in (CASES[0], CASES[2], CASES[3])),
-            *(pytest.param(case, SMALL_POOL, marks=NIGHTLY) for case in (CASES[1], CASES[4])),
+            (CASES[0], SMALL_POOL),
+            *(pytest.param(case, SMALL_POOL, marks=NIGHTLY) for case in CASES[1:]),
         ],
     )
     def test_greedy_is_equal(self, case, config):
@@ -92,9 +99,9 @@ class TestScheduleIndependence:
             {},
             SMALL_POOL,
             dict(page_size=1),
-            dict(page_size=64),
+            pytest.param(dict(page_size=64), marks=NIGHTLY),
             dict(max_num_batched_tokens=5),
-            dict(max_num_seqs=2),
+            pytest.param(dict(max_num_seqs=2), marks=NIGHTLY),
             dict(scan_layers=True),
             dict(reservation="max"),
         ],

@@ -48,7 +48,7 @@ def generate(backend, dtype):
     "kernels",
     [
         "mosaic",
-        pytest.param("triton", marks=pytest.mark.slow),
+        pytest.param("triton", marks=(pytest.mark.slow, pytest.mark.nightly)),
         pytest.param("tpu", marks=(pytest.mark.slow, pytest.mark.nightly)),
     ],
 )

@@ -77,7 +77,7 @@ class EngineProgram(RuleBasedStateMachine):
     )
     def make(self, num_pages, preemption, prefix_cache, host_pages):
         self.engine = engine_of(num_pages, preemption, prefix_cache, host_pages)
-        for request_id in list(self.engine._requests):  # of a program that failed
+        for request_id in list(self.engine._live.by_id):  # of a program that failed
             self.engine.abort(request_id)
         self.engine.reset_prefix_cache()
         self.engine.reset_stats()
@@ -111,7 +111,7 @@ class EngineProgram(RuleBasedStateMachine):
             assert params.n > 1 or params.beam_width is not None
             return
         for fork in forks:
-            request = self.engine._requests[fork]
+            request = self.engine._live.by_id[fork]
             known = request.sequences[0].generated_token_ids
             own = SamplingParams(
                 max_tokens=request.params.max_tokens - len(known),

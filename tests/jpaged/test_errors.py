@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from jpaged import SamplingParams
-from jpaged.device.sampling import SamplingRows, mark_not_finite, sample
+from jpaged.device.sampling import mark_not_finite, sample
+from jpaged.host.batch import SamplingRows
 from jpaged.models.decoder import Decoder
 from jpaged.results import ResultReader
 from jpaged.text import TextStream
@@ -288,7 +289,7 @@ class TestIsolation:
         for name, value in (("stop_token_ids", 3), ("ignore_eos", Faulty())):
             requests = zip(self.PROMPTS, CROWD, strict=True)
             ids = [spoken.add_request(prompt, params) for prompt, params in requests]
-            object.__setattr__(spoken._requests[ids[1]].params, name, value)
+            object.__setattr__(spoken._live.by_id[ids[1]].params, name, value)
             done = run_steps(spoken)
             outputs = [done[request_id] for request_id in ids]
             assert everything(outputs)[::2] == right[::2]
@@ -304,7 +305,7 @@ class TestIsolation:
 
         ids = [spoken.add_request(p, s) for p, s in zip(self.PROMPTS, CROWD, strict=True)]
         forked = spoken.add_request("hello", SamplingParams(max_tokens=12), "forked")
-        while not spoken._requests[forked].sequences[0].generated_token_ids:
+        while not spoken._live.by_id[forked].sequences[0].generated_token_ids:
             spoken.step()
         with monkeypatch.context() as patch:
             patch.setattr(TextStream, "add", planted)

@@ -44,8 +44,11 @@ def test_a_thousand_real_interrupts():
     random_interrupts(1000, 2)
 
 
+OTHER_FLOORS = tuple(f"jpaged.{floor}" for floor in ("models", "pallas_kernels", "scripts"))
+
+
 class Interrupting:
-    """Raises KeyboardInterrupt at the n-th line of jpaged that runs, counted over `with` blocks."""
+    """Raises KeyboardInterrupt at the n-th line of the runtime, counted over `with` blocks."""
 
     def __init__(self, line):
         self.left = line
@@ -58,8 +61,9 @@ class Interrupting:
         sys.settrace(self._before)
 
     def _trace(self, frame, event, _):
-        path = pathlib.PurePath(frame.f_code.co_filename)
-        if path.parent.name != "jpaged" or frame.f_code.co_name == "__del__":
+        module = frame.f_globals.get("__name__", "")
+        runs = module.startswith("jpaged.") and not module.startswith(OTHER_FLOORS)
+        if not runs or frame.f_code.co_name == "__del__":
             return None
         if event == "line":
             self.left -= 1
@@ -130,7 +134,7 @@ def interrupt_at(engine, want, name, line):
     else:
         stream.close()
         engine.stats()
-        for request_id in list(engine._requests):
+        for request_id in list(engine._live.by_id):
             engine.abort(request_id)
         engine.step()
         return True
@@ -339,12 +343,12 @@ class TestChange:
             return schedule(*args)
 
         before = signal.signal(signal.SIGUSR1, handler)
-        schedule = engine._scheduler.schedule
-        engine._scheduler.schedule = step
+        schedule = engine._live.pipeline.scheduler.schedule
+        engine._live.pipeline.scheduler.schedule = step
         try:
             assert everything(engine.generate(PROMPTS, CROWD)) == want
         finally:
-            del engine._scheduler.schedule
+            del engine._live.pipeline.scheduler.schedule
             signal.signal(signal.SIGUSR1, before)
         assert any(isinstance(s, int) for s in seen)
         assert any("inside another call of this engine" in str(s) for s in seen)

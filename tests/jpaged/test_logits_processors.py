@@ -465,14 +465,14 @@ class TestDefaults:
         got = SamplingParams().resolve(model_defaults(self.FILE, 97).params, room=50)
         assert got == SamplingParams(
             temperature=0.5, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=1.5, min_tokens=3,
-            max_tokens=11, suppress_tokens=(4, 5), **OF_BEAMS,
+            max_tokens=11, suppress_tokens=(4, 5), sequence_bias=(), bad_words_ids=(), **OF_BEAMS,
         )  # fmt: skip
 
     def test_own_values_win_also_where_they_are_neutral(self):
         own = SamplingParams(
             temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_tokens=0,
             max_tokens=50, suppress_tokens=(), length_penalty=1.0, early_stopping=False,
-            renormalize_logits=False,
+            renormalize_logits=False, sequence_bias=(), bad_words_ids=(),
         )  # fmt: skip
         assert own.resolve(model_defaults(self.FILE, 97).params, room=9) == own
 
@@ -480,7 +480,7 @@ class TestDefaults:
         assert SamplingParams().resolve(room=50) == SamplingParams(
             temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, min_tokens=0,
             max_tokens=50, suppress_tokens=(), length_penalty=1.0, early_stopping=False,
-            renormalize_logits=False,
+            renormalize_logits=False, sequence_bias=(), bad_words_ids=(),
         )  # fmt: skip
 
     def test_do_sample_false_is_greedy(self):

@@ -101,7 +101,7 @@ class TestInterrupts:
         [
             "jpaged.host.page_table.PageTable.append",
             "jpaged.host.page_table.PageTable.free",
-            "jpaged.host.prefix_cache.PrefixCache.address",
+            "jpaged.host.prefix_cache.PrefixCache.address_pages",
             "jpaged.host.scheduler.Scheduler.finish",
             "jpaged.host.scheduler.Scheduler.continue_from",
             "jpaged.host.swap.SwapSpace.swap_out",
@@ -136,7 +136,7 @@ class TestInterrupts:
         (output,) = engine.generate(
             [[1, 2]],
             drawn(max_tokens=50),
-            on_step=lambda: [*map(engine.abort, [*engine._requests])],
+            on_step=lambda: [*map(engine.abort, [*engine._live.by_id])],
         )
         assert output.outputs[0].finish_reason == "abort"
         with pytest.raises(ZeroDivisionError):

@@ -114,7 +114,8 @@ class TestPrefixCache:
         two = engine.add_request(second, drawn())
         monkeypatch.setattr(engine._runner, "is_compiled", lambda batch: False)
         engine.step()
-        assert engine._planned is not None and engine._planned[0].addressed
+        assert engine._live.pipeline._planned is not None
+        assert engine._live.by_id[two].sequences[0].num_addressed_pages
         engine.abort(one)
         engine.abort(two)
         monkeypatch.undo()
@@ -144,9 +145,9 @@ class TestSalts:
         for number in range(40):
             engine.add_request(prompts_of([20])[0], drawn(max_tokens=1), cache_salt=f"user{number}")
             run_steps(engine)
-            assert len(engine._scheduler.cache._roots) <= 5
+            assert len(engine._live.pipeline.scheduler.cache._roots) <= 5
         engine.reset_prefix_cache()
-        assert not engine._scheduler.cache._roots
+        assert not engine._live.pipeline.scheduler.cache._roots
 
     def test_a_live_request_keeps_its_root_and_an_aborted_one_does_not(self):
         engine = tiny_engine(**EXACT)
@@ -154,12 +155,12 @@ class TestSalts:
         first = engine.add_request(prompt, drawn(), cache_salt="a")
         engine.step()
         (fork,) = engine.fork(first)
-        assert list(engine._scheduler.cache._roots) == ["a"]
+        assert list(engine._live.pipeline.scheduler.cache._roots) == ["a"]
         engine.abort(first)
-        assert list(engine._scheduler.cache._roots) == ["a"]
+        assert list(engine._live.pipeline.scheduler.cache._roots) == ["a"]
         engine.check_invariants()
         engine.abort(fork)
-        assert not engine._scheduler.cache._roots
+        assert not engine._live.pipeline.scheduler.cache._roots
         engine.check_invariants()
 
     @settings(max_examples=150, deadline=None, derandomize=True)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jpaged.device import sampling
-from jpaged.device.sampling import SamplingRows
+from jpaged.host.batch import SamplingRows
 
 DTYPES = {
     "temperature": np.float32,

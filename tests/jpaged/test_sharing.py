@@ -120,10 +120,10 @@ class TestFork:
             for _ in range(4):
                 engine.step()
                 engine.check_invariants()
-            parent = engine._requests[list(leaves)[-1]].sequences[0]
+            parent = engine._live.by_id[list(leaves)[-1]].sequences[0]
             known = list(parent.token_ids)
             for fork in engine.fork(list(leaves)[-1], 2):
-                leaves[fork] = known, engine._requests[fork].seed
+                leaves[fork] = known, engine._live.by_id[fork].seed
         done = run_steps(engine)
         assert engine.stats().totals.num_preemptions > 0
         for leaf, (known, seed) in leaves.items():

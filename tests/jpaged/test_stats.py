@@ -108,7 +108,7 @@ def test_a_cold_run_by_hand(clock, monkeypatch):
 
         monkeypatch.setattr(runner, name, call)
 
-    timed("_step", 5, lambda *args: 2 if args[2].shape[0] > 4 else 0.5)
+    timed("_step", 5, lambda *args: 2 if args[2].token_ids.shape[0] > 4 else 0.5)
     timed("_sample", 4, lambda *_: 0)
     read, run, done = StepResult.read, runner.run, {}
 

@@ -33,7 +33,7 @@ def shared():
 @pytest.fixture
 def engine():
     yield shared()
-    for request_id in list(shared()._requests):
+    for request_id in list(shared()._live.by_id):
         shared().abort(request_id)
     shared().step()
     assert not shared().has_unfinished_requests
@@ -58,7 +58,7 @@ class TestStream:
     def test_it_is_a_closeable_iterator(self, engine):
         stream = engine.stream(PROMPTS[0], params_of(0, 5))
         assert isinstance(stream, RequestStream) and iter(stream) is stream
-        assert stream.request_id in engine._requests
+        assert stream.request_id in engine._live.by_id
         assert [len(tokens(output)) for output in stream] == [1, 2, 3, 4, 5]
         assert list(stream) == [] and next(stream, None) is None
 
@@ -94,7 +94,7 @@ class TestStream:
         engine.add_request(PROMPTS[1], params_of(1, 2), "streamed", stream=True)
         engine.add_request(PROMPTS[1], params_of(1, 3), "mine")
         list(engine.stream(PROMPTS[0], params_of(0, 12)))
-        assert not engine._requests and engine.has_unfinished_requests
+        assert not engine._live.by_id and engine.has_unfinished_requests
         outputs = {output.request_id: output for output in engine.step()}
         assert {name: tokens(output) for name, output in outputs.items()} == {
             "streamed": alone(1, 2),
@@ -302,7 +302,7 @@ class Consumers(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_stream(self, data):
         stream = data.draw(st.sampled_from(list(self.streams)))
-        if stream.request_id not in self.engine._requests:
+        if stream.request_id not in self.engine._live.by_id:
             return
         self.engine.abort(stream.request_id)
         while stream in self.streams:

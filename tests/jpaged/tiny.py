@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from jpaged import Engine, EngineConfig
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import dense_config
 from jpaged.models.decoder import Decoder
 
-TINY = ModelConfig(
+TINY = dense_config(
     family="Qwen3ForCausalLM",
     vocab_size=97,
     hidden_size=32,

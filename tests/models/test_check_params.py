@@ -65,7 +65,7 @@ def test_missing(path):
 def test_what_the_model_has_no_use_of():
     refused(tiny_params() | {"lm_head": tiny_params()["embedding"]}, "unexpected 'lm_head'")
     refused(tiny_params(), "missing 'lm_head'", config=UNTIED)
-    refused(stack_layers(tiny_params()), "missing 'layers_0/")
+    refused(stack_layers(tiny_params(), TINY), "missing 'layers_0/")
 
 
 def test_shape():

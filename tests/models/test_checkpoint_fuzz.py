@@ -20,8 +20,8 @@ import safetensors.numpy
 
 from jpaged.models import checkpoint
 from jpaged.models.checkpoint import CheckpointError
-from jpaged.models.config import ModelConfigError
-from jpaged.models.families import tensor_name
+from jpaged.models.families.base import stored_as
+from jpaged.models.json_fields import ModelConfigError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,7 +56,7 @@ def make_tensors(seed=0):
     }
     rng = np.random.default_rng(seed)
     return {
-        tensor_name(path): rng.normal(size=shape).astype(np.float32)
+        stored_as(path, shape).names[0]: rng.normal(size=shape).astype(np.float32)
         for path, shape in shapes.items()
     }
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jpaged.models.config import ModelConfig, ModelConfigError
+from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import load_config
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
+from jpaged.models.json_fields import ModelConfigError
 from tests.models.test_config import LLAMA_3_1_8B
 
 BASE = LLAMA_3_1_8B | {"head_dim": 128, "transformers_weights": None}
@@ -71,6 +72,8 @@ RIGHT = {
     ("bos_token_id", "-1"),
     ("eos_token_id", "-1"),
     ("tie_word_embeddings", "True"),
+    ("attention_bias", "True"),
+    ("mlp_bias", "True"),
     ("is_causal", "True"),
 }
 
@@ -140,6 +143,7 @@ GENERATION = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
     *("min_new_tokens", "max_new_tokens", "suppress_tokens", "num_beams", "typical_p"),
     *("bad_words_ids", "guidance_scale", "stop_strings", "no_repeat_ngram_size", "max_time"),
+    "sequence_bias",
 )
 
 
@@ -156,7 +160,7 @@ def test_fields_of_generation_config(directory, field, file):
             honoured = getattr(found, field)
             if field == "suppress_tokens":
                 honoured, value = list(honoured), value if isinstance(value, list) else [value]
-            elif field == "bad_words_ids":
+            elif field in ("bad_words_ids", "sequence_bias"):
                 honoured, value = [list(ids) for ids in honoured], value or []
             assert honoured == value, (field, value, found)
 

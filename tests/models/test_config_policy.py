@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from jpaged.models.config import ModelConfig, ModelConfigError
+from jpaged.models.config import dense_config
 from jpaged.models.config_json import config_from_hf, load_config
+from jpaged.models.json_fields import ModelConfigError
 from tests.models.test_config import LLAMA3_ROPE, LLAMA_2_7B, LLAMA_3_1_8B, QWEN3_0_6B
 
 # What transformers 5.24 computes the same with (greedy output compared), where it takes it at all:
@@ -84,7 +85,7 @@ def test_plain_rope_in_many_words(rope, warnings, caplog):
 class TestFieldsLeftOut:
     def test_sizes_are_the_family_s(self):
         """transformers 5.24's LlamaConfig() and Qwen3Config(), and what follows from a null."""
-        assert config_from_hf({"model_type": "llama"}) == ModelConfig(
+        assert config_from_hf({"model_type": "llama"}) == dense_config(
             family="LlamaForCausalLM",
             vocab_size=32000,
             hidden_size=4096,
@@ -98,7 +99,7 @@ class TestFieldsLeftOut:
             tie_word_embeddings=False,
             max_position_embeddings=2048,
         )
-        assert config_from_hf({"model_type": "qwen3"}) == ModelConfig(
+        assert config_from_hf({"model_type": "qwen3"}) == dense_config(
             family="Qwen3ForCausalLM",
             vocab_size=151936,
             hidden_size=4096,

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from jpaged.models.config import ModelConfigError
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
+from jpaged.models.json_fields import ModelConfigError
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@
 import jax
 import pytest
 
-from jpaged.models.config import config_from_hf, config_to_hf
+from jpaged.models.config_json import config_from_hf, config_to_hf
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
 
 
 def test_parameter_counts_are_the_published_ones():
-    counts = {name: config.num_params for name, config in SHAPES.items()}
+    counts = {name: Decoder(config).num_params for name, config in SHAPES.items()}
     assert counts == {
         "smollm2-135m": 134_515_008,
         "llama-3.2-1b": 1_235_814_400,
@@ -29,5 +29,6 @@ def test_parameter_counts_are_the_published_ones():
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_are_supported_as_hugging_face_writes_them(name):
     assert config_from_hf(config_to_hf(SHAPES[name])) == SHAPES[name]
-    sizes = [leaf.size for leaf in jax.tree.leaves(Decoder(SHAPES[name]).abstract_params())]
-    assert sum(sizes) == SHAPES[name].num_params
+    decoder = Decoder(SHAPES[name])
+    sizes = [leaf.size for leaf in jax.tree.leaves(decoder.abstract_params())]
+    assert sum(sizes) == decoder.num_params

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads split over devices: the same logits, each device with its own heads and pages."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +9,13 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jpaged import pallas_kernels
 from jpaged.models import sharding
+from jpaged.models.config import dense_config
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import PagedInputs
-from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.rows import Rows
 
-CONFIG = dataclasses.replace(
-    SHAPES["qwen3-0.6b"],
+FIELDS = dict(
+    family="Qwen3ForCausalLM",
     vocab_size=64,
     hidden_size=32,
     intermediate_size=48,
@@ -25,8 +23,13 @@ CONFIG = dataclasses.replace(
     num_q_heads=4,
     num_kv_heads=2,
     head_dim=16,
+    rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0,
+    qk_norm=True,
     tie_word_embeddings=False,
+    max_position_embeddings=40960,
 )
+CONFIG = dense_config(**FIELDS)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_what_is_split(mesh, scan):
         )
     }
     stacked = (None,) if scan else ()
-    layer = "layers/" if scan else "layers_1/"
+    layer = "layers/0/" if scan else "layers_1/"
     first, second = PartitionSpec(*stacked, "tp", None), PartitionSpec(*stacked, None, "tp")
     for name in ("attention/q_proj", "attention/k_proj", "attention/v_proj", "mlp/gate_proj"):
         assert specs[f"{layer}{name}/weight"] == first
@@ -96,7 +99,7 @@ def test_what_is_split(mesh, scan):
 )
 def test_what_does_not_split_is_refused(mesh, changes, message):
     with pytest.raises(ValueError, match=message):
-        Decoder(dataclasses.replace(CONFIG, **changes), mesh=mesh)
+        Decoder(dense_config(**FIELDS | changes), mesh=mesh)
 
 
 def test_a_mesh_of_two_axes_is_refused():

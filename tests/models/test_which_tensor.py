@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from jpaged.models import checkpoint
-from jpaged.models.config import ModelConfigError
+from jpaged.models.json_fields import ModelConfigError
 from tests.models.test_checkpoint import (
     FIXTURES,
     INDEX,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jpaged.pallas_kernels.aot.cases import AttentionShape, coverage_cases
+from jpaged.pallas_kernels.aot.cases import AttentionShape, coverage_cases, rows_struct
 from jpaged.pallas_kernels.aot.tpu_kernels import (
     compile_attention,
     compile_case,
@@ -109,9 +109,8 @@ class TestVectorMemory:
         mesh = tpu_compiler.mesh(target)
         q = jax.ShapeDtypeStruct((num_tokens, 32, 128), jnp.bfloat16)
         pool = jax.ShapeDtypeStruct((2, 8193, 8, 16, 256), jnp.bfloat16)
-        table = jax.ShapeDtypeStruct((64, 128), jnp.int32)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            plan = plan_attention(q, pool, table, decode=num_tokens == 64)
+            plan = plan_attention(q, pool, rows_struct(64, 128), decode=num_tokens == 64)
         taken = facts.vmem_bytes - facts.spill_bytes
         # Blocks that the compiler keeps elsewhere, or need no second copy, are counted too.
         assert 0.5 * plan.vmem_bytes < taken <= 1.05 * plan.vmem_bytes

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every message of the argument checks, and that the public functions run them."""
 
+import dataclasses
 import functools
 import re
 
@@ -111,6 +112,12 @@ ATTENTION_FAULTS = [
         "and a value need",
     ),
     ({"sliding_window": 0}, "sliding_window=0 must be at least 1, or None"),
+    ({"sliding_window": 2.5}, "sliding_window=2.5 must be an integer, or None"),
+    ({"sliding_window": True}, "sliding_window=True must be an integer, or None"),
+    ({"soft_cap": np.nan}, "soft_cap=nan must be a finite number, or None"),
+    ({"soft_cap": "30"}, "soft_cap='30' must be a finite number, or None"),
+    ({"sm_scale": np.inf}, "sm_scale=inf must be a finite number, or None"),
+    ({"sm_scale": np.ma.masked}, "sm_scale=masked must be a finite number, or None"),
     ({"sliding_window": -4}, "sliding_window=-4 must be at least 1, or None"),
     ({"soft_cap": 0.0}, "soft_cap=0.0 must be positive, or None"),
     ({"soft_cap": -1.5}, "soft_cap=-1.5 must be positive, or None"),
@@ -257,6 +264,60 @@ def test_copy_rejects(fault, message):
     rejects(pallas_kernels.copy_pages, COPY | fault, message)
 
 
+def deleted(values):
+    array = jnp.asarray(values)
+    array.delete()
+    return array
+
+
+# What no jit looks at before the function does; an array, and how its message goes on.
+NO_ARRAYS = [
+    (lambda a: np.ma.array(a, mask=True), " is a masked array: give a plain one"),
+    (np.ma.array, " is a masked array: give a plain one"),
+    (lambda a: a.tolist(), " is a list, expected an array of jax or NumPy"),
+    (lambda a: None, " is a NoneType, expected an array of jax or NumPy"),
+    (lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), " is a ShapeDtypeStruct, expected an array"),
+    (deleted, " was deleted or donated: give an array that is still there"),
+    (lambda a: a.astype(object), " has dtype object, expected numbers"),
+    (lambda a: a.astype(a.dtype.newbyteorder()), " has dtype >"),
+    (lambda a: np.zeros(a.shape, [("a", a.dtype)]), " has dtype [('a', "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), NO_ARRAYS)
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (pallas_kernels.paged_attention, ATTENTION | {"kv_scale": array((2,))}),
+        (pallas_kernels.write_kv, WRITE | {"kv_scale": array((2,))}),
+        (pallas_kernels.copy_pages, COPY),
+    ],
+)
+def test_what_is_no_array_of_numbers(function, arguments, spoil, message):
+    arguments = {name: np.ones(a.shape, a.dtype) for name, a in arguments.items()}
+    for name, good in arguments.items():
+        if name == "kv_scale" and spoil(good) is None:
+            continue
+        with pytest.raises(ValueError, match=f"^{name}{re.escape(message)}"):
+            function(**(arguments | {name: spoil(good)}), backend="xla")
+
+
+@pytest.mark.parametrize(
+    "layer", [0.5, True, "1", None, np.ma.array(1, mask=True), np.array([0]), jnp.ones(()), np.nan]
+)
+def test_what_is_no_layer(layer):
+    for function, arguments in (
+        (pallas_kernels.paged_attention, ATTENTION),
+        (pallas_kernels.write_kv, WRITE),
+    ):
+        arguments = {name: np.ones(a.shape, a.dtype) for name, a in arguments.items()}
+        with pytest.raises(ValueError, match=r"^layer=.* must be an integer"):
+            function(**arguments, layer=layer, backend="xla")
+        for outside in (2, -1, np.int64(2), np.array(2)):
+            with pytest.raises(ValueError, match="is outside the 2 layers"):
+                function(**arguments, layer=outside, backend="xla")
+
+
 class TestBackend:
     def test_cpu_gets_the_xla_kernels(self):
         assert jax.default_backend() == "cpu"
@@ -383,6 +444,12 @@ class TestContents:
     def test_last_page_of_the_pool(self, case):
         case.rows.page_table[0, 2] = 10
         self.check(case)
+
+    def test_masked_arrays(self, case):
+        masked = np.ma.array(case.rows.page_table, mask=True)
+        rows = dataclasses.replace(case.rows, page_table=masked)
+        with pytest.raises(ValueError, match="page_table is a masked array"):
+            validation.check_contents(case.kv_pages, rows)
 
     def test_arrays_of_jax(self, case):
         rows = jax.tree.map(jnp.asarray, case.rows)

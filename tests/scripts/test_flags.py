@@ -114,7 +114,7 @@ REFUSED = [
     (["--prompt=x", "--sequence_bias=5 x:1"], "--sequence_bias=5 x:1' must have token ids"),
     (["--prompt=x", "--sequence_bias=5:nan"], "sequence_bias=(((5,), nan),) must be between"),
     (["--prompt=x", "--bad_words_ids="], "--bad_words_ids=' must have token ids"),
-    (["--prompt=x", "--bad_words_ids=5 -6"], "bad_words_ids=((5, -6),) must be free of negative"),
+    (["--prompt=x", "--bad_words_ids=5 -6"], "--bad_words_ids=5 -6' must have token ids, such as"),
     (["--prompt=x", "--allowed_token_ids=-1"], "allowed_token_ids=(-1,) must be free of negative"),
     (["--prompt=x", "--beam_width=2", "--presence_penalty=1"], "presence_penalty=1.0 has no mean"),
     (["--prompt=x", "--beam_width=2", "--frequency_penalty=1"], "frequency_penalty=1.0 has no me"),
@@ -223,3 +223,66 @@ class TestEngineFlags:
         values(["program", "--page_size=0"])
         with pytest.raises(app.UsageError, match="page_size=0 must be at least 1"):
             engine_config_from_flags(values)
+
+
+class TestRun:
+    """A program that needs a device, and ends in one line where it cannot go on."""
+
+    PROGRAM = """
+from absl import flags
+from jpaged.scripts.flags import require_device, run
+
+WORD = flags.DEFINE_string("word", None, "Any.")
+
+
+def main(argv):
+    assert len(argv) == 1, argv
+    require_device()
+    if WORD.value == "fault":
+        raise AssertionError("a fault of the program's own")
+    print(WORD.value)
+
+
+run(main)
+"""
+
+    def run(self, *given, platforms="cpu"):
+        return subprocess.run(
+            [sys.executable, "-c", self.PROGRAM, *given],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": platforms},
+            timeout=120,
+        )
+
+    @pytest.mark.parametrize("platforms", ["nosuch", "cpu,nosuch", "cuda", "tpu"])
+    def test_a_platform_that_is_not_there(self, platforms):
+        done = self.run("--word=x", platforms=platforms)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert f"jax has no device, with JAX_PLATFORMS={platforms}: " in line
+        assert "JAX_PLATFORMS=cpu" in line and "Traceback" not in done.stderr
+
+    def test_a_fault_of_its_own_keeps_its_traceback(self):
+        done = self.run("--word=fault")
+        assert done.returncode == 1 and "a fault of the program's own" in done.stderr
+        assert "Traceback" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ("--word=café\n".encode(), None),
+            ("--word=café\n".encode("latin-1"), "word.flags: not UTF-8 (byte 0xe9 at position 11)"),
+            ("--word=café\n".encode("utf-16"), "word.flags: not UTF-8 (byte 0xff at position 1)"),
+            (b"\xef\xbb\xbf--word=x\n", "a --flagfile begins with a byte order mark"),
+        ],
+    )
+    def test_flag_files(self, tmp_path, content, says):
+        (tmp_path / "word.flags").write_bytes(content)
+        done = self.run(f"--flagfile={tmp_path / 'word.flags'}")
+        if says is None:
+            assert (done.returncode, done.stdout) == (0, "café\n"), done.stderr
+        else:
+            assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+            assert says in done.stderr

@@ -71,6 +71,50 @@ def test_json_of_a_prompts_file(run, tmp_path):
     assert "3/3" in done.stderr  # the progress bar
 
 
+def test_prompts_with_parameters_of_their_own(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    objects = [
+        {"prompt": "The old fisherman", "max_tokens": 3, "seed": 7},
+        {"prompt": [5, 6, 7], "n": 2, "logprobs": 1},
+        {"prompt": "My dog", "allowed_token_ids": [40, 41], "presence_penalty": 1},
+        {"prompt": "Once", "beam_width": 2, "temperature": None},
+    ]
+    file.write_text("".join(json.dumps(o) + "\n" for o in objects), encoding="utf-8")
+    flags = ("--output=json", "--max_tokens=6", "--ignore_eos", "--seed=1")
+    done = run(f"--prompts_file={file}", *flags)
+    assert done.returncode == 0, done.stderr
+    outputs = {o["request_id"]: o for o in map(json.loads, done.stdout.splitlines())}
+    samples = [outputs[str(i)]["outputs"] for i in range(4)]
+    lengths = [[len(sample["token_ids"]) for sample in found] for found in samples]
+    assert lengths == [[3], [6, 6], [6], [6]]
+    assert outputs["1"]["prompt_token_ids"] == [5, 6, 7] and samples[1][0]["logprobs"]
+    assert set(samples[2][0]["token_ids"]) == {40, 41}
+    assert samples[3][0]["score"] < 0
+    # A line is what these flags are.
+    done = run("--prompt=The old fisherman", *flags, "--seed=7", "--max_tokens=3")
+    (alone,) = json.loads(done.stdout)["outputs"]
+    assert alone["token_ids"] == samples[0][0]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "top_k": -1}', "line 2: top_k=-1 must be at least 0"),
+        ('{"prompt": "a", "tempreature": 1}', "line 2: unknown field 'tempreature'; there are "),
+        # What only the model knows, before anything is generated.
+        ('{"prompt": "a", "logit_bias": {"99999": 1}}', "line 2: logit_bias has token 99999, "),
+        ('{"prompt": [99999]}', "line 2: token id 99999 is outside the vocabulary, [0, "),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_by_its_line(run, tmp_path, line, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "good"}\n' + line + "\n", encoding="utf-8")
+    done = run(f"--prompts_file={file}", "--max_tokens=2")
+    assert done.returncode == 2 and done.stdout == "", done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert f"jpaged generate: {file}: {message}" in last, done.stderr
+
+
 def test_show_pages_draws_the_fullest_step(run):
     # 5 tokens of prompt and 4 of the 5 sampled ones are written: 3 pages a sample, of which all
     # share the first; the second is copied by the first two that write to it.

@@ -48,7 +48,7 @@ def test_a_full_disk(shell, flags):
     code, _, errors = shell(f"generate {flags} > /dev/full")
     assert code == 74
     assert errors.splitlines()[-1] == (
-        "generate.py: standard output cannot be written: No space left on device"
+        "jpaged generate: standard output cannot be written: No space left on device"
     )
 
 

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import codecs
+import errno
+import io
+import os
+import threading
+import time
 
 import pytest
 
-from jpaged import SamplingParams
-from jpaged.scripts.prompts import parse_prompts, parse_token_ids, read_json_lines, read_prompts
+from jpaged.scripts.prompts import parse_prompts, parse_token_ids, read_prompts
 
 
 @pytest.mark.parametrize(
@@ -85,55 +89,84 @@ def test_wrong_flags(given, path, message):
 
 def test_token_ids():
     assert parse_token_ids("1 15, 27,3") == [1, 15, 27, 3]
-    for prompt in ("one", "1 x", "1.5", "9" * 5000):
-        with pytest.raises(ValueError, match=r"no tokenizer\.json, so its prompts are token ids"):
-            parse_token_ids(prompt)
-
-
-def test_json_lines(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(
-        '{"prompt": "caf\\u00e9"}\n'
-        '{"prompt": [1, 2], "temperature": null, "seed": 7, "stop": "x", "logit_bias": {"5": -1}}\n'
-        '{"max_tokens": 3, "prompt": "b", "beam_width": 2, "early_stopping": "never"}\r\n\n',
-        encoding="utf-8",
-    )
-    own = SamplingParams(max_tokens=9, seed=1)
-    assert read_json_lines(str(file), own) == [
-        ("café", own),
-        ([1, 2], SamplingParams(max_tokens=9, seed=7, stop=("x",), logit_bias={5: -1.0})),
-        ("b", SamplingParams(max_tokens=3, seed=1, beam_width=2, early_stopping="never")),
-    ]
+    assert parse_token_ids(" 0\t7 ,  8 ") == [0, 7, 8]
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("prompt", "piece"),
     [
-        ('{"prompt": "a", "topp": 1}', "has the field 'topp', which is no parameter; there are"),
-        ('{"prompt": "a", "top_p": 2}', "top_p=2.0 must be above 0 and at most 1"),
-        ('{"prompt": "a", "top_p": "1"}', "top_p='1' must be a number"),
-        ('{"prompt": "a", "temperature": NaN}', "temperature=nan must be finite"),
-        ('{"prompt": "a", "beam_width": 2, "presence_penalty": 1}', "no meaning in beam search"),
-        ('{"prompt": "a", "n": 1, "n": 2}', "the field 'n' is there twice"),
-        ('{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}', "the field '5' is there twice"),
-        ('{"prompt": "a"', "is no JSON that can be read"),
-        ("a", "is no JSON that can be read"),
-        ("[" * 100_000, "is nested too deeply"),
-        ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "is no JSON that can be read"),
-        ('{"n": 1}', "must be a JSON object with a prompt"),
-        ("[1]", "must be a JSON object with a prompt"),
-        ('{"prompt": ""}', "prompt='' must be text or token ids, not empty"),
-        ('{"prompt": []}', "must be text or token ids, not empty"),
-        ('{"prompt": [1.5]}', "must be text or token ids, not empty"),
-        ('{"prompt": [true]}', "must be text or token ids, not empty"),
-        ('{"prompt": null}', "must be text or token ids, not empty"),
-        ('{"prompt": {"a": 1}}', "must be text or token ids, not empty"),
+        ("one", "one"),
+        ("1 x", "x"),
+        ("1.5", "1.5"),
+        ("1_0", "1_0"),
+        ("2 +5", "+5"),
+        ("-0", "-0"),
+        ("0x1F", "0x1F"),
+        ("1,,2", ""),
+        ("1, ,2", ""),
+        ("1,", ""),
+        (",1", ""),
+        (" ", ""),
+        ("3 \u0661\u0662", "\u0661\u0662"),
+        ("1\u00a02", "1\u00a02"),
+        ("1\r", "1\r"),
+        ("9" * 5000, "9" * 39),
     ],
 )
-def test_what_is_no_json_line(line, message, tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "good"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError) as error:
-        read_json_lines(str(file), SamplingParams())
-    text = str(error.value)
-    assert text.startswith(f"{file}: line 2") and message in text and "\n" not in text
+def test_what_is_no_token_id(prompt, piece):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json, so its prompts are token ids") as e:
+        parse_token_ids(prompt)
+    assert f"and {piece!r:.40} is none" in str(e.value)
+
+
+class TestStandardInput:
+    def read(self, monkeypatch, descriptor):
+        with io.TextIOWrapper(open(descriptor, "rb")) as stream:
+            monkeypatch.setattr("sys.stdin", stream)
+            return read_prompts([], "-")
+
+    def test_one_that_does_not_block(self, monkeypatch):
+        """Nothing there at first, then half a character, then the rest."""
+        descriptor, writer = os.pipe()
+        os.set_blocking(descriptor, False)
+        text = "caf\u00e9\nb\n".encode()
+
+        def write():
+            for part in (text[:4], text[4:]):
+                time.sleep(0.05)
+                os.write(writer, part)
+            time.sleep(0.05)
+            os.close(writer)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert self.read(monkeypatch, descriptor) == ["caf\u00e9", "b"]
+        thread.join()
+
+    def test_one_that_cannot_be_read(self, monkeypatch):
+        """Such as one that is open for writing only."""
+
+        class WriteOnly:
+            buffer = property(lambda self: self)
+
+            def read(self):
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+        monkeypatch.setattr("sys.stdin", WriteOnly())
+        with pytest.raises(ValueError, match="input cannot be read: Bad file descriptor; give --"):
+            read_prompts([], "-")
+
+
+def test_a_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts").write_text("a\n")
+    assert read_prompts([], "~/prompts") == ["a"]
+    with pytest.raises(ValueError, match="--prompts_file='~nobody_of_this_name/x': "):
+        read_prompts([], "~nobody_of_this_name/x")
+
+
+def test_what_has_a_nul_character():
+    with pytest.raises(ValueError, match=r"--prompts_file='a\\x00b': embedded null"):
+        read_prompts([], "a\0b")
+    with pytest.raises(ValueError, match="--prompt number 2 has a NUL character"):
+        read_prompts(["a", "b\0"], None)

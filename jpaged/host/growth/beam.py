@@ -48,7 +48,7 @@ class Node:
 
 def path(node: Node | None, count: int | None = None) -> list[Node]:
     """The last `count` nodes up to `node`, or all of them, oldest first."""
-    nodes = []
+    nodes: list[Node] = []
     while node is not None and (count is None or len(nodes) < count):
         nodes.append(node)
         node = node.parent
@@ -192,11 +192,13 @@ class BeamSearch:
         """
         logprobs = None
         if (wanted := self._wanted_logprobs) is not None:
-            rows = likeliest or [{}] * len(self.nodes)
+            rows = likeliest or [dict[int, float]()] * len(self.nodes)
             logprobs = [dict(itertools.islice(row.items(), wanted)) for row in rows]
         length = 1 + (self.nodes[0].length if self.nodes[0] else 0)
         ended: list[Hypothesis] = []
-        parents, nodes, scores = [], [], []
+        parents: list[int] = []
+        nodes: list[Node | None] = []
+        scores: list[float] = []
         for place, candidate in enumerate(candidates):
             score, parent, token, _ = candidate
             stops = token in self._stops

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from jpaged import pallas_kernels
 from jpaged.models.shapes import SHAPES
+from jpaged.pallas_kernels import dispatch
 from jpaged.scripts.kernels.compiled_steps import compile_step
 
 pytestmark = pytest.mark.slow
@@ -79,10 +79,10 @@ def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target
 
 
 def test_a_copy_of_the_pool_would_be_seen(tpu_compiler, monkeypatch):
-    write = pallas_kernels.write_kv
+    write = dispatch.write
     monkeypatch.setattr(
-        pallas_kernels,
-        "write_kv",
+        dispatch,
+        "write",
         lambda pool, *rest, **options: write(pool[:, ::-1], *rest, **options),
     )
     facts = compile_step(tpu_compiler, tpu_compiler.mesh("v5e"), small("qwen3-0.6b"))

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device that is a dictionary, for the scheduler to be run against.
+
+`Simulation` drives a scheduler as the engine does, one step ahead of the samples, and executes each
+step on simulated memory. A sampled token is a hash of everything the row attends to, read back from
+that memory, so a wrong page, a lost copy or a cell of another sequence changes every later token.
+`tests.jpaged.expected` has the same tokens from lists alone.
+"""
+
+import collections
+
+import pytest
+
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.growth import growth_of
+from jpaged.host.growth.base import Candidate
+from jpaged.host.page_pool import NULL_PAGE, PagePool
+from jpaged.host.page_table import PageTable
+from jpaged.host.params import SamplingParams
+from jpaged.host.scheduler import Scheduler
+from jpaged.host.sequence import Request, Status
+from tests.jpaged.expected import (
+    BEAM_STOP,
+    continuations,
+    draw,
+    expected_beams,
+    expected_tokens,
+    prompt_of,
+)
+
+
+class Simulation:
+    """Runs jobs to their end and checks every step on the way."""
+
+    def __init__(self, jobs, *, num_usable_pages, page_size, **config):
+        self.config = SchedulerConfig(**config)
+        self.page_size = page_size
+        self.jobs = jobs
+        pages_per_seq = -(-self.config.max_model_len // page_size)
+        self.table = PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq)
+        self.scheduler = Scheduler(self.config, self.table)
+        self.addressed = set()
+        address = self.scheduler.cache.address_pages
+
+        def remembered(*args, **kwargs):
+            pages = address(*args, **kwargs)
+            self.addressed.update(pages)
+            return pages
+
+        self.scheduler.cache.address_pages = remembered
+        self.requests = [self.make_request(str(index), job) for index, job in enumerate(jobs)]
+        self.host_memory = {}
+        self.memory = collections.defaultdict(lambda: [None] * page_size)
+        self.inflight = None
+        self.previous_samples = []
+        self.previous_tokens = []
+        self.aborted = set()
+        self.added = []
+        self.started = []
+        self.num_copies = self.num_forked_rows = self.num_steps = self.num_hits = 0
+        self.num_swapped = 0
+
+    def make_request(self, request_id, job):
+        prompt = prompt_of((job.family, job.prompt_len))
+        params = SamplingParams(
+            max_tokens=job.max_tokens,
+            n=job.n,
+            beam_width=job.beam_width,
+            early_stopping=job.early_stopping,
+            length_penalty=job.length_penalty,
+        ).resolve()
+        most = self.config.max_model_len
+        growth = growth_of(params, prompt, min(job.max_tokens, most - len(prompt)), (BEAM_STOP,))
+        return Request(request_id, prompt, params, seed=0, max_model_len=most, growth=growth)
+
+    def seq_of(self, row):
+        """The sequence that a planned row is for."""
+        request_id, sample_index = row.key
+        return self.requests[int(request_id)].sequences[sample_index]
+
+    def __repr__(self):
+        pages = f"{self.table.pool.num_usable_pages} pages of {self.page_size}"
+        return f"{self.jobs}, {pages}, {self.config}"
+
+    def run(self):
+        # The oldest sequence computes a token or more in every step, from when it is the oldest.
+        limit = sum(
+            max(job.n, 2 * (job.beam_width or 0)) * (job.prompt_len + job.max_tokens + 2)
+            + job.arrival
+            + 1
+            for job in self.jobs
+        )
+        time = 0
+        while time <= max((job.arrival for job in self.jobs), default=0) or self.busy:
+            for request, job in zip(self.requests, self.jobs, strict=True):
+                if job.arrival == time:
+                    self.scheduler.add(request)
+                    self.added.append(request)
+                if job.aborted_at == time and request in self.added and not request.finished:
+                    self.aborted.add(request)
+                    for seq in request.sequences:
+                        if seq.status is not Status.FINISHED:
+                            self.scheduler.finish(seq, "abort")
+                    self.scheduler.check_invariants()
+            self.step()
+            time += 1
+            assert time <= limit, "starved"
+        self.check_end()
+        return self
+
+    @property
+    def busy(self):
+        return self.scheduler.has_work or self.inflight is not None
+
+    def step(self):
+        """`Engine.step`: dispatches a step, then reads the samples of the one before."""
+        previous, self.inflight = self.inflight, None
+        if self.scheduler.has_work:
+            oldest = min(
+                (seq for seq in self.live() if not self.is_last(seq)), key=self.age, default=None
+            )
+            computed = {
+                seq: seq.num_computed_tokens
+                for seq in self.live()
+                if seq.table_id is not None or seq.swapped is not None
+            }
+            self.addressed.clear()
+            step = self.scheduler.schedule()
+            self.num_steps += 1
+            rows = [(self.seq_of(row), row) for row in step.plan.rows.each()]
+            if not rows:
+                # Beams whose last step has not been read are all that there is to do.
+                assert previous is not None and previous[0].searchers
+                assert self.scheduler.num_running, "nobody waits for an idle device"
+            elif oldest is not None and not (oldest.request.growth.chooser and previous):
+                assert rows[0][0].request is oldest.request, "the oldest must always go on"
+            self.check_budgets(step)
+            self.check_order(step)
+            for seq, row in rows:
+                assert row.table_id == seq.table_id
+                assert row.start + row.num_tokens == seq.num_computed_tokens
+                assert seq not in computed or row.start == computed[seq], "tokens skipped"
+            results = self.execute(step)
+            if rows:
+                self.inflight = step, *results
+            self.check_memory()
+            self.check_counts()
+            self.scheduler.check_invariants()
+        if previous is not None:
+            self.process(*previous)
+            self.scheduler.check_invariants()
+
+    def execute(self, step):
+        """The device: copies pages, writes cells, attends and samples."""
+        samples, step = step.samples, step.plan
+        for page, host_page in step.swap_outs:
+            self.host_memory[host_page] = list(self.memory[page])
+        for host_page, page in step.swap_ins:
+            self.memory[page] = list(self.host_memory[host_page])
+        self.num_swapped += len(step.swap_ins)
+        self.num_hits += step.num_hit_tokens
+        read = [list(self.memory[src]) for src, _ in step.copies]
+        for (src, dst), cells in zip(step.copies, read, strict=True):
+            assert NULL_PAGE not in (src, dst) and src != dst
+            self.memory[dst] = cells
+        assert len({dst for _, dst in step.copies}) == len(step.copies)
+        self.num_copies += len(step.copies)
+
+        size = self.table.page_size
+        written = set()
+        rows = [(self.seq_of(row), row) for row in step.rows.each()]
+        for seq, row in rows:
+            pages, end = self.table.pages(row.table_id), row.start + row.num_tokens
+            tokens = row.token_ids
+            if row.source >= 0:
+                assert row.num_tokens == 1 and end == len(seq.token_ids) + 1
+                assert self.previous_samples[row.source] is seq
+                tokens = [self.previous_tokens[row.source]]
+            assert len(tokens) == row.num_tokens, "tokens that the host does not know yet"
+            for position, token in enumerate(tokens, row.start):
+                page, cell = pages[position // size], position % size
+                assert page != NULL_PAGE
+                assert (page, cell) not in written, "two rows write one cell"
+                written.add((page, cell))
+                assert not self.table.pool.is_kept(page) or page in self.addressed
+                self.memory[page][cell] = token
+
+        tokens = []
+        seqs = [seq for seq, _ in rows]
+        for seq, sample in zip(samples, step.samples.each(), strict=True):
+            parent, row = rows[sample.row]
+            assert parent is seq or (parent.request is seq.request and seq not in seqs)
+            assert parent.num_computed_tokens == seq.num_computed_tokens
+            assert sample.offset == row.num_tokens - 1
+            assert sample.draw.sample_index == seq.sample_index
+            self.num_forked_rows += parent is not seq
+            tokens.append(draw(seq.sample_index, self.attended(parent)))
+        self.previous_samples, self.previous_tokens = samples, tokens
+        candidates = []
+        for search in step.searches:
+            first, count = search.first_sample, len(search.scores)
+            beams = samples[first : first + count]
+            (request,) = {beam.request for beam in beams}
+            assert beams == tuple(request.sequences)
+            contexts = [self.attended(beam) for beam in beams]
+            best = continuations(list(zip(contexts, search.scores, strict=True)))
+            candidates.append(best[: search.num_candidates])
+        return tokens, candidates
+
+    def process(self, step, tokens, candidates):
+        """`Engine._process`, less what only reports."""
+        for request, best in zip(step.searchers, candidates, strict=True):
+            if request.sequences[0].status is not Status.FINISHED:
+                parents = request.growth.chooser.accept([Candidate(*each) for each in best])
+                self.scheduler.continue_from(request, parents)
+        for seq, token in zip(step.samples, tokens, strict=True):
+            if seq.status is Status.FINISHED or seq.request.growth.chooser is not None:
+                continue
+            seq.num_inflight_tokens -= 1
+            seq.token_ids.append(token)
+            if len(seq.generated_token_ids) == self.stop_of(seq):
+                self.scheduler.finish(seq, "stop")
+            elif len(seq.token_ids) >= seq.max_total_tokens:
+                self.scheduler.finish(seq, "length")
+
+    def check_budgets(self, step):
+        plan, num_tokens = step.plan, sum(step.plan.rows.num_tokens)
+        seqs = [self.seq_of(row) for row in plan.rows.each()]
+        assert num_tokens == plan.num_tokens <= self.config.max_num_batched_tokens
+        assert len(seqs) <= self.config.max_num_seqs
+        assert len(step.samples) == plan.num_samples <= self.config.max_num_seqs
+        assert len(set(seqs)) == len(seqs)
+        assert len(set(step.samples)) == len(step.samples)
+        assert min(plan.rows.num_tokens, default=1) >= 1
+        assert 0 <= plan.num_prefill_tokens <= num_tokens
+        running = [seq for seq in self.live() if seq.status is Status.RUNNING]
+        assert len(running) <= self.config.max_num_seqs
+        has_beams = any(seq.request.growth.chooser is not None for seq in running)
+        if num_tokens < self.config.max_num_batched_tokens and not has_beams:
+            # Nobody who runs is left waiting for a budget that is there.
+            assert {seqs[row] for row in plan.samples.rows} == set(seqs)
+            assert {*running} <= {*step.samples}
+
+    def check_order(self, step):
+        seqs = [self.seq_of(row) for row in step.plan.rows.each()]
+        for seq in seqs:
+            if seq.request not in self.started:
+                self.started.append(seq.request)
+                before = self.added[: self.added.index(seq.request)]
+                late = [r for r in before if r not in self.started and r not in self.aborted]
+                assert not late, "started before an earlier request"
+        assert seqs == sorted(seqs, key=self.age)
+        running = [self.age(seq) for seq in self.live() if seq.status is Status.RUNNING]
+        waiting = [self.age(seq) for seq in self.live() if seq.status is Status.WAITING]
+        if running and waiting:
+            assert max(running) < min(waiting), "preempted an older one, or admitted a younger one"
+
+    def check_memory(self):
+        """Whoever holds pages finds its own tokens there, in order, scheduled or not."""
+        holders = [seq for seq in self.live() if seq.table_id is not None]
+        for seq in holders:
+            assert self.table.num_tokens(seq.table_id) == seq.num_computed_tokens
+            if seq.request.growth.chooser is not None:
+                expected = list(seq.token_ids)
+            else:
+                expected = self.expected(seq)
+            assert self.attended(seq) == expected[: seq.num_computed_tokens]
+
+    def check_counts(self):
+        statuses = collections.Counter(seq.status for seq in self.live())
+        assert self.scheduler.num_running == statuses[Status.RUNNING]
+        assert self.scheduler.num_waiting == statuses[Status.WAITING]
+
+    def check_end(self):
+        assert not self.scheduler.has_work
+        assert (self.scheduler.num_running, self.scheduler.num_waiting) == (0, 0)
+        assert self.table.pool.num_used_pages == 0
+        assert self.table.num_live_cells == 0
+        assert self.scheduler.swap_space.num_free_pages == self.config.num_host_pages
+        for request, job in zip(self.requests, self.jobs, strict=True):
+            assert request.finished or request in self.aborted
+            assert all(seq.status is Status.FINISHED for seq in request.sequences)
+            if job.beam_width is not None:
+                self.check_beams(request, job)
+                continue
+            for seq in request.sequences:
+                expected = self.expected(seq)[seq.num_prompt_tokens :]
+                if request in self.aborted and seq.finish_reason == "abort":
+                    assert seq.generated_token_ids == expected[: len(seq.generated_token_ids)]
+                    continue
+                stop = self.stop_of(seq)
+                stopped = stop is not None and stop <= len(expected)
+                assert seq.generated_token_ids == expected[: stop if stopped else None]
+                assert seq.finish_reason == ("stop" if stopped else "length")
+
+    def check_beams(self, request, job):
+        if request in self.aborted:
+            return
+        length = min(job.prompt_len + job.max_tokens, self.config.max_model_len)
+        key = (job.family, job.prompt_len)
+        expected = expected_beams(
+            key, length, job.beam_width, job.early_stopping, job.length_penalty
+        )
+        found = request.growth.best(job.beam_width, finished=True)
+        assert [beam.score for beam in found] == pytest.approx([score for score, _ in expected])
+        assert [beam.token_ids for beam in found] == [tokens for _, tokens in expected]
+
+    def attended(self, seq):
+        pages, size = self.table.pages(seq.table_id), self.table.page_size
+        cells = range(seq.num_computed_tokens)
+        return [self.memory[pages[position // size]][position % size] for position in cells]
+
+    def expected(self, seq):
+        index = int(seq.request.request_id)
+        job = self.jobs[index]
+        length = min(job.prompt_len + job.max_tokens, self.config.max_model_len)
+        return expected_tokens((job.family, job.prompt_len), seq.sample_index, length)
+
+    def is_last(self, seq):
+        """Whether its last token is on its way."""
+        if seq.request.growth.chooser is not None:
+            return False
+        return seq.num_tokens >= len(self.expected(seq))
+
+    def live(self):
+        return [
+            seq
+            for request in self.added
+            for seq in request.sequences
+            if seq.status is not Status.FINISHED
+        ]
+
+    def age(self, seq):
+        return self.added.index(seq.request), seq.sample_index
+
+    def stop_of(self, seq):
+        stops = self.jobs[int(seq.request.request_id)].stops
+        return stops[seq.sample_index] if seq.sample_index < len(stops) else None
