@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Penalties, biases, least lengths and forbidden tokens: transformers' numbers, any schedule."""
 
+import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -34,7 +36,17 @@ ADDED = dict(
     sequence_bias=[[[5], 0.25], [[5, 6], 3.0], [[1, 5, 6], 1.0], [[7, 5], -0.5]],
     bad_words_ids=ENDS,
 )
-CROWD = prompts_of((1, 2, 9, 16, 17, 33, 40, 3, 21, 30))
+# So few tokens that sequences of three come up, and decide.
+TRIPLES = dict(
+    max_tokens=20,
+    allowed_token_ids=range(5, 9),
+    sequence_bias=[
+        [[a, b, c], (7 * a + 3 * b + 5 * c) % 11 - 5.0]
+        for a, b, c in itertools.product(range(5, 9), repeat=3)
+    ],
+    bad_words_ids=[[5, 6, 7], [8, 8, 8, 8]],
+)
+CROWD = prompts_of((1, 2, 9, 16, 17, 33, 40, 3, 21, 30, 12, 7))
 CROWDS_PARAMS = (
     *(SamplingParams(temperature=0, logprobs=1, **PROCESSED) for _ in range(3)),
     *(SamplingParams(seed=seed, logprobs=1, **PROCESSED) for seed in range(2)),
@@ -43,6 +55,8 @@ CROWDS_PARAMS = (
     SamplingParams(temperature=0, logprobs=1, **ADDED),
     SamplingParams(seed=4, n=2, logprobs=1, allowed_token_ids=range(0, 97, 2), **ADDED),
     SamplingParams(beam_width=3, n=3, max_tokens=20, logit_bias={5: 1.5}, bad_words_ids=ENDS),
+    SamplingParams(seed=6, n=2, logprobs=1, frequency_penalty=0.5, **TRIPLES),
+    SamplingParams(beam_width=2, n=2, **TRIPLES),
 )
 
 
@@ -114,7 +128,7 @@ class TestOnTheDevice:
 
 
 VOCAB = 19
-TOKENS = st.integers(0, 5)
+TOKENS = st.integers(0, 2)  # few, so that sequences of several are found
 BIAS = st.floats(-100, 100, width=32)
 PENALTY = st.floats(-2, 2, width=32)
 PROMPT = st.lists(TOKENS, min_size=1, max_size=5)
@@ -276,6 +290,20 @@ class TestEngine:
                 assert all(text[at + 1 - len(w) : at + 1] != w for w in words)
         assert token_ids(outputs) != token_ids(plain)
 
+    @pytest.mark.parametrize("field", ["bad_words_ids", "sequence_bias"])
+    @pytest.mark.parametrize("length", [2, 3, 5])
+    def test_a_sequence_counts_where_all_before_its_last_token_is_there(self, field, length):
+        engine = tiny_engine(**EXACT)
+        plain = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True)
+        ((want,),) = token_ids(engine.generate([CROWD[2]], plain))
+        word = want[10 - length : 10]
+        for added in ([], [2]):  # and one before it that is not there
+            given = [added + word] if field == "bad_words_ids" else [[added + word, -100.0]]
+            params = dataclasses.replace(plain, **{field: given})
+            ((got,),) = token_ids(engine.generate([CROWD[2]], params))
+            assert (got == want) == bool(added)
+            assert got[:9] == want[:9] and (got[9] == want[9]) == bool(added)
+
     def test_allowed_tokens_and_no_others(self):
         engine = tiny_engine(**EXACT)
         allowed = SamplingParams(max_tokens=20, allowed_token_ids=[3, 96], seed=1, ignore_eos=True)
@@ -430,6 +458,13 @@ class TestSchedule:
         if "num_pages" in config:
             assert engine.stats().totals.num_preemptions > 0
         engine.check_invariants()
+
+    def test_in_chunks_of_any_size(self, alone):
+        """Of other shapes, whose matrix products round differently in the last bits: tokens."""
+        engine = tiny_engine(**EXACT | dict(max_num_batched_tokens=11))
+        outputs = engine.generate(CROWD, CROWDS_PARAMS)
+        for output, (want,) in zip(outputs, alone, strict=True):
+            assert [c.token_ids for c in output.outputs] == [tokens for tokens, _, _ in want]
 
     @pytest.mark.parametrize("given", [PROCESSED, ADDED])
     def test_forks_know_what_came_before(self, given):
