@@ -173,7 +173,7 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    packing: str | None = None
+    packing: str | None = dataclasses.field(default=None, compare=False)
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
