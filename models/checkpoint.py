@@ -229,12 +229,14 @@ def _load_safetensors(
     before_reading: Callable[[ModelConfig], object],
 ) -> Params:
     stored = stored_tensors(directory)
-    _check_dtypes(stored, safetensors_files.DTYPES)
     _check_size(str(directory), config, stored)
     # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
     shapes = _wanted_shapes(config, stored)
     sources = {path: source_of(path, shape, config) for path, shape in shapes.items()}
-    wanted = {name: source.shape for source in sources.values() for name in source.names}
+    packed = {name for s in sources.values() if s.scales is not None for name in s.shapes}
+    _check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
+    _check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
+    wanted = {name: shape for s in sources.values() for name, shape in s.shapes.items()}
     _check_tensors(str(directory), wanted, stored)
     before_reading(config)
 
@@ -252,6 +254,8 @@ def _load_safetensors(
             leaf = jnp.stack(parts) if source.stacked else parts[0]
             if source.view is not None:
                 leaf = source.view(leaf)
+            if source.scales is not None and source.unpack is not None:
+                leaf = source.unpack(leaf, reader.read(source.scales[0]), dtype)
             leaf = jnp.asarray(leaf, dtype)
             _insert(params, path, leaf)
             bar.update(leaf.nbytes)

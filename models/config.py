@@ -157,6 +157,7 @@ class ModelConfig:
       max_position_embeddings: longest context, in tokens, that the model was made for.
       bos_token_id: first token of a document, or None.
       eos_token_ids: tokens that end a generation; may be empty.
+      packing: how a checkpoint of Hugging Face's stores some weights, "mxfp4"; None as they are.
       source: the config.json that this was read from, as text; None where it was made otherwise.
     """
 
@@ -172,6 +173,7 @@ class ModelConfig:
     max_position_embeddings: int
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    packing: str | None = dataclasses.field(default=None, compare=False)
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):

@@ -81,7 +81,9 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
         if isinstance(e, ModelConfigError):
             raise
         raise ModelConfigError(str(e)) from e  # of an attention that no kernel computes
-    return dataclasses.replace(config, source=json.dumps(fields))
+    # Written with parameters, which are unpacked.
+    kept = {name: value for name, value in fields.items() if name != "quantization_config"}
+    return dataclasses.replace(config, source=json.dumps(kept))
 
 
 def _config(fields: dict[str, Any]) -> ModelConfig:

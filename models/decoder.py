@@ -206,30 +206,30 @@ class _DecoderModule(nn.Module):
         return logits, kv_pages
 
 
-def _paged_attend(q, k, v, kv_pages, layer, rows, variant, *, backend, mesh):
+def _paged_attend(q, k, v, kv_pages, layer, rows, variant, sinks, *, backend, mesh):
     """An `Attend` over pages."""
 
-    def attend(q, k, v, kv_pages, layer, rows):
+    def attend(q, k, v, kv_pages, layer, rows, sinks):
         kv_pages = dispatch.write(kv_pages, k, v, rows, layer=layer, backend=backend)
-        out = dispatch.attend(q, kv_pages, rows, variant, layer=layer, backend=backend)
+        out = dispatch.attend(q, kv_pages, rows, variant, layer=layer, sinks=sinks, backend=backend)
         return out, kv_pages
 
     if mesh is None:
-        return attend(q, k, v, kv_pages, layer, rows)
+        return attend(q, k, v, kv_pages, layer, rows, sinks)
     # Kernels are no operations that the compiler could split by itself. A head needs no other.
     heads, pool = sharding.heads_spec(mesh), sharding.pool_spec(mesh)
     one = jax.sharding.PartitionSpec()
     split = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, heads, heads, pool, one, one),
+        in_specs=(heads, heads, heads, pool, one, one, sharding.sinks_spec(mesh)),
         out_specs=(heads, pool),
         check_vma=False,  # Pallas says nothing of what differs between devices
     )
-    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), rows)
+    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), rows, sinks)
 
 
-def _dense_attend(q, k, v, kv_pages, layer, rows, variant, *, batch):
+def _dense_attend(q, k, v, kv_pages, layer, rows, variant, sinks, *, batch):
     """An `Attend` over whole sequences, `batch` of them of the same length."""
     del layer, rows  # nothing is cached
     num_kv_heads, head_dim = k.shape[1:]
@@ -243,7 +243,10 @@ def _dense_attend(q, k, v, kv_pages, layer, rows, variant, *, batch):
     positions = jnp.arange(scores.shape[-1])
     visible = variant.sees(queries=positions[:, None], keys=positions[None, :])
     scores = jnp.where(visible[None, None, None], variant.capped(scores), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks, (*scores.shape[:4], 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k32.shape[1]]
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v32)
     return out.reshape(q.shape).astype(q.dtype), kv_pages
 

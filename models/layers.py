@@ -28,6 +28,7 @@ class Attend(Protocol):
         layer: int | jax.Array,
         rows: Rows | None,
         variant: AttentionVariant,
+        sinks: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Attends in one layer.
 
@@ -39,6 +40,7 @@ class Attend(Protocol):
           layer: which layer of the pool.
           rows: whose the tokens are; None without a cache.
           variant: which attention.
+          sinks: [num_q_heads], as in `pallas_kernels.paged_attention`.
 
         Returns:
           [num_tokens, num_q_heads, head_dim], and the pool with these keys and values.
@@ -143,7 +145,10 @@ class Attention(nn.Module):
             k = RMSNorm(self.norm, name="k_norm")(k)
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        out, kv_pages = self.attend(q, k, v, kv_pages, layer, rows, s.variant)
+        sinks = None
+        if s.sinks:
+            sinks = self.param("sinks", nn.initializers.normal(1.0), (s.num_q_heads,), x.dtype)
+        out, kv_pages = self.attend(q, k, v, kv_pages, layer, rows, s.variant, sinks)
         out = out.reshape(-1, s.num_q_heads * s.head_dim)
         return Linear(x.shape[-1], s.out_bias, name="o_proj")(out), kv_pages
 

@@ -21,6 +21,7 @@ _SPLIT_AXIS = {
     "gate_proj": 0,
     "up_proj": 0,
     "down_proj": 1,
+    "sinks": 0,
     "embedding": 0,
     "lm_head": 0,
 }
@@ -71,6 +72,8 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
             # What is added to a sum over devices is on each of them.
             if split == 0:
                 spec[-1] = axis_of(mesh)
+        elif names[-1] == "sinks":
+            spec[-1] = axis_of(mesh)
         elif split is not None:
             # Stacked layers, and experts, come before the weight's own two axes.
             spec[leaf.ndim - 2 + split] = axis_of(mesh)
@@ -114,6 +117,11 @@ def pool_sharding(mesh: Mesh) -> NamedSharding:
 def pool_spec(mesh: Mesh) -> PartitionSpec:
     """`pool_sharding` without the mesh."""
     return PartitionSpec(*[None] * layout.HEADS_AXIS, axis_of(mesh))
+
+
+def sinks_spec(mesh: Mesh) -> PartitionSpec:
+    """How `[num_q_heads]` is split."""
+    return PartitionSpec(axis_of(mesh))
 
 
 def heads_spec(mesh: Mesh) -> PartitionSpec:

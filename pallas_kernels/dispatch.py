@@ -5,6 +5,7 @@ import importlib
 from typing import Protocol, cast
 
 import jax
+import jax.numpy as jnp
 
 from jpaged.pallas_kernels import validation
 from jpaged.pallas_kernels.rows import Rows
@@ -30,8 +31,9 @@ class Backend(Protocol):
         *,
         layer: int | jax.Array,
         kv_scale: jax.Array | None,
+        sinks: jax.Array | None,
     ) -> jax.Array:
-        """See `attend`."""
+        """See `attend`; sinks are float32."""
         ...
 
     def write_kv(
@@ -87,6 +89,7 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     kv_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """Attends ragged queries to keys and values stored in pages.
@@ -111,6 +114,8 @@ def paged_attention(
       sliding_window: a query sees itself and the `sliding_window - 1` tokens before it.
       soft_cap: scores become `soft_cap * tanh(score / soft_cap)`.
       kv_scale: f32[2], what stored keys and stored values are multiplied by.
+      sinks: bf16|f16|f32[num_q_heads], a score of each head beside those of the keys, neither
+        scaled nor capped, that takes its share of the weights and has no value; -inf is none.
       backend: "tpu", "gpu" or "xla"; by default the one of JAX's default device.
 
     Returns:
@@ -119,11 +124,14 @@ def paged_attention(
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.
 
-    Source: Kwon et al. 2023, section 4.1; online softmax, Milakov & Gimelshein 2018.
+    Source: Kwon et al. 2023, section 4.1; online softmax, Milakov & Gimelshein 2018; sinks, Xiao et
+    al. 2024, as learned by gpt-oss.
     """
     rows = Rows(page_table, kv_lens, cu_q_lens, num_seqs)
     variant = AttentionVariant(sm_scale, sliding_window, soft_cap)
-    return attend(q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, backend=backend)
+    return attend(
+        q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks, backend=backend
+    )
 
 
 def attend(
@@ -134,13 +142,18 @@ def attend(
     *,
     layer: int | jax.Array = 0,
     kv_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """`paged_attention`, for callers that have its arguments as values already."""
     kernels = _package(resolve_backend(backend))
-    validation.check_attention(q, kv_pages, rows, variant, kv_scale=kv_scale)
+    validation.check_attention(q, kv_pages, rows, variant, kv_scale=kv_scale, sinks=sinks)
     validation.check_layer(kv_pages, layer)
-    return kernels.paged_attention(q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale)
+    if sinks is not None:
+        sinks = jnp.asarray(sinks, jnp.float32)
+    return kernels.paged_attention(
+        q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
+    )
 
 
 def write_kv(

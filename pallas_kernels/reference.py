@@ -44,6 +44,7 @@ def paged_attention(
     *,
     layer: int | jax.Array = 0,
     kv_scale: jax.Array | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`."""
     num_tokens, num_q_heads, head_dim = q.shape
@@ -67,7 +68,11 @@ def paged_attention(
     scores = variant.capped(scores * variant.scale(head_dim))
     visible = variant.sees(positions[:, None], kv_positions[None, :])
     scores = jnp.where(visible[:, None, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is not None:
+        # One more score of each query, without a value.
+        sink = jnp.broadcast_to(sinks.reshape(1, *groups[1:3], 1), (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, sink.astype(jnp.float32)], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : len(kv_positions)]
     out = jnp.einsum("tkgs,tskd->tkgd", weights, values[row]).reshape(q.shape)
     return jnp.where(live[:, None, None], out, 0).astype(q.dtype)
 

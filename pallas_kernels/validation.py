@@ -23,6 +23,7 @@ def check_attention(
     variant: AttentionVariant,
     *,
     kv_scale: jax.Array | None,
+    sinks: jax.Array | None,
 ) -> None:
     """Raises ValueError where the arguments of `paged_attention` do not fit together."""
     _check_rank("q", q, "[num_tokens, num_q_heads, head_dim]")
@@ -36,6 +37,12 @@ def check_attention(
         )
     _check_lanes("q", q.shape[2], kv_pages)
     _check_variant(variant)
+    if sinks is None:
+        return
+    _check_rank("sinks", sinks, "[num_q_heads]")
+    _check_float("sinks", sinks)
+    if sinks.shape[0] != num_q_heads:
+        raise ValueError(f"sinks are for {sinks.shape[0]} heads, but q has {num_q_heads}")
 
 
 def check_write(

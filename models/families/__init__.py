@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from jpaged.models.config import ModelConfig
-from jpaged.models.families import gemma, llama, mistral, olmo2, phi3, qwen, smollm3
+from jpaged.models.families import gemma, gpt_oss, llama, mistral, olmo2, phi3, qwen, smollm3
 from jpaged.models.families.base import Family, Source
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -24,6 +24,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             olmo2.FAMILY,
             gemma.GEMMA2,
             gemma.GEMMA3,
+            gpt_oss.FAMILY,
         )
     }
 )

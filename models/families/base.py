@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.families.fields import Fields
@@ -112,6 +113,8 @@ class Source:
       stacked: whether they are stacked along a new first axis; otherwise there is one.
       part: which of their rows; None takes all.
       view: makes the parameter of what was read; None leaves it as it is.
+      scales: of packed weights, the tensor of their scales and its shape; both are of bytes.
+      unpack: makes the parameter of packed weights and their scales, in a dtype.
     """
 
     names: tuple[str, ...]
@@ -119,6 +122,14 @@ class Source:
     stacked: bool = False
     part: slice | None = None
     view: Callable[[jax.Array], jax.Array] | None = None
+    scales: tuple[str, tuple[int, ...]] | None = None
+    unpack: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that is read, and its shape."""
+        scales = () if self.scales is None else (self.scales,)
+        return dict.fromkeys(self.names, self.shape) | dict(scales)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -177,9 +177,9 @@ class Fields:
         self.read.add(name)
         return self._fields.get(name)
 
-    def default(self, name: str) -> Any:
-        """What stands for a field that is left out."""
-        return self._defaults[name]
+    def default(self, name: str, otherwise: Any = None) -> Any:
+        """What stands for a field that is left out, if anything does."""
+        return self._defaults.get(name, otherwise)
 
 
 def shortest_period(values: Sequence[_Kind]) -> list[_Kind]:

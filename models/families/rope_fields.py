@@ -70,6 +70,8 @@ def read_rope(
             value = typed(f"{field}: {kind}", value.get(kind) or {}, dict)
         if value:
             places.append({key: v for key, v in value.items() if v is not None})
+    if not places and (usual := fields.default("rope_parameters", {})):
+        places.append(dict(usual))
     fields.read |= set(_ROPE_FIELDS)
     original = fields.optional("original_max_position_embeddings", int)
     scaled_kinds = ("llama3", "yarn", "longrope", "su")

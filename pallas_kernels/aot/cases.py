@@ -23,11 +23,17 @@ class AttentionShape:
     head_dim: int
     sliding_window: int | None = None
     soft_cap: float | None = None
+    sinks: bool = False
 
     @property
     def variant(self) -> AttentionVariant:
         """Which attention it computes."""
         return AttentionVariant(sliding_window=self.sliding_window, soft_cap=self.soft_cap)
+
+    @property
+    def sinks_struct(self) -> Struct | None:
+        """What stands for its sinks; None if it has none."""
+        return Struct((self.num_q_heads,), jnp.float32) if self.sinks else None
 
 
 def coverage_cases() -> dict[str, dict[str, Any]]:
@@ -49,6 +55,9 @@ def coverage_cases() -> dict[str, dict[str, Any]]:
         cases[name] = {"shape": AttentionShape(q_heads, kv_heads, 128)}
     cases["sliding_window"] = {"shape": AttentionShape(32, 8, 128, sliding_window=1000)}
     cases["soft_cap"] = {"shape": AttentionShape(32, 8, 128, soft_cap=30.0)}
+    gpt_oss = AttentionShape(64, 8, 64, sliding_window=128, sinks=True)
+    cases["sinks"] = {"shape": gpt_oss}
+    cases["sinks, 1 row"] = {"shape": gpt_oss, "num_rows": 1, "kv_len": 8192}
     cases["both"] = {"shape": AttentionShape(16, 8, 256, 4096, 50.0)}
     for rows in (1, 8, 256, 512):
         cases[f"{rows} rows"] = {"num_rows": rows, "kv_len": 1024}

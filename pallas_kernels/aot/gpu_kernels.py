@@ -91,10 +91,10 @@ def compile_kernel(
     scaled = kv_dtype.itemsize == 1
     num_tokens = num_rows + 203 if kernel == "mixed" else num_rows
 
-    def attend(pool, q, layer, scale, rows):
+    def attend(pool, q, layer, scale, sinks, rows):
         kv_scale = scale if scaled else None
         return dispatch.attend(
-            q, pool, rows, shape.variant, layer=layer, kv_scale=kv_scale, backend="gpu"
+            q, pool, rows, shape.variant, layer=layer, kv_scale=kv_scale, sinks=sinks, backend="gpu"
         )
 
     def write(pool, new, layer, scale, rows):
@@ -115,7 +115,7 @@ def compile_kernel(
         held_bytes = 0
     else:
         tokens = Struct((num_tokens, shape.num_q_heads, shape.head_dim), dtype)
-        function, args = attend, (tokens, layer, scale, rows)
+        function, args = attend, (tokens, layer, scale, shape.sinks_struct, rows)
     donated = () if held_bytes is None else (0,)
     compiled = try_compile(compiler, compiler.mesh(), function, pool, *args, donate_argnums=donated)
     if isinstance(compiled, str):

@@ -100,14 +100,14 @@ def compile_attention(
     rows = rows_struct(num_rows, -(-kv_len // page_size))
     mesh = compiler.mesh(target)
 
-    def attend(q, pool, layer, scale, rows):
+    def attend(q, pool, layer, scale, sinks, rows):
         return tpu.paged_attention(
-            q, pool, rows, shape.variant, layer=layer, kv_scale=scale, tiles=tiles
+            q, pool, rows, shape.variant, layer=layer, kv_scale=scale, sinks=sinks, tiles=tiles
         )
 
     scale = Struct((2,), jnp.float32)
     layer = Struct((), jnp.int32)
-    compiled = try_compile(compiler, mesh, attend, q, pool, layer, scale, rows)
+    compiled = try_compile(compiler, mesh, attend, q, pool, layer, scale, shape.sinks_struct, rows)
     if isinstance(compiled, str):
         return KernelFacts(error=compiled)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

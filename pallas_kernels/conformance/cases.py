@@ -2,6 +2,7 @@
 """What implementations are called with: cases that a wrong kernel cannot pass by luck."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ class Case:
       kv_dtype: of the pool.
       variant: of the attention.
       kv_scale: as in `pallas_kernels.paged_attention`; two numbers, or None.
+      sinks: likewise; float32[num_q_heads], or None.
     """
 
     q: np.ndarray
@@ -42,6 +44,7 @@ class Case:
     kv_dtype: Any = np.float32
     variant: AttentionVariant = _PLAIN
     kv_scale: tuple[float, float] | None = None
+    sinks: np.ndarray | None = None
 
     @property
     def index(self) -> tuple[jax.Array, ...]:
@@ -55,6 +58,8 @@ class Case:
         options = dataclasses.asdict(self.variant)
         if self.kv_scale is not None:
             options["kv_scale"] = jnp.asarray(self.kv_scale, jnp.float32)
+        if self.sinks is not None:
+            options["sinks"] = jnp.asarray(self.sinks)
         return {name: value for name, value in options.items() if value is not None}
 
 
@@ -76,6 +81,7 @@ def make_case(
     written: bool = True,
     seed: int = 0,
     kv_scale: tuple[float, float] | None = None,
+    sinks: Sequence[float] | None = None,
     **variant: Any,
 ) -> Case:
     """Builds a case of rows `(q_len, kv_len)`.
@@ -97,6 +103,7 @@ def make_case(
       written: whether this step's cells are filled.
       seed: of everything drawn.
       kv_scale: see `Case`.
+      sinks: see `Case`; taken by the heads in turn.
       **variant: fields of `AttentionVariant`.
     """
     rng = np.random.default_rng(seed)
@@ -167,6 +174,7 @@ def make_case(
         kv_dtype=kv_dtype,
         variant=AttentionVariant(**variant),
         kv_scale=kv_scale,
+        sinks=None if sinks is None else np.resize(np.asarray(sinks, np.float32), num_q_heads),
     )
 
 

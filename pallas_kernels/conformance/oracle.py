@@ -54,11 +54,14 @@ def dense_attention(case: Case, **variant: Any) -> tuple[np.ndarray, np.ndarray]
                 if cap is not None:
                     scores = cap * np.tanh(scores / cap)
                     score_error += _FUNCTION_ULPS * u * cap
-                weights = np.exp(scores - scores.max())
-                weights /= weights.sum()
+                sink = -np.inf if case.sinks is None else float(case.sinks[head])
+                peak = max(scores.max(), sink)
+                weights = np.exp(scores - peak)
+                weights /= weights.sum() + np.exp(sink - peak)
                 out[token, head] = weights @ value
                 # Rounding of differences of scores, each step's own and of the running maximum's.
-                score_error += 4 * u * np.abs(scores).max()
+                largest = max(np.abs(scores).max(), abs(sink) if np.isfinite(sink) else 0)
+                score_error += 4 * u * largest
                 blocks = -(-len(scores) // _LEAST_BLOCK) + 1
                 relative = np.expm1(2 * score_error) + _FUNCTION_ULPS * u * blocks
                 relative += 2 * (len(scores) + 2) * u + weight_u

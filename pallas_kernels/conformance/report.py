@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.pallas_kernels.conformance.cases import Case, make_case
 from jpaged.pallas_kernels.conformance.checks import check_attention, check_copy, check_write
@@ -47,6 +48,15 @@ def suite(dtype: Any = jnp.float32) -> dict[str, Callable[[], Case]]:
     cases["sliding_window 4, decode"] = {"lens": [(1, 104), (1, 33), (1, 250)], "sliding_window": 4}
     cases["sliding_window 40, decode"] = {"lens": _DECODE, "sliding_window": 40}
     cases["soft_cap and sm_scale"] = {"lens": _MIXED, "soft_cap": 1.5, "sm_scale": 0.7}
+    # Heads without, with one that a key outweighs, that outweighs most, and that takes all.
+    sinks = (-np.inf, -3.0, 0.5, 2.0, 30.0, 200.0)
+    for kind, lens in (("decode", _DECODE), ("prefill", _PREFILL), ("mixed", _MIXED)):
+        cases[f"sinks, {kind}"] = {"lens": lens, "num_q_heads": 12, "sinks": sinks}
+    cases["sinks, sliding_window 17"] = cases["sinks, mixed"] | {"sliding_window": 17}
+    cases["sinks, soft_cap and sm_scale"] = cases["sinks, mixed"] | {
+        "soft_cap": 1.5,
+        "sm_scale": 0.7,
+    }
     for q, kv in ((1, 1), (8, 8), (8, 1), (5, 1), (9, 3), (14, 2), (16, 1), (32, 8)):
         cases[f"{q} query heads, {kv} KV heads"] = {
             "lens": _SMALL,

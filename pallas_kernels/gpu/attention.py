@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paged attention for NVIDIA GPUs: what the lowerings share, and which of them a call gets."""
 
+import dataclasses
 import functools
 import importlib
 from typing import Protocol, cast
@@ -67,7 +68,7 @@ class Lowering(Protocol):
 
 
 def paged_attention(
-    q, kv_pages, rows: Rows, variant: AttentionVariant, *, layer, kv_scale
+    q, kv_pages, rows: Rows, variant: AttentionVariant, *, layer, kv_scale, sinks=None
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`.
 
@@ -78,7 +79,15 @@ def paged_attention(
     chip = target_chip()
     lowering = choose_lowering(q, chip)
     return _attend(
-        q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, chip=chip, lowering=lowering
+        q,
+        kv_pages,
+        rows,
+        variant,
+        layer=layer,
+        kv_scale=kv_scale,
+        sinks=sinks,
+        chip=chip,
+        lowering=lowering,
     )
 
 
@@ -91,10 +100,12 @@ def _attend(
     *,
     layer,
     kv_scale,
+    sinks,
     chip: Chip,
     lowering: Lowering,
 ) -> jax.Array:
     plan = lowering.plan_attention(q, kv_pages, rows, chip)
+    plan = dataclasses.replace(plan, has_sinks=sinks is not None)
     tiles, splits = work.make_tiles(rows, q.shape[0], plan=plan, variant=variant)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
     out = lowering.attend_tiles(
@@ -108,7 +119,7 @@ def _attend(
         chip=chip,
         variant=variant,
     )
-    return work.merge_splits(out, splits, plan)
+    return work.merge_splits(out, splits, plan, sinks)
 
 
 def choose_lowering(q: jax.Array, chip: Chip) -> Lowering:

@@ -289,7 +289,7 @@ class _Warpgroup:
             for start, count in pieces(width, out_smem_ref.shape[2]):
                 piece = results[:, start : start + count].astype(self.plan.out_type.dtype)
                 store(piece, lane + start)
-        if self.plan.num_splits > 1:
+        if self.plan.gives_lse:
             lse = peak / _LOG2_E + jnp.log(total)
             store(_over_lanes(lse, (rows, work.LSE_LANES)), self.plan.head_dim)
 

@@ -305,7 +305,7 @@ def attention_kernel(
         out = acc * (result_scale / total)[:, None]
         at = (split, head, *_grid(query_row, lane))
         plt.store(out_ref.at[at], out.astype(out_ref.dtype), mask=within(own, lane))
-        if plan.num_splits > 1:
+        if plan.gives_lse:
             lse = peak / _LOG2_E + jnp.log(total)
             lse_lane = head_dim + jnp.arange(work.LSE_LANES, dtype=jnp.int32)
             at = (split, head, *_grid(query_row, lse_lane))

@@ -63,6 +63,7 @@ class AttentionPlan:
       query_rows: query rows of the step, padded to hold a tile.
       max_tiles: tiles at most.
       num_splits: splits of a tile's keys at most.
+      has_sinks: whether sinks are merged with what the splits give.
     """
 
     num_q_heads: int
@@ -77,6 +78,7 @@ class AttentionPlan:
     query_rows: int
     max_tiles: int
     num_splits: int
+    has_sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -89,17 +91,22 @@ class AttentionPlan:
         return self.tile_rows // self.group
 
     @property
+    def gives_lse(self) -> bool:
+        """Whether a kernel gives the logarithms that `merge_splits` needs, and float32 results."""
+        return self.num_splits > 1 or self.has_sinks
+
+    @property
     def out_lanes(self) -> int:
         """Lanes of a query row of results."""
-        return self.head_dim + (LSE_LANES if self.num_splits > 1 else 0)
+        return self.head_dim + (LSE_LANES if self.gives_lse else 0)
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
         """What a kernel gives: [num_splits, num_kv_heads, query_rows, out_lanes].
 
-        float32 with `LSE_LANES` where there are several splits, finished results otherwise.
+        float32 with `LSE_LANES` where there is something to merge, finished results otherwise.
         """
-        dtype = jnp.float32 if self.num_splits > 1 else self.dtype
+        dtype = jnp.float32 if self.gives_lse else self.dtype
         shape = (self.num_splits, self.num_kv_heads, self.query_rows, self.out_lanes)
         return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -234,7 +241,9 @@ def make_tiles(
     return jnp.stack([fields[name] for name in FIELDS], axis=1), splits
 
 
-def merge_splits(out: jax.Array, splits: jax.Array, plan: AttentionPlan) -> jax.Array:
+def merge_splits(
+    out: jax.Array, splits: jax.Array, plan: AttentionPlan, sinks: jax.Array | None = None
+) -> jax.Array:
     """What the splits gave, as results: zeros for padding tokens.
 
     Args:
@@ -242,6 +251,7 @@ def merge_splits(out: jax.Array, splits: jax.Array, plan: AttentionPlan) -> jax.
         of splits that a tile does not have, anything.
       splits: i32[num_tokens], as `make_tiles` gives them.
       plan: sizes.
+      sinks: f32[num_q_heads] if the plan has them: of each head, one more split without a result.
 
     Returns:
       dtype[num_tokens, num_q_heads, head_dim].
@@ -249,7 +259,7 @@ def merge_splits(out: jax.Array, splits: jax.Array, plan: AttentionPlan) -> jax.
     num_tokens = splits.shape[0]
     out = out[:, :, : num_tokens * plan.group]
     out = out.reshape(*out.shape[:2], num_tokens, plan.group, plan.out_lanes)
-    if plan.num_splits == 1:
+    if not plan.gives_lse:
         live = (splits > 0)[None, :, None, None]
         out = jnp.where(live, out[0], jnp.zeros((), out.dtype))
     else:
@@ -257,8 +267,13 @@ def merge_splits(out: jax.Array, splits: jax.Array, plan: AttentionPlan) -> jax.
         live = live[:, None, :, None]
         lse = jnp.where(live, out[..., plan.head_dim], -jnp.inf)
         peak = lse.max(axis=0, keepdims=True)
-        weights = jnp.exp(lse - jnp.where(live.any(axis=0, keepdims=True), peak, 0))
-        weights = weights / jnp.maximum(weights.sum(axis=0, keepdims=True), _TINY)
+        peak = jnp.where(live.any(axis=0, keepdims=True), peak, 0)
+        weights = jnp.exp(lse - peak)
+        total = weights.sum(axis=0, keepdims=True)
+        if sinks is not None:
+            # Infinite where it leaves the keys less than float32 can tell from nothing.
+            total += jnp.exp(sinks.reshape(1, plan.num_kv_heads, 1, plan.group) - peak)
+        weights = weights / jnp.maximum(total, _TINY)
         results = jnp.where(live[..., None], out[..., : plan.head_dim], 0)
         out = (weights[..., None] * results).sum(axis=0).astype(plan.dtype)
     return out.swapaxes(0, 1).reshape(num_tokens, plan.num_q_heads, plan.head_dim)

@@ -40,6 +40,7 @@ def paged_attention(
     *,
     layer,
     kv_scale,
+    sinks=None,
     tiles: TpuTiles | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`; `tiles` replace those of `tuning`.
@@ -69,6 +70,7 @@ def paged_attention(
             work,
             layer,
             scale,
+            sinks,
             plan=plan,
             variant=variant,
             name="paged_attention_decode" if decode else "paged_attention_prefill",
@@ -109,7 +111,9 @@ def _from_blocks(out, num_tokens: int, plan: AttentionPlan):
     return out[:num_tokens]
 
 
-def _attend_tiles(q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, variant, name):
+def _attend_tiles(
+    q_blocks, kv_pages, page_table, tiles, layer, scale, sinks, *, plan, variant, name
+):
     num_rows, pages_per_seq = page_table.shape
     num_parts = plan.num_parts(pages_per_seq)
     # A part is a row of its own with nothing above or below it: copied without stride.
@@ -143,8 +147,11 @@ def _attend_tiles(q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, 
     heads, rows = plan.num_kv_heads, plan.num_kv_heads * plan.score_rows
     part = (1, 1, plan.table_part)
     out_block = (1, heads, plan.block_rows, plan.head_dim)
+    scalar_array = pl.BlockSpec(memory_space=pltpu.SMEM)
     return pl.pallas_call(
-        functools.partial(attention_kernel, plan=plan, variant=variant),
+        functools.partial(
+            attention_kernel, plan=plan, variant=variant, has_sinks=sinks is not None
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(jnp.maximum(num_spans, 1),),
@@ -153,7 +160,8 @@ def _attend_tiles(q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, 
                 pl.BlockSpec(part, next_part_index, memory_space=pltpu.SMEM),
                 pl.BlockSpec((1, *q_blocks.shape[1:]), block_index),
                 pl.BlockSpec(memory_space=pltpu.HBM),
-                pl.BlockSpec(memory_space=pltpu.SMEM),
+                scalar_array,
+                *([] if sinks is None else [scalar_array]),
             ],
             out_specs=pl.BlockSpec(out_block, block_index),
             scratch_shapes=[
@@ -171,4 +179,7 @@ def _attend_tiles(q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, 
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(plan.vmem_bytes)
         ),
         name=name,
-    )(spans, scalars, page_table, page_table, q_blocks, in_hbm(kv_pages), scale)
+    )(
+        *(spans, scalars, page_table, page_table, q_blocks, in_hbm(kv_pages), scale),
+        *(() if sinks is None else (sinks,)),
+    )

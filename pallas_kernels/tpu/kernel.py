@@ -26,21 +26,26 @@ def attention_kernel(
     q_ref,  # [1, num_kv_heads, block_rows, key_lanes]
     kv_pages_ref,  # HBM [num_layers, num_pages, num_kv_heads, page_size, kv_dim]
     scale_ref,  # SMEM f32[2], what scores and results are multiplied by
+    *refs,
+    # Input, if there are sinks
+    # sinks_ref,  # SMEM f32[num_q_heads]
     # Output
-    out_ref,  # [1, num_kv_heads, block_rows, head_dim]
+    # out_ref,  # [1, num_kv_heads, block_rows, head_dim]
     # Scratch
-    pages_ref,  # [2, group_pages, num_kv_heads, page_size, kv_dim]
-    scores_ref,  # f32[softmax_heads * score_rows, group_tokens]
-    peak_ref,  # f32[num_kv_heads * score_rows, 128], largest score so far, the same in all lanes
-    total_ref,  # f32[num_kv_heads * score_rows, 128], sum of weights, the same in all lanes
-    acc_ref,  # f32[num_kv_heads * score_rows, acc_lanes], sum of weighted values
-    slot_ref,  # SMEM i32[1], which half of pages_ref the span's first group is in
-    sems,  # DMA[2], one a half of pages_ref
-    *,
+    # pages_ref,  # [2, group_pages, num_kv_heads, page_size, kv_dim]
+    # scores_ref,  # f32[softmax_heads * score_rows, group_tokens]
+    # peak_ref,  # f32[num_kv_heads * score_rows, 128], largest score so far, the same in all lanes
+    # total_ref,  # f32[num_kv_heads * score_rows, 128], sum of weights, the same in all lanes
+    # acc_ref,  # f32[num_kv_heads * score_rows, acc_lanes], sum of weighted values
+    # slot_ref,  # SMEM i32[1], which half of pages_ref the span's first group is in
+    # sems,  # DMA[2], one a half of pages_ref
     plan: AttentionPlan,
     variant: AttentionVariant,
+    has_sinks: bool,
 ):
     """One span of a tile: all of its groups of pages, and the start of the next span's first."""
+    sinks_ref, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
+    out_ref, pages_ref, scores_ref, peak_ref, total_ref, acc_ref, slot_ref, sems = refs
     span, num_spans, layer = pl.program_id(0), scalars_ref[0], scalars_ref[1]
 
     def field(name, of=span):
@@ -161,7 +166,11 @@ def attention_kernel(
         lane = plan.head_dim - plan.value_lanes[0]
         for head in range(plan.num_kv_heads):
             at = pl.ds(head * plan.score_rows, plan.score_rows)
-            total = jnp.maximum(total_ref[at, :], jnp.finfo(jnp.float32).tiny)
+            total = total_ref[at, :]
+            if sinks_ref is not None:
+                # Infinite where it leaves the keys less than float32 can tell from nothing.
+                total += jnp.exp(_sinks_of(head, sinks_ref, plan) - peak_ref[at, :])
+            total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
             out = acc_ref[at, :] * _lanes(scale_ref[1] / total, plan.acc_lanes)
             out = out[:, lane : lane + plan.head_dim].astype(out_ref.dtype)
             at = (0, head, pl.ds(0, plan.score_rows), slice(None))
@@ -243,6 +252,17 @@ def _attend_group(
             added = multiply(weights[own].astype(plan.dtype), values, (((1,), (0,)), ((), ())))
             at = pl.ds(head * rows, rows)
             acc_ref[at, :] = acc_ref[at, :] * shrink[own] + added
+
+
+def _sinks_of(head, sinks_ref, plan: AttentionPlan):
+    """f32[score_rows, 128]: the sink of each row of a KV head, the same in all lanes."""
+    shape = (plan.score_rows, LANES)
+    group = plan.num_q_heads // plan.num_kv_heads
+    of_group = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // plan.q_tile
+    sinks = jnp.full(shape, sinks_ref[head * group])
+    for i in range(1, group):
+        sinks = jnp.where(of_group == i, sinks_ref[head * group + i], sinks)
+    return sinks
 
 
 def _lanes(x, lanes: int):

@@ -23,7 +23,7 @@ _MASKED = -1e30
 # Jitted by itself so that a model's layers, which differ in `layer` alone, trace and lower it once.
 @functools.partial(jax.jit, static_argnames="variant")
 def paged_attention(
-    q, kv_pages, rows: Rows, variant: AttentionVariant, *, layer, kv_scale
+    q, kv_pages, rows: Rows, variant: AttentionVariant, *, layer, kv_scale, sinks=None
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`.
 
@@ -103,9 +103,13 @@ def paged_attention(
         )
         first_key = 0 if variant.sliding_window is None else variant.lowest_key(start)
         last_key = jnp.minimum(start + tile, kv_len)
-        _, total, acc = jax.lax.fori_loop(
+        peak, total, acc = jax.lax.fori_loop(
             first_key // block, (last_key + block - 1) // block, attend_block, state
         )
+        if sinks is not None:
+            # Infinite where it leaves the keys less than float32 can tell from nothing.
+            sink = jnp.repeat(sinks.reshape(num_kv_heads, group), tile, axis=1)
+            total = total + jnp.exp(sink[..., None] - peak)
         values = acc[..., head_dim:] if tile == 1 else acc
         return values * scale[1] / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
 

@@ -9,11 +9,23 @@ copy_pages = reference.copy_pages
 
 
 def paged_attention(
-    q, kv_pages, page_table, kv_lens, cu_q_lens, num_seqs, *, layer=0, kv_scale=None, **variant
+    q,
+    kv_pages,
+    page_table,
+    kv_lens,
+    cu_q_lens,
+    num_seqs,
+    *,
+    layer=0,
+    kv_scale=None,
+    sinks=None,
+    **variant,
 ):
     rows = Rows(page_table, kv_lens, cu_q_lens, num_seqs)
     variant = AttentionVariant(**variant)
-    return reference.paged_attention(q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale)
+    return reference.paged_attention(
+        q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
+    )
 
 
 def write_kv(kv_pages, k, v, page_table, kv_lens, cu_q_lens, num_seqs, *, layer=0, kv_scale=None):

@@ -32,6 +32,8 @@ REPRESENTATIVE = [
     ("v5p", "head_dim 256, float32 pages"),
     pytest.param("v5p", "9 query heads, 3 KV heads", marks=pytest.mark.nightly),
     ("v6e", "16 query heads, 1 KV heads"),
+    ("v6e", "sinks"),
+    pytest.param("v5e", "sinks, 1 row", marks=pytest.mark.nightly),
     pytest.param("v6e", "512 rows of 131,072 tokens", marks=pytest.mark.nightly),
     ("7x", "head_dim 96, page_size 64"),
     ("7x", "head_dim 128, float8_e4m3fn pages"),

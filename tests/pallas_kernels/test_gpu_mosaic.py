@@ -40,6 +40,7 @@ ALWAYS = {
         "int8 pages",
         "float8_e4m3fn pages",
         "33,000 tokens, sliding_window 100",
+        "sinks, sliding_window 17",
     },
     (10, 0): {"decode, page_size 16", "head_dim 96, mixed", "int8 pages"},
 }

@@ -4,6 +4,7 @@
 Interpreted, a case takes about a second, nearly all of it compilation, so that most run nightly.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -42,12 +43,17 @@ ALWAYS = {
     "float8_e4m3fn pages",
     "33,000 tokens, sliding_window 100",
     "one row, without queries",
+    "sinks, decode",
+    "sinks, sliding_window 17",
 }
 
 
-def paged_attention(q, kv_pages, *index, layer, kv_scale=None, chip=L4, interpret=True, **variant):
+def paged_attention(
+    q, kv_pages, *index, layer, kv_scale=None, sinks=None, chip=L4, interpret=True, **variant
+):
     rows, variant = Rows(*index), AttentionVariant(**variant)
     plan = triton.plan_attention(q, kv_pages, rows, chip)
+    plan = dataclasses.replace(plan, has_sinks=sinks is not None)
     tiles, splits = work.make_tiles(rows, q.shape[0], plan=plan, variant=variant)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale
     out = triton.attend_tiles(
@@ -61,7 +67,7 @@ def paged_attention(q, kv_pages, *index, layer, kv_scale=None, chip=L4, interpre
         variant=variant,
         interpret=interpret,
     )
-    return work.merge_splits(out, splits, plan)
+    return work.merge_splits(out, splits, plan, sinks)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -40,6 +40,7 @@ ALWAYS = {
     "int8 pages",
     "float8_e4m3fn pages",
     "one row, without queries",
+    "sinks, mixed",
 }
 REFUSED = {"float16, decode", "float16, mixed"}
 CASES = conformance.suite()

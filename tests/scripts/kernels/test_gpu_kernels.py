@@ -25,7 +25,7 @@ compiles = [
 # One for each target, and every kind of case nightly, for some target; all: `gpu_kernels`.
 ALWAYS = {
     "a100": ["head_dim 64, int8 pages"],
-    "h100": ["head_dim 256, int8 pages"],
+    "h100": ["head_dim 256, int8 pages", "sinks"],
     "b200": ["head_dim 64, page_size 64"],
 }
 NIGHTLY = {
@@ -52,6 +52,7 @@ NIGHTLY = {
         "16 query heads, 1 KV heads",
         "131,072 tokens in pages of 8",
         "both",
+        "sinks, 1 row",
     ],
 }
 
