@@ -10,6 +10,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # few: one a core unless told.
 os.environ.setdefault("PJRT_NPROC", "8")
 
+# Compilation is most of the suite's time, and LLVM's optimisations are a third of it. Read once,
+# with the first device: the compilers of other chips and the programs that tests start optimise.
+_XLA_FLAGS = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {_XLA_FLAGS or ''}"
+
 import jax
 
 from jpaged.pallas_kernels.aot import TpuCompiler, find_libtpu
@@ -19,6 +24,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 # Mixed dtypes and silently broadcast ranks are bugs until shown otherwise.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+jax.devices()
+if _XLA_FLAGS is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = _XLA_FLAGS
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,11 +42,12 @@ def _compilation_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Where the programs that tests start keep what they compile, unless their flags name another.
+    """Where the programs that tests start keep what they compile, unless they name another.
 
     Apart from the tests' own: a program that a test kills may leave half an entry, of which jax
     warns, and warnings are errors here.
     """
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))
     return os.environ["JAX_COMPILATION_CACHE_DIR"]
 
