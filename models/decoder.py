@@ -50,7 +50,8 @@ class Decoder:
 
     def abstract_params(self, dtype: jnp.dtype = jnp.float32) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
-        return jax.eval_shape(functools.partial(self.init, dtype=dtype), jax.random.key(0))
+        leaves, tree = _abstract_leaves(dataclasses.replace(self, mesh=None), dtype)
+        return jax.tree.unflatten(tree, leaves)
 
     @property
     def num_params(self) -> int:
@@ -113,6 +114,14 @@ class Decoder:
         return _DecoderModule(
             self.config, functools.partial(_dense_attend, batch=batch), False, dtype
         )
+
+
+# To trace a layer takes most of what loading a small model takes, and loading asks more than once.
+@functools.lru_cache(maxsize=8)
+def _abstract_leaves(decoder: Decoder, dtype: jnp.dtype) -> tuple[list[Any], Any]:
+    """The leaves of `Decoder.abstract_params`, and their tree."""
+    init = functools.partial(decoder.init, dtype=dtype)
+    return jax.tree.flatten(jax.eval_shape(init, jax.random.key(0)))
 
 
 def stack_layers(params: Params) -> Params:
