@@ -10,11 +10,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # few: one a core unless told.
 os.environ.setdefault("PJRT_NPROC", "8")
 
-# Compilation is most of the suite's time, and LLVM's optimisations are a third of it. Read once,
-# with the first device: the compilers of other chips and the programs that tests start optimise.
-_XLA_FLAGS = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {_XLA_FLAGS or ''}"
-
 import jax
 
 from jpaged.pallas_kernels.aot import TpuCompiler, find_libtpu
@@ -25,11 +20,14 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-jax.devices()
-if _XLA_FLAGS is None:
-    del os.environ["XLA_FLAGS"]
-else:
-    os.environ["XLA_FLAGS"] = _XLA_FLAGS
+# Compilation is most of the suite's time, and LLVM's optimisations are a third of it. The flags are
+# read once, with the first device: the compilers of other chips, and programs that tests start,
+# optimise as they do for users.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    with pytest.MonkeyPatch.context() as _patch:
+        _flags = os.environ.get("XLA_FLAGS", "")
+        _patch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level=0 {_flags}")
+        jax.devices()
 
 
 @pytest.fixture(autouse=True, scope="session")
