@@ -55,7 +55,8 @@ class Decoder:
 
     def abstract_params(self, dtype: jnp.dtype = jnp.float32) -> Params:
         """The parameter tree as `jax.ShapeDtypeStruct`s, without computing anything."""
-        return jax.eval_shape(functools.partial(self.init, dtype=dtype), jax.random.key(0))
+        leaves, tree = _abstract_leaves(dataclasses.replace(self, mesh=None), dtype)
+        return jax.tree.unflatten(tree, leaves)
 
     @property
     def num_params(self) -> int:
@@ -120,6 +121,14 @@ class Decoder:
     def _dense_module(self, batch: int, dtype: jnp.dtype) -> "_DecoderModule":
         attend = functools.partial(_dense_attend, batch=batch)
         return _DecoderModule(self.config, attend, False, dtype, self.max_length)
+
+
+# To trace a layer takes most of what loading a small model takes, and loading asks more than once.
+@functools.lru_cache(maxsize=8)
+def _abstract_leaves(decoder: Decoder, dtype: jnp.dtype) -> tuple[list[Any], Any]:
+    """The leaves of `Decoder.abstract_params`, and their tree."""
+    init = functools.partial(decoder.init, dtype=dtype)
+    return jax.tree.flatten(jax.eval_shape(init, jax.random.key(0)))
 
 
 def num_repetitions(config: ModelConfig) -> int:

@@ -62,8 +62,9 @@ def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     if "compilation_cache_dir" not in flag_values:
         flags.DEFINE_string(
             "compilation_cache_dir",
-            _DEFAULT_CACHE_DIR,
-            "Where compiled programs are kept for the next start; empty keeps none.",
+            os.environ.get("JAX_COMPILATION_CACHE_DIR", _DEFAULT_CACHE_DIR),
+            "Where compiled programs are kept for the next start; empty keeps none. The default is "
+            f"jax's own setting, JAX_COMPILATION_CACHE_DIR, and without it {_DEFAULT_CACHE_DIR}.",
             flag_values=flag_values,
         )
 

@@ -20,6 +20,15 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Compilation is most of the suite's time, and LLVM's optimisations are a third of it. The flags are
+# read once, with the first device: the compilers of other chips, and programs that tests start,
+# optimise as they do for users.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    with pytest.MonkeyPatch.context() as _patch:
+        _flags = os.environ.get("XLA_FLAGS", "")
+        _patch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level=0 {_flags}")
+        jax.devices()
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _compilation_cache(tmp_path_factory):
@@ -31,11 +40,12 @@ def _compilation_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
-    """Where the programs that tests start keep what they compile, unless their flags name another.
+    """Where the programs that tests start keep what they compile, unless they name another.
 
     Apart from the tests' own: a program that a test kills may leave half an entry, of which jax
     warns, and warnings are errors here.
     """
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("programs"))
     return os.environ["JAX_COMPILATION_CACHE_DIR"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as SequenceOf
 
-from jpaged.host.admission import Admission, SchedulerConfig, check_fits
+from jpaged.host.admission import Admission, SchedulerConfig
 from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import take_pages
@@ -67,10 +67,9 @@ class Scheduler:
         """Queues a request that `admission.check_fits` lets pass.
 
         Args:
-          request: as it was made.
+          request: as it was made; without the check it might wait for ever.
           salt: requests with equal ones share the pages of equal prefixes.
         """
-        check_fits(request, self.config, self.table)
         self._set_root(request, salt)
         self._queues.waiting.append(request.sequences[0])
 

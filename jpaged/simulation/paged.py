@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's half of an engine without a device: real scheduler, pool and page table."""
 
-from jpaged.host.admission import SchedulerConfig
+from jpaged.host.admission import SchedulerConfig, check_fits
 from jpaged.host.growth.base import Outcome
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
@@ -86,6 +86,7 @@ class PagedSimulator:
             seed=0,
             max_model_len=self.scheduler.config.max_model_len,
         )
+        check_fits(request, self.scheduler.config, self.table)
         self.scheduler.add(request)
         self._num_added += 1
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from jpaged.host.admission import RequestTooLongError, SchedulerConfig
+from jpaged.host.admission import RequestTooLongError, SchedulerConfig, check_fits
 from jpaged.host.growth import growth_of
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
@@ -29,6 +29,7 @@ def add(scheduler, request_id, prompt_len, max_tokens=8, **params):
     request = Request(
         request_id, prompt, params, seed=0, max_model_len=max_model_len, growth=growth
     )
+    check_fits(request, scheduler.config, scheduler.table)
     scheduler.add(request)
     return request.sequences[0]
 

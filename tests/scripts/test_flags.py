@@ -189,6 +189,16 @@ class TestCompilationCache:
         # A default that cannot be written is not the user's fault.
         assert enable_compilation_cache(self.values(name, given=False)) is None
 
+    @pytest.mark.parametrize("own", ["/tmp/x", "", None])
+    def test_jaxs_own_setting_is_the_default(self, own, monkeypatch):
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        if own is not None:
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
+        values = flags.FlagValues()
+        define_engine_flags(values)
+        values(["program"])
+        assert values.compilation_cache_dir == ("~/.cache/jpaged/xla" if own is None else own)
+
     def test_a_file(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(app.UsageError, match="File exists"):
