@@ -11,6 +11,7 @@ import tokenizers
 from jpaged.chat import ChatTemplate
 from jpaged.chat_methods import ChatMethods
 from jpaged.defaults import model_defaults
+from jpaged.device.compilation_cache import keep_programs
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype, plan_pool
 from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
@@ -74,6 +75,7 @@ class Engine(ChatMethods):
             message has the value and the limit.
         """
         config = engine_config(config)
+        keep_programs(config.compilation_cache_dir)
         instance_of("model_config", model_config, ModelConfig)
         check_params(model_config, params)
         if tokenizer is not None:
@@ -139,6 +141,7 @@ class Engine(ChatMethods):
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
         config = engine_config(config)
+        keep_programs(config.compilation_cache_dir)  # reading compiles too
         model_config, params, tokenizer, defaults, template = read_model(model_path, config)
         return cls(model_config, params, config, tokenizer, defaults, template)
 

@@ -40,7 +40,6 @@ from jpaged.scripts.conversations import (
 )
 from jpaged.scripts.flags import (
     define_engine_flags,
-    enable_compilation_cache,
     engine_config_from_flags,
     log_to_stderr,
     run,
@@ -89,7 +88,6 @@ def main(argv: list[str]) -> None:
         # What a template says to such a conversation it says before the weights are read.
         probe = [*system, {"role": "user", "content": "Hello"}]
         chat_template_of(model).render(probe, **options, add_generation_prompt=True)
-        enable_compilation_cache()
         engine = Engine.load(model, engine_config_from_flags())
     if params.temperature is None and engine.defaults.params.temperature is None:
         params = dataclasses.replace(params, temperature=0.7)

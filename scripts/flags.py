@@ -24,7 +24,6 @@ from jpaged.scripts import interrupts
 # the script's --help shows it.
 flags.disclaim_key_flags()
 
-_DEFAULT_CACHE_DIR = "~/.cache/jpaged/xla"
 _READER_GONE = 141  # as shells report what SIGPIPE has ended
 _OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
 _LOST = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.ENXIO, errno.EAGAIN}
@@ -35,7 +34,7 @@ class OutputError(Exception):
 
 
 def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines a flag for every field of `EngineConfig`, and --compilation_cache_dir.
+    """Defines a flag for every field of `EngineConfig`.
 
     Names, defaults and help texts are those of the fields. A second call changes nothing.
 
@@ -59,14 +58,6 @@ def define_engine_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
             str: flags.DEFINE_string,
         }[kind]
         define(name, default, helps[name], flag_values=flag_values)
-    if "compilation_cache_dir" not in flag_values:
-        flags.DEFINE_string(
-            "compilation_cache_dir",
-            os.environ.get("JAX_COMPILATION_CACHE_DIR", _DEFAULT_CACHE_DIR),
-            "Where compiled programs are kept for the next start; empty keeps none. The default is "
-            f"jax's own setting, JAX_COMPILATION_CACHE_DIR, and without it {_DEFAULT_CACHE_DIR}.",
-            flag_values=flag_values,
-        )
 
 
 def engine_config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> EngineConfig:
@@ -83,37 +74,18 @@ def engine_config_from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Eng
         raise app.UsageError(str(e)) from e
 
 
-def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> pathlib.Path | None:
-    """Turns on JAX's persistent cache in --compilation_cache_dir, for small programs too.
-
-    Returns:
-      The directory, made where it was missing; None if the flag is empty, or if it was not given
-      and its default cannot be written, which is warned about.
+def enable_compilation_cache(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Does what --compilation_cache_dir says, for programs that compile before they make an engine.
 
     Raises:
       app.UsageError: if the directory that was given cannot be made or written.
     """
-    flag = flag_values["compilation_cache_dir"]
-    if not flag.value:
-        return None
-    import jax  # here, so that the flags can be used in a process without jax
+    from jpaged.device.compilation_cache import keep_programs  # here, as above
 
     try:
-        path = pathlib.Path(flag.value).expanduser()
-        path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no such home directory
-        reason = f"--compilation_cache_dir={flag.value}: {getattr(e, 'strerror', None) or e}"
-        if flag.present:
-            raise app.UsageError(reason) from e
-        logging.warning("%s; compiled programs are not kept", reason)
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    # A step is many programs, most of them small: each of them counts at the first token.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return path
+        keep_programs(flag_values["compilation_cache_dir"].value)
+    except ValueError as e:
+        raise app.UsageError(f"--{e}") from e
 
 
 def require_device() -> None:

@@ -54,7 +54,6 @@ from jpaged.scripts.conversations import (
 )
 from jpaged.scripts.flags import (
     define_engine_flags,
-    enable_compilation_cache,
     engine_config_from_flags,
     log_to_stderr,
     require_device,
@@ -111,7 +110,6 @@ def main(argv: list[str]) -> None:
             prompts = render_conversations(prompts, chat_template_of(model), options)
         elif options:
             raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
-        enable_compilation_cache()
         require_device()
         engine = Engine.load(model, engine_config_from_flags())
         params = [with_fallbacks(own, engine.defaults) for own in params]

@@ -18,7 +18,7 @@ MAX_FOLDER_LINES = {
     "jpaged": 3150,
     "jpaged/host": 4850,
     "jpaged/host/growth": 500,
-    "jpaged/device": 1100,
+    "jpaged/device": 1200,
     "jpaged/simulation": 1250,
     "jpaged/measure": 300,
     "models": 2950,

@@ -175,39 +175,14 @@ def test_together(parse):
 
 
 class TestCompilationCache:
-    def values(self, directory, *, given=True):
-        values = flags.FlagValues()
-        flags.DEFINE_string("compilation_cache_dir", str(directory), "", flag_values=values)
-        values(["program", f"--compilation_cache_dir={directory}"] if given else ["program"])
-        return values
-
-    @pytest.mark.parametrize("name", ["/proc/nothing", "/dev/null/below", "~nobody_of_this/x"])
-    def test_what_cannot_be_written(self, name, caplog):
-        with pytest.raises(app.UsageError, match="--compilation_cache_dir=") as error:
-            enable_compilation_cache(self.values(name))
-        assert "\n" not in str(error.value)
-        # A default that cannot be written is not the user's fault.
-        assert enable_compilation_cache(self.values(name, given=False)) is None
-
-    @pytest.mark.parametrize("own", ["/tmp/x", "", None])
-    def test_jaxs_own_setting_is_the_default(self, own, monkeypatch):
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-        if own is not None:
-            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", own)
+    def test_what_cannot_be_written_is_one_line(self):
         values = flags.FlagValues()
         define_engine_flags(values)
-        values(["program"])
-        assert values.compilation_cache_dir == ("~/.cache/jpaged/xla" if own is None else own)
-
-    def test_a_file(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(app.UsageError, match="File exists"):
-            enable_compilation_cache(self.values(tmp_path / "file"))
-
-    def test_without_permission(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-        with pytest.raises(app.UsageError, match="Permission denied"):
-            enable_compilation_cache(self.values(tmp_path))
+        values(["program", "--compilation_cache_dir=/proc/nothing"])
+        with pytest.raises(app.UsageError) as error:
+            enable_compilation_cache(values)
+        text = str(error.value)
+        assert text.startswith("--compilation_cache_dir=/proc/nothing: ") and "\n" not in text
 
 
 class TestEngineFlags:
@@ -218,7 +193,6 @@ class TestEngineFlags:
         values(["program"])
         assert engine_config_from_flags(values) == EngineConfig()
         assert all(values[name].help for name in values)
-        assert values.compilation_cache_dir
 
     def test_values_reach_the_config(self):
         values = flags.FlagValues()
