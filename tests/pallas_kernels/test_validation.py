@@ -40,14 +40,15 @@ COPY = {
     "dst_page_ids": array((3,), jnp.int32),
 }
 # Not arrays to trace.
-STATIC = ("sliding_window", "soft_cap", "sm_scale", "backend", "kv_scale")
+STATIC = ("sliding_window", "soft_cap", "sm_scale", "backend", "kv_scale", "sinks")
 
 
 def call(function, arguments):
     """Traces a public function without running it."""
     static = {name: arguments[name] for name in STATIC if name in arguments}
-    if isinstance(static.get("kv_scale"), jax.ShapeDtypeStruct):
-        del static["kv_scale"]
+    for name in ("kv_scale", "sinks"):
+        if isinstance(static.get(name), jax.ShapeDtypeStruct):
+            del static[name]
     traced = {name: value for name, value in arguments.items() if name not in static}
     return jax.eval_shape(functools.partial(function, **({"backend": "xla"} | static)), **traced)
 
@@ -82,6 +83,18 @@ def test_quantised_pools_are_supported(dtype):
 
 
 ATTENTION_FAULTS = [
+    (
+        {"sinks": array((2,))},
+        "sinks are for 2 heads, but q has 4",
+    ),
+    (
+        {"sinks": array((4, 1))},
+        "sinks has shape [4, 1], expected [num_q_heads]",
+    ),
+    (
+        {"sinks": array((4,), jnp.int32)},
+        "sinks has dtype int32, expected bfloat16, float16 or float32",
+    ),
     (
         {"q": array((5, 64))},
         "q has shape [5, 64], expected [num_tokens, num_q_heads, head_dim]",
@@ -288,7 +301,10 @@ NO_ARRAYS = [
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (pallas_kernels.paged_attention, ATTENTION | {"kv_scale": array((2,))}),
+        (
+            pallas_kernels.paged_attention,
+            ATTENTION | {"kv_scale": array((2,)), "sinks": array((4,))},
+        ),
         (pallas_kernels.write_kv, WRITE | {"kv_scale": array((2,))}),
         (pallas_kernels.copy_pages, COPY),
     ],
@@ -296,7 +312,7 @@ NO_ARRAYS = [
 def test_what_is_no_array_of_numbers(function, arguments, spoil, message):
     arguments = {name: np.ones(a.shape, a.dtype) for name, a in arguments.items()}
     for name, good in arguments.items():
-        if name == "kv_scale" and spoil(good) is None:
+        if name in ("kv_scale", "sinks") and spoil(good) is None:
             continue
         with pytest.raises(ValueError, match=f"^{name}{re.escape(message)}"):
             function(**(arguments | {name: spoil(good)}), backend="xla")
