@@ -42,11 +42,13 @@ class Scheduler:
         """Makes an idle scheduler over an empty page table."""
         self.config = config
         self.table = table
-        self.cache = PrefixCache(table.pool)
+        self.cache = PrefixCache(table.pool, table.kinds)
         self.swap_space = SwapSpace(config.num_host_pages)
         self.num_preemptions = 0
         self._queues = Queues(config.max_num_seqs)
         self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
+        # What is reserved ahead is kept.
+        self._releases = table.has_windows and config.reservation == "paged"
 
     @property
     def num_waiting(self) -> int:
@@ -165,15 +167,17 @@ class Scheduler:
           How many more tokens the step can compute.
         """
         budget, running = self.config.max_num_batched_tokens, self._queues.running
-        pool, size = self.table.pool, self.table.page_size
+        pool, size, groups = self.table.pool, self.table.page_size, self.table.num_groups
         index = 0
         while index < len(running) and budget:
             seq = running[index]
             if seq.request.is_single:
+                if self._releases:
+                    self._release_unseen(seq)
                 # Most are alone, and find pages: this is all that a step costs for them.
                 lacking = seq.num_tokens - seq.num_computed_tokens
                 num_tokens = min(lacking, budget)
-                if num_tokens // size + 2 <= pool.num_free_pages:
+                if (num_tokens // size + 2) * groups <= pool.num_free_pages:
                     budget -= num_tokens
                     index += 1 + self._plan_row(step, seq, num_tokens, num_tokens == lacking)
                     continue
@@ -181,6 +185,9 @@ class Scheduler:
             tokens = self._tokens_of(group, budget)
             if tokens is None:
                 break
+            if self._releases:
+                for each in group:
+                    self._release_unseen(each)
             if self._pages_needed(group, tokens) > pool.num_free_pages:
                 self._preempt_for(group, step)
                 continue
@@ -204,6 +211,17 @@ class Scheduler:
             tokens.append(min(count, budget))
             budget -= tokens[-1]
         return tokens
+
+    def _release_unseen(self, seq: Sequence) -> None:
+        """Gives back pages that nothing sees from here on.
+
+        That is this sequence from its next step on, and what may be forked off it (`fork`). A page
+        may have another owner in the step that is planned: those before it, which read it, come
+        first on the device.
+        """
+        assert seq.table_id is not None
+        next_query = min(seq.num_computed_tokens, seq.num_known_tokens - 1)
+        self.table.release_before(seq.table_id, next_query)
 
     def _pages_needed(self, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         if len(group) == 1:
