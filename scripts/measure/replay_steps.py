@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             deterministic=header.deterministic,
             record_steps=None,
         )
-        model_config, params, _, _ = read_model(_MODEL.value, config)
+        model_config, params, *_ = read_model(_MODEL.value, config)
         backend = resolve_backend(config.backend)
         runner = runner_of(
             config,
