@@ -11,6 +11,7 @@ Source: Zhang et al. 2025 (Jenga, arXiv:2503.18292), and the hybrid cache manage
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 from jpaged.models.config import ModelConfig
 
@@ -55,7 +56,18 @@ def one_group(num_layers: int, window: int | None = None) -> CacheGroups:
 
 
 def cache_groups(config: ModelConfig) -> CacheGroups:
-    """Puts the layers of a model into groups.
+    """Puts the layers of a model into groups: `group_layers` by what they see.
+
+    A window as long as the model's longest context is none.
+    """
+    seen = (a.variant.sliding_window for a in config.attentions)
+    longest = config.max_position_embeddings
+    windows = [None if window is None or window >= longest else window for window in seen]
+    return group_layers([windows[i % len(windows)] for i in range(config.num_layers)])
+
+
+def group_layers(sees: Sequence[int | None]) -> CacheGroups:
+    """Puts layers into groups.
 
     Where all see equally far there is one group. Otherwise the size is chosen that leaves the least
     share of a pool unused by padding, at most `_MAX_GROUPS` groups allowed; of sizes that do
@@ -63,24 +75,22 @@ def cache_groups(config: ModelConfig) -> CacheGroups:
     it is largest: while they are shorter than every window, all padding counts alike; when they are
     long, that of the layers that see farthest is all that matters.
 
-    Raises:
-      ModelConfigError: if layers have keys and values of different shapes (`ModelConfig` does).
+    Args:
+      sees: of each layer, the tokens that a query sees, itself included; None for all.
     """
-    longest = config.max_position_embeddings
     layers: dict[int | None, list[int]] = collections.defaultdict(list)
-    for index in range(config.num_layers):
-        window = config.layer(index).attention.variant.sliding_window
-        layers[None if window is None or window >= longest else window].append(index)
+    for index, window in enumerate(sees):
+        layers[window].append(index)
     windows = sorted(layers, key=lambda window: (window is not None, window))
     if len(windows) == 1:
-        return one_group(config.num_layers, windows[0])
+        return one_group(len(sees), windows[0])
     farthest = windows[0] if windows[0] is None else windows[-1]
     counts = {window: len(own) for window, own in layers.items()}
     most_groups = max(_MAX_GROUPS, len(windows))
 
     def unused(size: int) -> tuple[float, int]:
         groups = {window: -(-count // size) for window, count in counts.items()}
-        everywhere = 1 - config.num_layers / (size * sum(groups.values()))
+        everywhere = 1 - len(sees) / (size * sum(groups.values()))
         far = 1 - counts[farthest] / (size * groups[farthest])
         return max(everywhere, far), sum(groups.values())
 
@@ -93,5 +103,5 @@ def cache_groups(config: ModelConfig) -> CacheGroups:
             if place % size == 0:
                 of_groups.append(window)
             places[index] = len(of_groups) - 1, place % size
-    in_order = tuple(places[index] for index in range(config.num_layers))
+    in_order = tuple(places[index] for index in range(len(sees)))
     return CacheGroups(size, tuple(of_groups), in_order)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many cells of which page hold a token that somebody needs."""
 
+from collections.abc import Sequence
+
+from jpaged.host.groups import GroupKind
 from jpaged.host.page_pool import PagePool
 
 
@@ -12,39 +15,46 @@ class CellCounts:
     Attributes:
       filled: per bundle, cells that hold a token; 0 if nobody owns it.
       unneeded: of these, how many at its beginning its only owner needs no more.
-      num_live: of all pages in use, cells that hold a token that is needed.
+      live: of each kind of groups, cells of one group's pages that hold a token that is needed.
     """
 
-    def __init__(self, pool: PagePool, page_size: int):
+    def __init__(self, pool: PagePool, page_size: int, kinds: Sequence[GroupKind]):
         self.filled = [0] * pool.num_pages
         self.unneeded = [0] * pool.num_pages
-        self.num_live = 0
+        self.live = [0] * len(kinds)
+        self._kinds = kinds
         self._pool = pool
         self._page_size = page_size
 
-    def fill(self, page: int, count: int, width: int) -> None:
-        """Has a bundle of `width` pages hold so many tokens, no less than before."""
-        self.num_live += (count - self.filled[page]) * width
+    @property
+    def num_live(self) -> int:
+        """Cells of all pages in use that hold a token that is needed."""
+        counts = zip(self.live, self._kinds, strict=True)
+        return sum(count * kind.num_groups for count, kind in counts)
+
+    def fill(self, page: int, count: int, kind: int) -> None:
+        """Has a bundle of a kind hold so many tokens, no less than before."""
+        self.live[kind] += count - self.filled[page]
         self.filled[page] = count
 
-    def share(self, page: int, width: int) -> None:
+    def share(self, page: int, kind: int) -> None:
         """Counts a bundle that gets another owner, who may need all of it; a cached one is full."""
         more = self.unneeded[page]
         if not self.filled[page]:
             more = self.filled[page] = self._page_size
-        self.num_live += more * width
+        self.live[kind] += more
         self.unneeded[page] = 0
 
-    def skip(self, page: int, count: int, width: int) -> None:
+    def skip(self, page: int, count: int, kind: int) -> None:
         """Leaves the first cells of a bundle out, which its only owner needs no more."""
         more = min(count, self.filled[page]) - self.unneeded[page]
         if more > 0:
             self.unneeded[page] += more
-            self.num_live -= more * width
+            self.live[kind] -= more
 
-    def clear(self, page: int, width: int) -> None:
+    def clear(self, page: int, kind: int) -> None:
         """Counts no cell of a bundle that became free."""
-        self.num_live -= (self.filled[page] - self.unneeded[page]) * width
+        self.live[kind] -= self.filled[page] - self.unneeded[page]
         self.filled[page] = self.unneeded[page] = 0
 
     def of_pages(self) -> list[int]:

@@ -33,10 +33,6 @@ class GroupKind(typing.NamedTuple):
 # Of a model whose layers all see everything.
 ONE_GROUP = (GroupKind(None, 1),)
 
-# Tokens that a step may compute behind the first one that a query to come sees as the newest: one
-# that is computed anew, one on its way, and the one that is planned.
-_LEAST_CHUNK = 3
-
 
 def num_groups(kinds: Iterable[GroupKind]) -> int:
     """Groups of all kinds: what the pages of one logical page number."""
@@ -57,5 +53,5 @@ def most_pages(kind: GroupKind, page_size: int, num_tokens: int, chunk: int) -> 
         return pages
     # What the first query of a step sees before itself, and the step: wherever that begins in a
     # page.
-    span = kind.window - 1 + max(chunk, _LEAST_CHUNK)
+    span = kind.window - 1 + chunk
     return min(pages, -(-(span - 1) // page_size) + 1)

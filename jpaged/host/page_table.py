@@ -64,7 +64,7 @@ class PageTable:
         self._pages: dict[int, tuple[list[int], ...]] = {}
         self._released: dict[int, list[int]] = {}
         self._num_tokens: dict[int, int] = {}
-        self.cells = CellCounts(pool, page_size)
+        self.cells = CellCounts(pool, page_size, self.kinds)
         # A sequence keeps its line of it from `add` to `free`.
         self._array = PageArray(self.num_groups, pages_per_seq)
 
@@ -97,6 +97,10 @@ class PageTable:
         """Cells of used pages."""
         return self.pool.num_used_pages * self.page_size
 
+    def seqs(self) -> list[int]:
+        """The sequences that are known."""
+        return list(self._pages)
+
     def num_tokens(self, seq: int) -> int:
         """Tokens that `seq` has, those that were released included."""
         return self._num_tokens[seq]
@@ -108,10 +112,6 @@ class PageTable:
     def bundles(self, seq: int) -> tuple[list[int], ...]:
         """Of each kind the bundles of `seq`, as `pages`; not to be changed."""
         return self._pages[seq]
-
-    def fills(self) -> list[int]:
-        """Per page, how many cells hold a token of any of its owners; 0 if nobody owns it."""
-        return self.cells.of_pages()
 
     def add(self) -> int:
         """Returns a new sequence without tokens."""
@@ -156,9 +156,9 @@ class PageTable:
           num_tokens: how many; all pages but the last are full.
         """
         firsts = [next((i for i, page in enumerate(own) if page), len(own)) for own in pages]
-        for own, first, width in zip(pages, firsts, self._widths, strict=True):
+        for kind, (own, first) in enumerate(zip(pages, firsts, strict=True)):
             for page in own[first:]:
-                self.cells.share(page, width)
+                self.cells.share(page, kind)
             self.pool.share(own[first:])
         child = self.add()
         for kind, (own, first) in enumerate(zip(pages, firsts, strict=True)):
@@ -215,8 +215,8 @@ class PageTable:
             index, is_exclusive = held // self.page_size, self.pool.is_exclusive
             if all([is_exclusive(pages[index]) for pages in own]):
                 # Most appends, as short as can be: one more token in pages of its own.
-                for pages, width in zip(own, self._widths, strict=True):
-                    self.cells.fill(pages[index], filled + 1, width)
+                for kind, pages in enumerate(own):
+                    self.cells.fill(pages[index], filled + 1, kind)
                 self._num_tokens[seq] = held + 1
                 return []
         if num_tokens < 0:
@@ -237,13 +237,13 @@ class PageTable:
                     copies += self._replace_partial_page(seq, kind, new.pop())
                 self._extend(seq, kind, new)
         self._num_tokens[seq] = total
-        for pages, width in zip(own, self._widths, strict=True):
+        for kind, pages in enumerate(own):
             end, left = total, num_tokens
             while left > 0:
                 # The last page is filled up to the total, those before it to the end.
                 index = (end - 1) // self.page_size
                 cells = end - index * self.page_size
-                self.cells.fill(pages[index], cells, width)
+                self.cells.fill(pages[index], cells, kind)
                 end -= cells
                 left -= cells
         return copies
@@ -281,12 +281,12 @@ class PageTable:
             if index > first:
                 # The last one first, as in `free`.
                 for at in range(index - 1, first - 1, -1):
-                    self._release(pages[at], self._widths[kind])
+                    self._release(pages[at], kind)
                     pages[at] = NULL_PAGE
                 self._array.clear(self._rows[kind], seq, first, index)
                 self._released[seq][kind] = index
             if index >= first and index < len(pages) and self.pool.refcount(pages[index]) == 1:
-                self.cells.skip(pages[index], offset, self._widths[kind])
+                self.cells.skip(pages[index], offset, kind)
 
     def free(self, seq: int) -> None:
         """Forgets `seq`; its pages return to the pool where nobody else refers to them.
@@ -299,9 +299,9 @@ class PageTable:
         released = self._released.pop(seq)
         # The last one first: what is kept is evicted in this order.
         for index in range(len(own[0]) - 1, min(released) - 1, -1):
-            for pages, first, width in zip(own, released, self._widths, strict=True):
-                if index >= first:
-                    self._release(pages[index], width)
+            for kind, pages in enumerate(own):
+                if index >= released[kind]:
+                    self._release(pages[index], kind)
         self._array.free(seq, len(own[0]))
 
     def replace(self, seq: int, kind: int, index: int, page: int) -> None:
@@ -313,9 +313,9 @@ class PageTable:
           index: which of its pages, a full one.
           page: in use or cached, and full.
         """
-        self.cells.share(page, self._widths[kind])
+        self.cells.share(page, kind)
         self.pool.share([page])
-        self._release(self._pages[seq][kind][index], self._widths[kind])
+        self._release(self._pages[seq][kind][index], kind)
         self._pages[seq][kind][index] = page
         self._map(seq, kind, index, index + 1)
 
@@ -377,12 +377,12 @@ class PageTable:
     def _replace_partial_page(self, seq: int, kind: int, dst: int) -> list[tuple[int, int]]:
         """Has a sequence write to another bundle. Returns: which pages to copy to which."""
         index, filled = divmod(self._num_tokens[seq], self.page_size)
-        pages, width = self._pages[seq][kind], self._widths[kind]
+        pages = self._pages[seq][kind]
         src, pages[index] = pages[index], dst
         copies = list(zip(self.pool.bundle(src), self.pool.bundle(dst), strict=True))
-        self._release(src, width)
+        self._release(src, kind)
         self._map(seq, kind, index, index + 1)
-        self.cells.fill(dst, filled, width)
+        self.cells.fill(dst, filled, kind)
         return copies
 
     def _extend(self, seq: int, kind: int, new: list[int]) -> None:
@@ -395,6 +395,6 @@ class PageTable:
         pages = [self.pool.bundle(page) for page in self._pages[seq][kind][start:end]]
         self._array.put(self._rows[kind], seq, start, pages)
 
-    def _release(self, page: int, width: int) -> None:
+    def _release(self, page: int, kind: int) -> None:
         if self.pool.release(page):
-            self.cells.clear(page, width)
+            self.cells.clear(page, kind)

@@ -213,15 +213,14 @@ class Scheduler:
         return tokens
 
     def _release_unseen(self, seq: Sequence) -> None:
-        """Gives back pages that nothing sees from here on.
+        """Gives back pages that neither a sequence nor what is forked off it sees from here on.
 
-        That is this sequence from its next step on, and what may be forked off it (`fork`). A page
-        may have another owner in the step that is planned: those before it, which read it, come
-        first on the device.
+        A page may have another owner in the step that is planned: those before it, which read it,
+        come first on the device. What the host does not know when it plans a step is the newest
+        token alone, and that is read before anybody can ask for a fork.
         """
         assert seq.table_id is not None
-        next_query = min(seq.num_computed_tokens, seq.num_known_tokens - 1)
-        self.table.release_before(seq.table_id, next_query)
+        self.table.release_before(seq.table_id, seq.num_computed_tokens)
 
     def _pages_needed(self, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         if len(group) == 1:

@@ -99,10 +99,11 @@ class SwapSpace:
         ids: dict[Key, int] = {}
         for key, (old_pages, num_tokens) in group.held.items():
             own = [[now[page] for page in pages] for pages in old_pages]
-            for index, page in ((i, p) for pages in own for i, p in enumerate(pages) if p):
+            places = ((kind, i, page) for kind, p in enumerate(own) for i, page in enumerate(p))
+            for kind, index, page in places:
                 count = min(num_tokens - index * table.page_size, table.page_size)
-                if count > table.cells.filled[page]:
-                    table.cells.fill(page, count, len(pool.bundle(page)))
+                if page != NULL_PAGE and count > table.cells.filled[page]:
+                    table.cells.fill(page, count, kind)
             ids[key] = table.add_shared(own, num_tokens)
         copies: list[tuple[int, int]] = []
         for page, held_at in host_pages.items():

@@ -70,7 +70,7 @@ class PoolSnapshot:
           table: what to read.
           names: what to call its sequences, all of which are there; owners are in this order.
         """
-        pool, size, fills = table.pool, table.page_size, table.fills()
+        pool, size, fills = table.pool, table.page_size, table.cells.of_pages()
         cached = pool.cached_pages()
         owners: list[list[str]] = [[] for _ in fills]
         groups: dict[int, int] = {}

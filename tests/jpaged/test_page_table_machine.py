@@ -212,7 +212,7 @@ class PageTableMachine(RuleBasedStateMachine):
         assert self.table.num_allocated_cells == len(contents_of) * self.page_size
         # Of a page that was shared, all cells count until its last owner gives something back.
         assert num_needed <= self.table.num_live_cells <= num_filled
-        assert self.table.fills() == fills
+        assert self.table.cells.of_pages() == fills
 
     @invariant()
     def the_snapshot_is_the_map(self):

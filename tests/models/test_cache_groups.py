@@ -2,13 +2,20 @@
 """Which layers share a page table: hand-worked cases, and what holds for any pattern."""
 
 import dataclasses
+import functools
+import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, NormSpec
+from jpaged.models.decoder import Decoder
+from jpaged.models.inputs import PagedInputs
+from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
 LONGEST = 131072
@@ -102,3 +109,26 @@ def test_layers_of_other_shapes_are_refused():
         dataclasses.replace(
             one, pattern=(one.pattern[0], dataclasses.replace(one.pattern[1], attention=other))
         )
+
+
+@pytest.mark.parametrize("num_tokens", [4, 64], ids=["decode", "mixed"])
+def test_a_donated_step_by_groups_holds_one_pool(num_tokens):
+    """Scanned over the layers, of which each has its group and its place only at run time."""
+    config = model([8, 8, None], 8)
+    groups = cache_groups(config)
+    assert (groups.size, groups.num_groups) == (2, 4)
+    shape = (groups.size, 40_000, 1, 16, 32)
+    pool = jax.ShapeDtypeStruct(shape, jnp.float32)
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    inputs = PagedInputs(
+        token_ids=ints((num_tokens,)),
+        positions=ints((num_tokens,)),
+        rows=Rows(ints((4, 4, 64)), ints((4,)), ints((5,)), ints((1,))),
+        logits_indices=ints((4,)),
+    )
+    decoder = Decoder(config, scan_layers=True, backend="xla")
+    step = jax.jit(decoder.apply, donate_argnums=2)
+    memory = step.lower(decoder.abstract_params(), inputs, pool).compile().memory_analysis()
+    pool_bytes = 4 * math.prod(shape)
+    assert memory.alias_size_in_bytes == pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes / 50
