@@ -37,13 +37,16 @@ class CellCounts:
         self.live[kind] += count - self.filled[page]
         self.filled[page] = count
 
-    def share(self, page: int, kind: int) -> None:
-        """Counts a bundle that gets another owner, who may need all of it; a cached one is full."""
-        more = self.unneeded[page]
-        if not self.filled[page]:
-            more = self.filled[page] = self._page_size
-        self.live[kind] += more
-        self.unneeded[page] = 0
+    def share(self, pages: Sequence[int], kind: int) -> None:
+        """Counts bundles that get another owner, who may need all of them; cached ones are full."""
+        filled, unneeded = self.filled, self.unneeded
+        for page in pages:
+            if not filled[page]:
+                filled[page] = self._page_size
+                self.live[kind] += self._page_size
+            elif unneeded[page]:
+                self.live[kind] += unneeded[page]
+                unneeded[page] = 0
 
     def skip(self, page: int, count: int, kind: int) -> None:
         """Leaves the first cells of a bundle out, which its only owner needs no more."""

@@ -34,10 +34,9 @@ class PageArray:
         self._free.append(line)
 
     def put(self, groups: slice, line: int, start: int, pages: Sequence[Sequence[int]]) -> None:
-        """Puts pages in places from `start` on: of each place, the page of each group."""
+        """Puts pages in places from `start` on: of each group, those of all places."""
         if pages:
-            places = slice(start, start + len(pages))
-            self._array[groups, line, places] = np.array(pages, np.int32).T
+            self._array[groups, line, start : start + len(pages[0])] = pages
 
     def clear(self, groups: slice, line: int, start: int, end: int) -> None:
         """Takes pages away."""

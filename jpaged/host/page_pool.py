@@ -138,9 +138,9 @@ class PagePool:
         Raises:
           ValueError: if a page is free and not cached, or reserved.
         """
-        counts = self._refcounts
+        counts, bundles = self._refcounts, self._bundles
         for page in pages:
-            width = len(self.bundle(page))
+            width = len(bundles[page]) if page in bundles else 1
             if counts[page] == 0:
                 if page not in self._cached:
                     raise ValueError(f"page {page} is not in use: it cannot be shared")
@@ -159,7 +159,7 @@ class PagePool:
         count = self._refcounts[page]
         if count == 0:
             raise ValueError(f"page {page} is not in use: it was freed twice, or never handed out")
-        width = len(self.bundle(page))
+        width = len(self._bundles[page]) if page in self._bundles else 1
         self._refcounts[page] = count - 1
         self._num_references -= width
         if count == 1:

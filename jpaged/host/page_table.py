@@ -55,7 +55,6 @@ class PageTable:
         self.pages_per_seq = pages_per_seq
         self.kinds = tuple(kinds)
         self.num_groups = num_groups(kinds)
-        self.has_windows = any(kind.window is not None for kind in kinds)
         # Of each kind, which groups it has, and how many.
         ends = list(itertools.accumulate(kind.num_groups for kind in kinds))
         self._rows = [slice(end - k.num_groups, end) for k, end in zip(kinds, ends, strict=True)]
@@ -67,11 +66,6 @@ class PageTable:
         self.cells = CellCounts(pool, page_size, self.kinds)
         # A sequence keeps its line of it from `add` to `free`.
         self._array = PageArray(self.num_groups, pages_per_seq)
-
-    @property
-    def num_seqs(self) -> int:
-        """Sequences that are known."""
-        return len(self._pages)
 
     @property
     def num_live_cells(self) -> int:
@@ -157,8 +151,7 @@ class PageTable:
         """
         firsts = [next((i for i, page in enumerate(own) if page), len(own)) for own in pages]
         for kind, (own, first) in enumerate(zip(pages, firsts, strict=True)):
-            for page in own[first:]:
-                self.cells.share(page, kind)
+            self.cells.share(own[first:], kind)
             self.pool.share(own[first:])
         child = self.add()
         for kind, (own, first) in enumerate(zip(pages, firsts, strict=True)):
@@ -213,10 +206,15 @@ class PageTable:
         filled = held % self.page_size
         if num_tokens == 1 and filled:
             index, is_exclusive = held // self.page_size, self.pool.is_exclusive
-            if all([is_exclusive(pages[index]) for pages in own]):
+            for pages in own:
+                if not is_exclusive(pages[index]):
+                    break
+            else:
                 # Most appends, as short as can be: one more token in pages of its own.
+                counts, live = self.cells.filled, self.cells.live
                 for kind, pages in enumerate(own):
-                    self.cells.fill(pages[index], filled + 1, kind)
+                    live[kind] += filled + 1 - counts[pages[index]]
+                    counts[pages[index]] = filled + 1
                 self._num_tokens[seq] = held + 1
                 return []
         if num_tokens < 0:
@@ -313,7 +311,7 @@ class PageTable:
           index: which of its pages, a full one.
           page: in use or cached, and full.
         """
-        self.cells.share(page, kind)
+        self.cells.share([page], kind)
         self.pool.share([page])
         self._release(self._pages[seq][kind][index], kind)
         self._pages[seq][kind][index] = page
@@ -392,7 +390,9 @@ class PageTable:
 
     def _map(self, seq: int, kind: int, start: int, end: int | None = None) -> None:
         """Puts the pages of some of a sequence's bundles into the array."""
-        pages = [self.pool.bundle(page) for page in self._pages[seq][kind][start:end]]
+        pages = [self._pages[seq][kind][start:end]]
+        if self._widths[kind] > 1:
+            pages = list(zip(*map(self.pool.bundle, pages[0]), strict=True))
         self._array.put(self._rows[kind], seq, start, pages)
 
     def _release(self, page: int, kind: int) -> None:

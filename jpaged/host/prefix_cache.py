@@ -120,12 +120,9 @@ class PrefixCache:
           The node with this address, which has other pages (`pages_of`) where it had some already.
         """
         node = self._node(before, token_ids)
-        own = self._nodes[node].pages
         for kind, page in enumerate(pages):
-            if page != NULL_PAGE and own[kind] == NULL_PAGE:
-                self._pool.keep(page)
-                own[kind] = page
-                self._places[page] = node, kind
+            if page != NULL_PAGE and self._nodes[node].pages[kind] == NULL_PAGE:
+                self._give(node, kind, page)
         return node
 
     def pages_of(self, node: int) -> tuple[int, ...]:
@@ -156,20 +153,24 @@ class PrefixCache:
             return new
         node = self._last_node(root, seq, bundles, size)
         for index in range(seq.num_addressed_pages, end):
-            start, own = index * size, [pages[index] for pages in bundles]
-            known = {page for page in own if page in self._places}
-            node = self.add(node, tuple(seq.token_ids[start : start + size]), own)
-            new += [page for page in own if page not in known and page in self._places]
-            wanted = zip(own, self.pages_of(node), strict=True)
-            others = [(k, mine, page) for k, (mine, page) in enumerate(wanted) if 0 != mine != page]
-            # The step that is planned still writes its own; or other owners, who share what
-            # follows, would keep it.
+            start = index * size
+            node = self._node(node, tuple(seq.token_ids[start : start + size]))
+            known, others = self._nodes[node].pages, list[int]()
+            for kind, pages in enumerate(bundles):
+                page = pages[index]
+                if page == NULL_PAGE or page == known[kind]:
+                    continue
+                if known[kind] == NULL_PAGE:
+                    self._give(node, kind, page)
+                    new.append(page)
+                else:
+                    others.append(kind)
             if others and start + size > settled:
-                break
-            if any(table.pool.refcount(mine) > 1 for _, mine, _ in others):
-                break
-            for kind, _, page in others:
-                table.replace(seq.table_id, kind, index, page)
+                break  # the step that is planned still writes its own
+            if any(table.pool.refcount(bundles[kind][index]) > 1 for kind in others):
+                break  # their other owners, who share what follows, would keep them
+            for kind in others:
+                table.replace(seq.table_id, kind, index, known[kind])
             seq.num_addressed_pages += 1
         self._prune(node)
         return new
@@ -260,6 +261,12 @@ class PrefixCache:
             if before in self._nodes:
                 self._nodes[before].num_followers += 1
         return node
+
+    def _give(self, node: int, kind: int, page: int) -> None:
+        """Has a node have a bundle of a kind, of which it had none."""
+        self._pool.keep(page)
+        self._nodes[node].pages[kind] = page
+        self._places[page] = node, kind
 
     def _last_node(
         self, root: int, seq: Sequence, bundles: SequenceOf[SequenceOf[int]], page_size: int

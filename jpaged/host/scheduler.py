@@ -48,7 +48,8 @@ class Scheduler:
         self._queues = Queues(config.max_num_seqs)
         self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
         # What is reserved ahead is kept.
-        self._releases = table.has_windows and config.reservation == "paged"
+        has_windows = any(kind.window is not None for kind in table.kinds)
+        self._releases = has_windows and config.reservation == "paged"
 
     @property
     def num_waiting(self) -> int:
@@ -158,7 +159,7 @@ class Scheduler:
         groups = {id(group): group for group in swapped if group is not None}
         self.swap_space.check_invariants(groups.values())
         holders = list(self._queues.holders())
-        assert len({seq.table_id for seq in holders}) == len(holders) == self.table.num_seqs
+        assert len({seq.table_id for seq in holders}) == len(holders) == len(self.table.seqs())
 
     def _plan_running(self, step: StepBuilder) -> int:
         """Plans all that run, oldest first, and preempts where pages lack.
