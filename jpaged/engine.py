@@ -100,6 +100,7 @@ class Engine(ChatMethods):
             plan.num_pages,
             config.page_size,
             deterministic=config.deterministic,
+            num_groups=plan.num_groups,
         )
         num_host_pages = self._scheduler_config.num_host_pages
         self._runner = runner_of(
@@ -111,7 +112,8 @@ class Engine(ChatMethods):
     def _new_pipeline(self) -> Pipeline:
         """Makes an empty pool, page table and queues, and what holds requests against them."""
         plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
-        table = PageTable(PagePool(plan.num_pages), self.config.page_size, plan.pages_per_seq)
+        pool, page_size = PagePool(plan.num_pages), self.config.page_size
+        table = PageTable(pool, page_size, plan.pages_per_seq, plan.kinds)
         scheduler = Scheduler(config, table)
         self._maker = RequestMaker(self.model_config, tokenizer, config, table, self.defaults)
         results = ResultReader(

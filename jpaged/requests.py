@@ -288,7 +288,8 @@ class RequestMaker:
                 )
             most = min(most, defaults.max_length)
         if self._config.reservation == "paged":
-            most = min(most, max_tokens_in(self._table, num_prompt_tokens, params.beam_width or 1))
+            width = params.beam_width or 1
+            most = min(most, max_tokens_in(self._config, self._table, num_prompt_tokens, width))
         return params.resolve(defaults.params, max(most - num_prompt_tokens, 1))
 
 

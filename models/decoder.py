@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.models import layers, sharding
+from jpaged.models.cache_groups import CacheGroups, cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder_layer import DecoderLayer, LayerPattern
 from jpaged.models.inputs import PagedInputs
@@ -77,8 +78,10 @@ class Decoder:
 
         Args:
           params: as `init` makes them.
-          inputs: the step's tokens and page table.
-          kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim]; may be donated.
+          inputs: the step's tokens, and page tables: one for each of `cache_groups(config)`, or
+            one for all layers.
+          kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim], of as many layers as
+            a group has where there are groups; may be donated.
 
         Returns:
           f32[num_samples, vocab_size], logits after each token of `inputs.logits_indices`, and
@@ -86,7 +89,12 @@ class Decoder:
         """
         module = _DecoderModule(
             self.config,
-            functools.partial(_paged_attend, backend=self.backend, mesh=self.mesh),
+            functools.partial(
+                _paged_attend,
+                groups=cache_groups(self.config),
+                backend=self.backend,
+                mesh=self.mesh,
+            ),
             self.scan_layers,
             _dtype_of(params),
             self.max_length,
@@ -215,8 +223,16 @@ class _DecoderModule(nn.Module):
         return logits, kv_pages
 
 
-def _paged_attend(q, k, v, kv_pages, layer, rows, variant, sinks, *, backend, mesh):
+def _paged_attend(
+    q, k, v, kv_pages, layer, rows, variant, sinks, *, groups: CacheGroups, backend, mesh
+):
     """An `Attend` over pages."""
+    if rows.has_groups:
+        if isinstance(layer, int):
+            group, layer = groups.places[layer]
+        else:
+            group, layer = jnp.asarray(groups.places, jnp.int32)[layer]
+        rows = rows.of_group(group)
 
     def attend(q, k, v, kv_pages, layer, rows, sinks):
         kv_pages = dispatch.write(kv_pages, k, v, rows, layer=layer, backend=backend)

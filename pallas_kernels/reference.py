@@ -56,8 +56,11 @@ def paged_attention(
     cells = kv_pages[layer][rows.page_table].astype(jnp.float32).swapaxes(2, 3)
     cells = cells.reshape(rows.max_num_seqs, -1, num_kv_heads, cells.shape[-1])
     kv_positions = jnp.arange(rows.pages_per_seq * page_size)
-    # Cells that hold no token are zeroed, not just masked below: 0 * NaN is NaN.
+    # Cells that hold no token, or that no query sees as they are below its window, are zeroed, not
+    # just masked below: 0 * NaN is NaN.
+    lowest = variant.lowest_key(rows.kv_lens - rows.q_lens())
     filled = kv_positions[None, :] < rows.kv_lens[:, None]
+    filled &= kv_positions[None, :] >= lowest[:, None]
     cells = jnp.where(filled[:, :, None, None], cells, 0)
     scale = jnp.ones(2) if kv_scale is None else kv_scale
     keys = cells[..., :head_dim] * scale[0]

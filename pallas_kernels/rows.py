@@ -16,7 +16,9 @@ class Rows:
     page are padding: what they hold never reaches a live row.
 
     Attributes:
-      page_table: i32[max_num_seqs, pages_per_seq], physical page ids.
+      page_table: i32[max_num_seqs, pages_per_seq], physical page ids. A model whose layers are in
+        groups with pages of their own has a table for each, i32[num_groups, max_num_seqs,
+        pages_per_seq]; kernels take those of one (`of_group`).
       kv_lens: i32[max_num_seqs], tokens visible to each sequence, this step's included.
       cu_q_lens: i32[max_num_seqs + 1], where each row's queries start on the token axis.
       num_seqs: i32[1], live rows.
@@ -30,12 +32,21 @@ class Rows:
     @property
     def max_num_seqs(self) -> int:
         """Rows, padding included."""
-        return self.page_table.shape[0]
+        return self.page_table.shape[-2]
 
     @property
     def pages_per_seq(self) -> int:
         """Pages that a sequence can have."""
-        return self.page_table.shape[1]
+        return self.page_table.shape[-1]
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether there is a page table for each group of layers."""
+        return self.page_table.ndim == 3
+
+    def of_group(self, group: int | jax.Array) -> "Rows":
+        """The rows with the page table of one group, which may be traced."""
+        return dataclasses.replace(self, page_table=self.page_table[group])
 
     def is_decode(self, num_tokens: int) -> bool:
         """Whether a step of so many tokens, padding included, is taken for decode."""

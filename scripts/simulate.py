@@ -3,32 +3,52 @@
 
     jpaged simulate --prompt_len=sharegpt --output_len=sharegpt --rate=2
     jpaged simulate --policies=paged --page_size=32 --n=4 --rate=inf
+    jpaged simulate --policies=paged,paged-one-table --layers=26:512,512,512,512,512,full
 
 Policy `paged` is the real scheduler, pool and page table; `contiguous-max`, `contiguous-pow2` and
 `contiguous-oracle` reserve a block of a buddy allocator for each request, like the baselines of the
-paper, Kwon et al. 2023 (`jpaged.simulation`). A cost model of OPT-13B on an A100 says how long
-steps take. docs/paper_figures.md has the paper's figures, reproduced so.
+paper, Kwon et al. 2023 (`jpaged.simulation`). With `--layers`, layers that see a window and layers
+that see everything have pages of their own; `paged-one-table` keeps all tokens for all of them. A
+cost model of OPT-13B on an A100 says how long steps take. docs/paper_figures.md has the paper's
+figures, reproduced so.
 
 The last line of standard output is one JSON object: `workload` (`prompt_len`, `output_len`, `rate`,
 `n`, `seed`, `num_requests`, `prompt_mean`, `output_mean`, `num_cut`), `num_slots`, `page_size`,
-`costs` (the fields of `CostModel`) and `runs`: for each policy the fields of
-`jpaged.simulation.Serving`, and `live_share`.
+`layers` (the groups: `size`, and `kinds`, window and number of each), `costs` (the fields of
+`CostModel`) and `runs`: for each policy the fields of `jpaged.simulation.Serving`, `live_share` and
+`waste`.
 """
 
+import collections
 import dataclasses
 import json
 import math
+import pathlib
 from collections.abc import Mapping
 
 from absl import app, flags
 
+from jpaged.host.groups import GroupKind
+from jpaged.models.cache_groups import cache_groups, group_layers
+from jpaged.models.config_json import config_from_hf
+from jpaged.models.json_fields import ModelConfigError
+from jpaged.models.shapes import SHAPES
 from jpaged.scripts.flags import check_names, run
+from jpaged.simulation.layers import LayerGroups
 from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
 from jpaged.simulation.paper import BUDGETS, COSTS, LOADS, NUM_SLOTS, PAPER, VOCAB_SIZE
-from jpaged.simulation.serving import POLICIES, Serving, serve
+from jpaged.simulation.serving import ONE_TABLE, POLICIES, Serving, serve
 from jpaged.simulation.workload import make_workload
 
-_POLICY = flags.DEFINE_list("policies", list(POLICIES), f"Among {', '.join(POLICIES)}.")
+_POLICY = flags.DEFINE_list(
+    "policies", list(POLICIES), f"Among {', '.join(POLICIES)}, {ONE_TABLE}."
+)
+_LAYERS = flags.DEFINE_string(
+    "layers",
+    "1:full",
+    "The model's layers: how many, and in turn the tokens that they see, such as 24:128,full; or a "
+    f"config.json, or its directory; or one of {', '.join(sorted(SHAPES))}.",
+)
 _PROMPT_LEN = flags.DEFINE_string("prompt_len", "sharegpt", f"Tokens of a prompt: {SPEC_HELP}.")
 _OUTPUT_LEN = flags.DEFINE_string("output_len", "sharegpt", f"Tokens to generate: {SPEC_HELP}.")
 _RATE = flags.DEFINE_float("rate", 2.0, "Requests a second; inf has all arrive at once.")
@@ -52,10 +72,11 @@ def main(argv: list[str]) -> None:
     """Simulates and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    check_names("policies", _POLICY.value, POLICIES)
+    check_names("policies", _POLICY.value, (*POLICIES, ONE_TABLE))
     if not _RATE.value > 0:
         raise app.UsageError(f"rate={_RATE.value:g} must be above 0; inf has all arrive at once")
     try:
+        layers = parse_layers(_LAYERS.value)
         work = make_workload(
             _NUM_REQUESTS.value,
             parse_lengths(_PROMPT_LEN.value, "prompt"),
@@ -82,6 +103,7 @@ def main(argv: list[str]) -> None:
                 drain=True,
                 progress=policy,
                 record_steps=_RECORD_STEPS.value,
+                layers=layers,
             )
             for policy in _POLICY.value
         }
@@ -99,10 +121,44 @@ def main(argv: list[str]) -> None:
         },
         "num_slots": _SLOTS.value,
         "page_size": _PAGE_SIZE.value,
+        "layers": {"size": layers.size, "kinds": layers.kinds},
         "costs": dataclasses.asdict(COSTS),
         "runs": {policy: own.as_dict() for policy, own in runs.items()},
     }
     print(json.dumps(report))
+
+
+def parse_layers(text: str) -> LayerGroups:
+    """The layers that a text names; see `--layers`.
+
+    Raises:
+      ValueError: if it names none.
+    """
+    count, colon, pattern = text.partition(":")
+    try:
+        if text in SHAPES:
+            groups = cache_groups(SHAPES[text])
+        elif colon and count.isdecimal():
+            sees = [None if each == "full" else int(each) for each in pattern.split(",")]
+            if any(window is not None and window < 1 for window in sees) or not (
+                1 <= int(count) <= 2**16
+            ):
+                raise ValueError("out of range")
+            groups = group_layers([sees[i % len(sees)] for i in range(int(count))])
+        else:
+            path = pathlib.Path(text).expanduser()
+            path = path / "config.json" if path.is_dir() else path
+            groups = cache_groups(config_from_hf(json.loads(path.read_text(encoding="utf-8"))))
+    except ModelConfigError:
+        raise
+    except (OSError, ValueError) as e:
+        raise ValueError(
+            f"layers={text!r}: give a number of layers and what they see, such as 24:128,full, a "
+            f"config.json, or one of {', '.join(sorted(SHAPES))} ({e})"
+        ) from e
+    kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
+    of_layers = collections.Counter(groups.windows[group] for group, _ in groups.places)
+    return LayerGroups(groups.size, kinds, tuple(of_layers[kind.window] for kind in kinds))
 
 
 def _print_table(runs: Mapping[str, Serving]) -> None:
@@ -111,7 +167,8 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
     if (LOADS.get(load), load) == (_RATE.value, _OUTPUT_LEN.value):
         paper_running = PAPER["running"][load]
         paper_live = PAPER["live"] if load == "sharegpt" else {}
-    header = ("", "running", "(paper)", "live", "(paper)", "saved", "waits", "step", "s/token")
+    header = ("", "running", "(paper)", "live", "(paper)", "waste", "saved", "waits", "step")
+    header = (*header, "s/token")
     rows = [
         (
             policy,
@@ -119,6 +176,7 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
             _format(paper_running.get(policy), ".2f"),
             f"{own.live_share:.1%}",
             _format(paper_live.get(policy), ".1%"),
+            f"{own.waste:.1%}",
             f"{own.saving:.1%}",
             f"{own.saturated:.0%}",
             f"{own.mean_step_s * 1e3:.1f} ms",
@@ -130,6 +188,7 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
     for row in (header, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print("live: share of the memory in demand that holds tokens; waits: of the time, requests did")
+    print("waste: share of the memory that requests have which they do not need and will not fill")
 
 
 def _format(value: float | None, spec: str) -> str:

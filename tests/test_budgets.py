@@ -16,10 +16,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
     "jpaged": 3150,
-    "jpaged/host": 4850,
+    # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
+    "jpaged/host": 5950,
     "jpaged/host/growth": 500,
-    "jpaged/device": 1200,
-    "jpaged/simulation": 1250,
+    "jpaged/device": 1250,
+    "jpaged/simulation": 1350,
     "jpaged/measure": 300,
     "models": 2950,
     "models/families": 1650,

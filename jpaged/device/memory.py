@@ -2,6 +2,7 @@
 """How large a page pool is, before it is allocated."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import psutil
 
 from jpaged.host.checks import INT32_MAX
 from jpaged.host.config import EngineConfig
+from jpaged.host.groups import ONE_GROUP, GroupKind, most_pages, num_groups
+from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.pallas_kernels import layout
 
@@ -24,8 +27,9 @@ class PoolPlan:
       shape: of the device pool; see `layout.kv_pages_shape`.
       dtype: of the device pool.
       max_model_len: tokens a sequence has at most.
-      pages_per_seq: pages a sequence has at most.
+      pages_per_seq: pages a sequence has at most for a group of layers.
       reason: where the number of pages comes from, for people.
+      kinds: groups of layers that have pages of their own.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +37,12 @@ class PoolPlan:
     max_model_len: int
     pages_per_seq: int
     reason: str
+    kinds: tuple[GroupKind, ...] = ONE_GROUP
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of layers that have pages of their own."""
+        return num_groups(self.kinds)
 
     @property
     def num_pages(self) -> int:
@@ -41,7 +51,7 @@ class PoolPlan:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
+        """Bytes of one page over the layers of a group."""
         return layout.page_bytes(self.shape, self.dtype)
 
     def num_host_pages(self, config: EngineConfig) -> int:
@@ -79,25 +89,28 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
             f"{model_config.max_position_embeddings}"
         )
     pages_per_seq = -(-max_model_len // config.page_size)
+    groups = cache_groups(model_config)
+    kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
 
     def plan(num_pages: int, reason: str) -> PoolPlan:
         shape = layout.kv_pages_shape(
-            model_config.num_layers,
+            groups.size,
             num_pages,
             model_config.num_kv_heads,
             config.page_size,
             model_config.head_dim,
             backend=backend,
         )
-        return PoolPlan(shape, _pool_dtype(config), max_model_len, pages_per_seq, reason)
+        return PoolPlan(shape, _pool_dtype(config), max_model_len, pages_per_seq, reason, kinds)
 
     free_bytes, source = _free_memory()
-    _check_step(config, model_config, max_model_len, pages_per_seq, free_bytes, source)
+    table_pages = pages_per_seq * groups.num_groups
+    _check_step(config, model_config, max_model_len, table_pages, free_bytes, source)
     if config.num_pages is not None:
         asked = plan(config.num_pages, "as asked (num_pages)")
         _check_pool(config, asked, free_bytes, source)
         return asked
-    most = 1 + config.max_num_seqs * pages_per_seq
+    most = 1 + config.max_num_seqs * _pages_of_longest(config, kinds, max_model_len)
     page_bytes = plan(1, "").page_bytes
     fits = int(free_bytes * config.memory_fraction) // page_bytes
     share = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
@@ -113,6 +126,15 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
         )
     _check_pool(config, found, free_bytes, source)
     return found
+
+
+def _pages_of_longest(config: EngineConfig, kinds: Sequence[GroupKind], max_model_len: int) -> int:
+    """Pages that the longest sequence holds at most at once."""
+    chunk = config.max_num_batched_tokens
+    if config.reservation == "max":
+        chunk = max_model_len
+    size = config.page_size
+    return sum(k.num_groups * most_pages(k, size, max_model_len, chunk) for k in kinds)
 
 
 def _check_pool(config: EngineConfig, plan: PoolPlan, free_bytes: int, source: str) -> None:
@@ -143,7 +165,7 @@ def _check_step(
     config: EngineConfig,
     model_config: ModelConfig,
     max_model_len: int,
-    pages_per_seq: int,
+    table_pages: int,
     free_bytes: int,
     source: str,
 ) -> None:
@@ -152,7 +174,7 @@ def _check_step(
     if not config.deterministic:
         tokens = min(tokens, seqs * max_model_len)
     for what, count, bytes_each in (
-        (f"the page tables of max_num_seqs={seqs} sequences", seqs, 4 * pages_per_seq),
+        (f"the page tables of max_num_seqs={seqs} sequences", seqs, 4 * table_pages),
         (f"the logits of max_num_seqs={seqs} samples", seqs, 4 * model_config.vocab_size),
         (
             f"the hidden states of max_num_batched_tokens={config.max_num_batched_tokens} tokens",

@@ -27,7 +27,7 @@ from jpaged.pallas_kernels.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# Pages that are swapped by one program, so that there is one for any number.
+# Pages of a group that are swapped by one program, so that there is one for any number.
 _SWAP_PAGES = 16
 
 # apply(params, inputs, kv_pages) -> (logits, kv_pages)
@@ -114,6 +114,7 @@ class ModelRunner:
         self._warm = False
         self._programs_run: set[Hashable] = set()
         self._plan = plan
+        self._swap_pages = _SWAP_PAGES * plan.num_groups
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
         self._device = device
@@ -223,12 +224,12 @@ class ModelRunner:
             jax.block_until_ready(self._kv_pages)  # as in `run`
         start, compiled = time.perf_counter(), self.num_compilations
         self._host_pages.settle()
-        for part in _parts(outs):
-            ids = _pad_pages([page for page, _ in part])
+        for part in self._parts(outs):
+            ids = self._pad_pages([page for page, _ in part])
             pages = self._get_pages(self._kv_pages, ids)
             self._host_pages.put([host_page for _, host_page in part], pages)
-        for part in _parts(ins):
-            ids = _pad_pages([page for _, page in part])
+        for part in self._parts(ins):
+            ids = self._pad_pages([page for _, page in part])
             pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
             self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
         self._programs_run |= programs
@@ -252,7 +253,8 @@ class ModelRunner:
         """
         beams, tokens = tuple(beams), self._tokens
         for shape in shapes:
-            batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs)
+            sizes = self._plan.pages_per_seq, num_logprobs, self._plan.num_groups
+            batch = empty_batch(shape, *sizes)
             self.run(dataclasses.replace(batch, beams=beams))
             for width in processors:
                 rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)
@@ -260,14 +262,14 @@ class ModelRunner:
                 self.run(dataclasses.replace(batch, beams=processed, processors=rows))
         self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
-        count = 1
-        while count < 2 * self._max_num_samples:
+        count, most = 1, self._max_num_samples * self._plan.num_groups
+        while count < 2 * most:
             # The null page may be copied onto itself: nobody reads it.
-            copies = [null_pair] * min(count, self._max_num_samples)
+            copies = [null_pair] * min(count, most)
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
             count *= 2
         if self._host_pages.num_pages:
-            ids = _pad_pages([])
+            ids = self._pad_pages([])
             pages = np.asarray(self._get_pages(self._kv_pages, ids))
             self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
             self._programs_run |= {"get_pages", "set_pages"}
@@ -297,6 +299,15 @@ class ModelRunner:
 
     def _new_tokens(self) -> jax.Array:
         return jax.device_put(jnp.zeros(self._max_num_samples, jnp.int32), self._device)
+
+    def _parts(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+        count = self._swap_pages
+        return [pairs[i : i + count] for i in range(0, len(pairs), count)]
+
+    def _pad_pages(self, pages: Sequence[int]) -> np.ndarray:
+        padded = np.full(self._swap_pages, pallas_kernels.NULL_PAGE, np.int32)
+        padded[: len(pages)] = pages
+        return padded
 
     def _num_likeliest(self, batch: Batch) -> int:
         """A power of two, so that requests that differ a little share a program."""
@@ -354,16 +365,6 @@ def _is_usable(kv_pages: jax.Array | None) -> bool:
     except Exception:
         return False
     return True
-
-
-def _parts(pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
-    return [pairs[i : i + _SWAP_PAGES] for i in range(0, len(pairs), _SWAP_PAGES)]
-
-
-def _pad_pages(pages: Sequence[int]) -> np.ndarray:
-    padded = np.full(_SWAP_PAGES, pallas_kernels.NULL_PAGE, np.int32)
-    padded[: len(pages)] = pages
-    return padded
 
 
 def _pad_copies(copies: Sequence[tuple[int, int]]) -> np.ndarray:

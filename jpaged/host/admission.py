@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The budgets of a scheduler, which requests could never run within them, and how others start."""
 
+import bisect
 import dataclasses
 import itertools
+from collections.abc import Sequence as SequenceOf
 
+from jpaged.host.groups import most_pages
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import NO_COSTS, PreemptionCosts
 from jpaged.host.prefix_cache import PrefixCache
@@ -88,11 +91,7 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
             "reservation='max' does not have; use n=1 or reservation='paged'"
         )
     # The last token is returned, never attended to: it needs no cell.
-    longest = seq.max_total_tokens - 1
-    if config.reservation == "max":
-        longest = config.max_model_len
-    shared = _num_shared_pages(table, seq.num_prompt_tokens, width)
-    needed = shared + width * (-(-longest // table.page_size) - shared)
+    needed = _pages_alone(config, table, seq.num_prompt_tokens, seq.max_total_tokens - 1, width)
     usable = table.pool.num_usable_pages
     if needed > usable:
         more = seq.max_total_tokens - seq.num_prompt_tokens
@@ -104,19 +103,37 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
         )
 
 
-def max_tokens_in(table: PageTable, num_prompt_tokens: int, width: int = 1) -> int:
+def max_tokens_in(
+    config: SchedulerConfig, table: PageTable, num_prompt_tokens: int, width: int = 1
+) -> int:
     """Tokens, prompt and generated ones, of a sequence or `width` beams alone in the pool.
 
-    What `check_fits` takes at most.
+    What `check_fits` takes at most, as far as pages and max_model_len go.
     """
-    shared = _num_shared_pages(table, num_prompt_tokens, width)
-    own = (table.pool.num_usable_pages - shared) // width
-    return (shared + own) * table.page_size + 1  # the last token needs no cell
+    usable = table.pool.num_usable_pages
+
+    def exceeds(num_tokens: int) -> bool:
+        return _pages_alone(config, table, num_prompt_tokens, num_tokens, width) > usable
+
+    # The last token needs no cell.
+    return bisect.bisect_left(range(config.max_model_len), True, key=exceeds)
 
 
-def _num_shared_pages(table: PageTable, num_prompt_tokens: int, width: int) -> int:
-    """Beams share the full pages of the prompt at least."""
-    return num_prompt_tokens // table.page_size if width > 1 else 0
+def _pages_alone(
+    config: SchedulerConfig, table: PageTable, num_prompt_tokens: int, longest: int, width: int
+) -> int:
+    """Pages that a sequence of up to so many tokens, or `width` beams, holds at most."""
+    size, total = table.page_size, 0
+    if config.reservation == "max":
+        return -(-config.max_model_len // size) * table.num_groups
+    for kind in table.kinds:
+        # Beams share the full pages of the prompt at least, until these are below a window.
+        pages = -(-longest // size)
+        shared = min(num_prompt_tokens // size, pages) if width > 1 else 0
+        together = shared + width * (pages - shared)
+        apart = width * most_pages(kind, size, longest, config.max_num_batched_tokens)
+        total += kind.num_groups * min(together, apart)
+    return total
 
 
 class Admission:
@@ -159,30 +176,27 @@ class Admission:
         if not self._have_places(seq.request, 1):
             return []
         pool, size, total = table.pool, table.page_size, seq.num_known_tokens
-        pages: list[int] = []
+        pages: list[list[int]] = [[] for _ in table.kinds]
         held = 0
         if config.reservation == "max":
-            needed = -(-config.max_model_len // size)
+            needed = -(-config.max_model_len // size) * table.num_groups
         else:
-            root = seq.request.cache_root
+            root, free = seq.request.cache_root, pool.num_free_pages - self._spare_pages(seq)
             if root is not None:
-                pages = self._cache.match(root, seq.token_ids[:], size)
-            # At least one token is computed, for what comes after it. If it is in a page that is
-            # known, that page is copied, unless it is written only now, or there is no other.
-            held = min(len(pages) * size, total - 1)
-            whole = held // size
-            free = pool.num_free_pages - self._spare_pages(seq)
-            # The pages of its whole prompt, though the first chunk may take fewer.
-            needed = -(-total // size) - sum(pool.refcount(page) > 0 for page in pages[:whole])
-            if whole < len(pages):
-                cached = pool.refcount(pages[whole]) == 0
-                waits = seq.request.growth.waits_for_host  # and the copy with it
-                if pages[whole] in step.addressed or needed + cached > free or waits:
-                    held = whole * size
-                else:
-                    needed += cached
-            pages = pages[: -(-held // size)]
-            needed += self._spare_pages(seq)
+                found = self._cache.match(root, seq.token_ids[:], size)
+                # At least one token is computed, for what comes after it. If it is in a page that
+                # is known, that page is copied, unless it is written only now, or there is no
+                # other.
+                held = found.usable_tokens(total - 1)
+                pages = found.pages(held)
+                if held % size:
+                    last = [own[-1] for own in pages]
+                    waits = seq.request.growth.waits_for_host  # and the copy with it
+                    needed = self._pages_needed(total, held, pages)
+                    if waits or needed > free or not step.addressed.isdisjoint(last):
+                        held = found.usable_tokens(held // size * size)
+                        pages = found.pages(held)
+            needed = self._pages_needed(total, held, pages) + self._spare_pages(seq)
         if needed > pool.num_free_pages:
             return []
         self._queues.waiting.popleft()
@@ -206,13 +220,14 @@ class Admission:
         group = list(itertools.takewhile(swapped.held.__contains__, self._queues.waiting))
         if not self._have_places(first.request, len(group)):
             return []
-        needed = len(swapped.host_pages) + self._spare_pages(first)
+        needed = swapped.num_pages + self._spare_pages(first)
         if self._queues.running:
             # To go on with: pages for all tokens, and a copy for each.
-            needed += sum(
-                -(-seq.num_tokens // self._table.page_size) - len(swapped.held[seq][0]) + 1
-                for seq in group
+            size = self._table.page_size
+            pages = sum(
+                -(-seq.num_tokens // size) - len(swapped.held[seq][0][0]) + 1 for seq in group
             )
+            needed += pages * self._table.num_groups
         if needed > self._table.pool.num_free_pages:
             return []
         table_ids, copies = self._space.swap_in(self._table, swapped)
@@ -224,6 +239,28 @@ class Admission:
             seq.num_addressed_pages = 0
         self._queues.start(group)
         return group
+
+    def _pages_needed(self, total: int, held: int, pages: SequenceOf[SequenceOf[int]]) -> int:
+        """Free pages that a sequence takes which starts behind what is held.
+
+        Args:
+          total: tokens that it has; of all of them, though the first chunk may take fewer.
+          held: of them, those that pages are known for.
+          pages: of each kind the bundles of these.
+        """
+        table, pool, needed = self._table, self._table.pool, 0
+        chunk = self._config.max_num_batched_tokens
+        for kind, own in zip(table.kinds, pages, strict=True):
+            first = kind.first_seen(held) // table.page_size
+            in_use = sum(pool.refcount(page) > 0 for page in own[first : held // table.page_size])
+            count = -(-total // table.page_size) - first - in_use
+            # What is below a window is given back on the way.
+            count = min(count, most_pages(kind, table.page_size, total, chunk))
+            # Cached ones are free now; the last one of a partial page is copied.
+            if held % table.page_size:
+                count += pool.refcount(own[-1]) == 0
+            needed += kind.num_groups * count
+        return needed
 
     def _have_places(self, request: Request, count: int) -> bool:
         return self._queues.num_free_places() >= self._queues.places_needed(request, count)
@@ -237,4 +274,4 @@ class Admission:
         if seq.request.growth.num_rows > 1:
             # They wait for each other: they must not wait for room beside each other.
             others = sum(other.request is not seq.request for other in self._queues.running)
-        return min(2 * others, self._table.pool.num_usable_pages // 16)
+        return min(2 * others * self._table.num_groups, self._table.pool.num_usable_pages // 16)

@@ -296,15 +296,18 @@ def _beam_batch(search: Search, processors: ProcessorRows | None) -> BeamBatch:
     return BeamBatch(slots, scores, search.num_candidates, processed)
 
 
-def empty_batch(shape: StepShape, pages_per_seq: int, num_logprobs: int = 0) -> Batch:
+def empty_batch(
+    shape: StepShape, pages_per_seq: int, num_logprobs: int = 0, num_groups: int = 1
+) -> Batch:
     """A batch without a live row, to compile a shape with: running it changes nothing."""
+    groups = (num_groups,) if num_groups > 1 else ()
     tokens, rows = np.zeros(shape.num_tokens, np.int32), np.zeros(shape.num_rows, np.int32)
     return Batch(
         shape=shape,
         token_ids=tokens,
         previous_slots=tokens - 1,
         positions=tokens,
-        page_table=np.zeros((shape.num_rows, pages_per_seq), np.int32),
+        page_table=np.zeros((*groups, shape.num_rows, pages_per_seq), np.int32),
         kv_lens=rows,
         cu_q_lens=np.zeros(shape.num_rows + 1, np.int32),
         num_seqs=np.zeros(1, np.int32),

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's map from each sequence's logical pages to physical ones."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from jpaged.host.cells import CellCounts
+from jpaged.host.groups import ONE_GROUP, GroupKind, num_groups
+from jpaged.host.page_array import PageArray
 from jpaged.host.page_pool import NULL_PAGE, PagePool
 
 
@@ -16,24 +20,31 @@ class PageTable:
     A sequence is known by the small integer that `add` or `fork` returned. Forks share every page,
     the partial last one too; the first owner to append to a shared partial page gets a copy of its
     own, and the last owner writes in place (copy-on-write), unless the pool keeps the page for its
-    content.
-
-    The map lives in one array so that a step's snapshot is one indexing operation; a sequence keeps
-    its line of the array from `add` to `free`.
+    content. Groups of layers have pages of their own (see `jpaged.host.groups`): a sequence has a
+    bundle of the pool for each logical page and kind, but for those that `release_before` gave back
+    as they are below a window.
 
     Invariants:
       - The references that the pool counts are exactly the entries of this table.
       - Only the last page that holds tokens of a sequence can be partial; a page is not written
         where a token of another sequence, or of its kept content, is.
+      - Of each kind, a sequence has equally many logical pages, of which the first are released.
     """
 
-    def __init__(self, pool: PagePool, page_size: int, pages_per_seq: int):
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        pages_per_seq: int,
+        kinds: SequenceOf[GroupKind] = ONE_GROUP,
+    ):
         """Makes an empty table.
 
         Args:
           pool: where pages come from; this table is its only client.
           page_size: tokens a page holds.
-          pages_per_seq: most pages a sequence may have.
+          pages_per_seq: most logical pages that a sequence may have.
+          kinds: the groups that have pages, those of one kind side by side.
         """
         if page_size < 1 or pages_per_seq < 1:
             raise ValueError(
@@ -42,54 +53,65 @@ class PageTable:
         self.pool = pool
         self.page_size = page_size
         self.pages_per_seq = pages_per_seq
-        self._pages: dict[int, list[int]] = {}
+        self.kinds = tuple(kinds)
+        self.num_groups = num_groups(kinds)
+        # Of each kind, which groups it has, and how many.
+        ends = list(itertools.accumulate(kind.num_groups for kind in kinds))
+        self._rows = [slice(end - k.num_groups, end) for k, end in zip(kinds, ends, strict=True)]
+        self._widths = [kind.num_groups for kind in kinds]
+        # Of each kind the bundles, NULL_PAGE where one was released; and how many were.
+        self._pages: dict[int, tuple[list[int], ...]] = {}
+        self._released: dict[int, list[int]] = {}
         self._num_tokens: dict[int, int] = {}
-        # Per page, how many cells hold a token of any of its owners; 0 if nobody owns it.
-        self._fill = [0] * pool.num_pages
-        self._array = np.full((8, pages_per_seq), NULL_PAGE, np.int32)
-        self._free_lines = list(range(7, -1, -1))
-        self._num_live_cells = 0
-
-    @property
-    def num_seqs(self) -> int:
-        """Sequences that are known."""
-        return len(self._pages)
+        self.cells = CellCounts(pool, page_size, self.kinds)
+        # A sequence keeps its line of it from `add` to `free`.
+        self._array = PageArray(self.num_groups, pages_per_seq)
 
     @property
     def num_live_cells(self) -> int:
-        """Cells of used pages that hold a token, a shared cell counted once."""
-        return self._num_live_cells
+        """Cells of used pages that hold a token that is needed, a shared cell counted once.
+
+        Below a window tokens are not needed. Of a page that several sequences use, all are counted.
+        """
+        return self.cells.num_live
 
     @property
     def num_saved_cells(self) -> int:
-        """Cells that sharing saves: tokens of all sequences, less cells that hold one."""
-        return max(sum(self._num_tokens.values()) - self._num_live_cells, 0)
+        """Cells that sharing saves: tokens that sequences hold, less cells that hold one."""
+        total = 0
+        for seq, own in self._pages.items():
+            for pages, first, width in zip(own, self._released[seq], self._widths, strict=True):
+                if first < len(pages):
+                    held = self._num_tokens[seq] - first * self.page_size
+                    total += width * max(held - self.cells.unneeded[pages[first]], 0)
+        return max(total - self.cells.num_live, 0)
 
     @property
     def num_allocated_cells(self) -> int:
         """Cells of used pages."""
         return self.pool.num_used_pages * self.page_size
 
+    def seqs(self) -> list[int]:
+        """The sequences that are known."""
+        return list(self._pages)
+
     def num_tokens(self, seq: int) -> int:
-        """Tokens that `seq` holds."""
+        """Tokens that `seq` has, those that were released included."""
         return self._num_tokens[seq]
 
-    def pages(self, seq: int) -> tuple[int, ...]:
-        """Physical pages of `seq`, in order of position."""
-        return tuple(self._pages[seq])
+    def pages(self, seq: int, group: int = 0) -> tuple[int, ...]:
+        """Physical pages of `seq`, in order of position; `NULL_PAGE` where one was released."""
+        return self._array.pages(group, seq, len(self._pages[seq][0]))
 
-    def fills(self) -> list[int]:
-        """Per page, how many cells hold a token of any of its owners; 0 if nobody owns it."""
-        return list(self._fill)
+    def bundles(self, seq: int) -> tuple[list[int], ...]:
+        """Of each kind the bundles of `seq`, as `pages`; not to be changed."""
+        return self._pages[seq]
 
     def add(self) -> int:
         """Returns a new sequence without tokens."""
-        if not self._free_lines:
-            lines = len(self._array)
-            self._array = np.concatenate([self._array, np.full_like(self._array, NULL_PAGE)])
-            self._free_lines = list(range(2 * lines - 1, lines - 1, -1))
-        seq = self._free_lines.pop()
-        self._pages[seq] = []
+        seq = self._array.add()
+        self._pages[seq] = tuple([] for _ in self.kinds)
+        self._released[seq] = [0] * len(self.kinds)
         self._num_tokens[seq] = 0
         return seq
 
@@ -103,36 +125,48 @@ class PageTable:
           num_tokens: how many of its tokens the new sequence has; None for all.
 
         Raises:
-          ValueError: if it has fewer.
+          ValueError: if it has fewer, or has released what a token after them sees.
         """
         held = self._num_tokens[parent]
         if num_tokens is not None:
             if not 0 <= num_tokens <= held:
                 raise ValueError(f"{num_tokens} tokens of a sequence that has {held}")
             held = num_tokens
-        return self.add_shared(self._pages[parent][: -(-held // self.page_size)], held)
+        for kind, first in zip(self.kinds, self._released[parent], strict=True):
+            if kind.first_seen(held) < first * self.page_size:
+                raise ValueError(
+                    f"{num_tokens} tokens of a sequence that has released {first} pages of "
+                    f"{self.page_size}, of which a window of {kind.window} sees some"
+                )
+        end = -(-held // self.page_size)
+        return self.add_shared([pages[:end] for pages in self._pages[parent]], held)
 
-    def add_shared(self, pages: SequenceOf[int], num_tokens: int) -> int:
+    def add_shared(self, pages: SequenceOf[SequenceOf[int]], num_tokens: int) -> int:
         """Returns a new sequence whose first tokens are in pages that are in use, or cached.
 
         Args:
-          pages: as many as hold the tokens; cached ones are full.
+          pages: of each kind as many bundles as hold the tokens, the first of which may be
+            `NULL_PAGE`; cached ones are full.
           num_tokens: how many; all pages but the last are full.
         """
-        for page in pages:
-            self._fill_cached(page)
-        self.pool.share(pages)
+        firsts = [next((i for i, page in enumerate(own) if page), len(own)) for own in pages]
+        for kind, (own, first) in enumerate(zip(pages, firsts, strict=True)):
+            self.cells.share(own[first:], kind)
+            self.pool.share(own[first:])
         child = self.add()
-        self._pages[child] = list(pages)
+        for kind, (own, first) in enumerate(zip(pages, firsts, strict=True)):
+            self._pages[child][kind].extend(own)
+            self._released[child][kind] = first
+            self._map(child, kind, first)
         self._num_tokens[child] = num_tokens
-        self._array[child, : len(pages)] = pages
         return child
 
     def pages_needed(self, seq: int, num_tokens: int) -> int:
         """Free pages that `append(seq, num_tokens)` would take, a copy-on-write page included."""
-        held, pages = self._num_tokens[seq], self._pages[seq]
-        needed = -(-(held + num_tokens) // self.page_size) - len(pages)
-        return max(needed, 0) + (num_tokens > 0 and self._copy_due(seq))
+        needed = self._new_pages(seq, num_tokens) * self.num_groups
+        if num_tokens > 0:
+            needed += sum(self._widths[kind] for kind in self._copies_due(seq))
+        return needed
 
     def pages_needed_together(self, appends: Iterable[tuple[int, int]]) -> int:
         """Free pages that `append(seq, num_tokens)` would take, one after the other.
@@ -141,15 +175,16 @@ class PageTable:
         keeps it.
         """
         total = 0
-        copies: Counter[int] = Counter()
+        copies: Counter[tuple[int, int]] = Counter()
         for seq, num_tokens in appends:
-            held, pages = self._num_tokens[seq], self._pages[seq]
-            total += max(-(-(held + num_tokens) // self.page_size) - len(pages), 0)
-            if num_tokens > 0 and self._copy_due(seq):
-                copies[pages[held // self.page_size]] += 1
-        for page, count in copies.items():
+            total += self._new_pages(seq, num_tokens) * self.num_groups
+            if num_tokens > 0:
+                index = self._num_tokens[seq] // self.page_size
+                for kind in self._copies_due(seq):
+                    copies[kind, self._pages[seq][kind][index]] += 1
+        for (kind, page), count in copies.items():
             own = count == self.pool.refcount(page) and not self.pool.is_kept(page)
-            total += count - own
+            total += (count - own) * self._widths[kind]
         return total
 
     def append(self, seq: int, num_tokens: int) -> list[tuple[int, int]]:
@@ -160,51 +195,55 @@ class PageTable:
           num_tokens: how many tokens it is about to write.
 
         Returns:
-          `(src, dst)` pages that must be copied on the device before those tokens are written: one
-          pair if the sequence's partial last page is shared, else none.
+          `(src, dst)` pages that must be copied on the device before those tokens are written: a
+          pair for each group in which the sequence's partial last page is shared, mostly none.
 
         Raises:
           OutOfPagesError: if the pool lacks the pages; then nothing has changed.
           ValueError: if the sequence would exceed `pages_per_seq`, or `num_tokens` is negative.
         """
-        held, pages = self._num_tokens[seq], self._pages[seq]
+        held, own = self._num_tokens[seq], self._pages[seq]
         filled = held % self.page_size
         if num_tokens == 1 and filled:
-            page = pages[held // self.page_size]
-            if self.pool.is_exclusive(page):
-                # Most appends, as short as can be: one more token in a page of its own.
-                self._num_live_cells += filled + 1 - self._fill[page]
-                self._fill[page] = filled + 1
+            index, is_exclusive = held // self.page_size, self.pool.is_exclusive
+            for pages in own:
+                if not is_exclusive(pages[index]):
+                    break
+            else:
+                # Most appends, as short as can be: one more token in pages of its own.
+                counts, live = self.cells.filled, self.cells.live
+                for kind, pages in enumerate(own):
+                    live[kind] += filled + 1 - counts[pages[index]]
+                    counts[pages[index]] = filled + 1
                 self._num_tokens[seq] = held + 1
                 return []
-        copy_due = num_tokens > 0 and self._copy_due(seq)
         if num_tokens < 0:
             raise ValueError(f"num_tokens={num_tokens} must be at least 0")
-        total = held + num_tokens
+        copies_due = self._copies_due(seq) if num_tokens else []
         copies: list[tuple[int, int]] = []
-        if total > len(pages) * self.page_size or copy_due:
-            needed = max(-(-total // self.page_size) - len(pages), 0)
-            if len(pages) + needed > self.pages_per_seq:
+        needed, total = self._new_pages(seq, num_tokens), held + num_tokens
+        if needed or copies_due:
+            if len(own[0]) + needed > self.pages_per_seq:
                 raise ValueError(
-                    f"{total} tokens need {len(pages) + needed} pages of {self.page_size}, more "
+                    f"{total} tokens need {len(own[0]) + needed} pages of {self.page_size}, more "
                     f"than the {self.pages_per_seq} of a sequence"
                 )
-            new = self.pool.allocate(needed + copy_due)
-            if copy_due:
-                copies.append(self._replace_partial_page(seq, new.pop()))
-            self._array[seq, len(pages) : len(pages) + needed] = new
-            pages += new
+            self.pool.check_free(self.pages_needed(seq, num_tokens))
+            for kind, width in enumerate(self._widths):
+                new = self.pool.allocate(needed + (kind in copies_due), width)
+                if kind in copies_due:
+                    copies += self._replace_partial_page(seq, kind, new.pop())
+                self._extend(seq, kind, new)
         self._num_tokens[seq] = total
-        fill, left = self._fill, num_tokens
-        while left > 0:
-            # The last page is filled up to the total, those before it to the end.
-            index = (total - 1) // self.page_size
-            cells = total - index * self.page_size
-            page = pages[index]
-            self._num_live_cells += cells - fill[page]
-            fill[page] = cells
-            total -= cells
-            left -= cells
+        for kind, pages in enumerate(own):
+            end, left = total, num_tokens
+            while left > 0:
+                # The last page is filled up to the total, those before it to the end.
+                index = (end - 1) // self.page_size
+                cells = end - index * self.page_size
+                self.cells.fill(pages[index], cells, kind)
+                end -= cells
+                left -= cells
         return copies
 
     def reserve(self, seq: int, num_tokens: int) -> None:
@@ -214,15 +253,38 @@ class PageTable:
           OutOfPagesError: if the pool lacks the pages; then nothing has changed.
           ValueError: if they are more than `pages_per_seq`.
         """
-        pages = self._pages[seq]
         if num_tokens > self.pages_per_seq * self.page_size:
             raise ValueError(
                 f"{num_tokens} tokens exceed the {self.pages_per_seq} pages of {self.page_size} "
                 "that a sequence may have"
             )
-        new = self.pool.allocate(max(-(-num_tokens // self.page_size) - len(pages), 0))
-        self._array[seq, len(pages) : len(pages) + len(new)] = new
-        pages += new
+        needed = self._new_pages(seq, num_tokens - self._num_tokens[seq])
+        self.pool.check_free(needed * self.num_groups)
+        for kind, width in enumerate(self._widths):
+            self._extend(seq, kind, self.pool.allocate(needed, width))
+
+    def release_before(self, seq: int, position: int) -> None:
+        """Gives back what no query from a position on sees: the whole pages below each window.
+
+        Args:
+          seq: the sequence.
+          position: at most its number of tokens.
+        """
+        size = self.page_size
+        for kind, pages in enumerate(self._pages[seq]):
+            if self.kinds[kind].window is None:
+                continue
+            index, offset = divmod(self.kinds[kind].first_seen(position), size)
+            first = self._released[seq][kind]
+            if index > first:
+                # The last one first, as in `free`.
+                for at in range(index - 1, first - 1, -1):
+                    self._release(pages[at], kind)
+                    pages[at] = NULL_PAGE
+                self._array.clear(self._rows[kind], seq, first, index)
+                self._released[seq][kind] = index
+            if index >= first and index < len(pages) and self.pool.refcount(pages[index]) == 1:
+                self.cells.skip(pages[index], offset, kind)
 
     def free(self, seq: int) -> None:
         """Forgets `seq`; its pages return to the pool where nobody else refers to them.
@@ -230,70 +292,30 @@ class PageTable:
         Raises:
           KeyError: if the sequence is not known, for instance because it was freed before.
         """
-        pages = self._pages.pop(seq)
+        own = self._pages.pop(seq)
         del self._num_tokens[seq]
+        released = self._released.pop(seq)
         # The last one first: what is kept is evicted in this order.
-        for page in reversed(pages):
-            self._release(page)
-        self._array[seq, : len(pages)] = NULL_PAGE
-        self._free_lines.append(seq)
+        for index in range(len(own[0]) - 1, min(released) - 1, -1):
+            for kind, pages in enumerate(own):
+                if index >= released[kind]:
+                    self._release(pages[index], kind)
+        self._array.free(seq, len(own[0]))
 
-    def replace(self, seq: int, index: int, page: int) -> None:
-        """Has a sequence use another page that holds the same tokens, and releases its own.
+    def replace(self, seq: int, kind: int, index: int, page: int) -> None:
+        """Has a sequence use another bundle that holds the same tokens, and releases its own.
 
         Args:
           seq: the sequence.
+          kind: of which groups.
           index: which of its pages, a full one.
           page: in use or cached, and full.
         """
-        self._fill_cached(page)
+        self.cells.share([page], kind)
         self.pool.share([page])
-        self._release(self._pages[seq][index])
-        self._pages[seq][index] = page
-        self._array[seq, index] = page
-
-    def take(self, seqs: SequenceOf[int]) -> tuple[list[tuple[list[int], int]], list[int]]:
-        """Frees sequences of which the contents are kept elsewhere.
-
-        Returns:
-          For each its pages and number of tokens, and the distinct pages that hold tokens.
-        """
-        size = self.page_size
-        held = [
-            (self._pages[s][: -(-self._num_tokens[s] // size)], self._num_tokens[s]) for s in seqs
-        ]
-        for seq in seqs:
-            self.free(seq)
-        return held, list(dict.fromkeys(page for pages, _ in held for page in pages))
-
-    def put_back(
-        self, held: SequenceOf[tuple[list[int], int]], pages: SequenceOf[int]
-    ) -> tuple[list[int], list[int]]:
-        """Undoes `take`, on other pages; what was shared is shared again.
-
-        Args:
-          held: as `take` returned it.
-          pages: likewise.
-
-        Returns:
-          The sequences, and for each of `pages` the one that now stands for it.
-
-        Raises:
-          OutOfPagesError: if the pool lacks the pages; then nothing has changed.
-        """
-        new = self.pool.allocate(len(pages))
-        now = dict(zip(pages, new, strict=True))
-        seqs: list[int] = []
-        for old, num_tokens in held:
-            own = [now[page] for page in old]
-            for index, page in enumerate(own):
-                cells = min(num_tokens - index * self.page_size, self.page_size)
-                self._num_live_cells += max(cells - self._fill[page], 0)
-                self._fill[page] = max(cells, self._fill[page])
-            seqs.append(self.add_shared(own, num_tokens))
-        for page in new:
-            self.pool.release(page)  # the reference that `allocate` gave it
-        return seqs, new
+        self._release(self._pages[seq][kind][index], kind)
+        self._pages[seq][kind][index] = page
+        self._map(seq, kind, index, index + 1)
 
     def snapshot(self, seqs: SequenceOf[int], num_rows: int) -> np.ndarray:
         """Freezes the map for one step.
@@ -303,63 +325,76 @@ class PageTable:
           num_rows: rows wanted, at least `len(seqs)`.
 
         Returns:
-          i32[num_rows, pages_per_seq], read-only, padded with `NULL_PAGE`; later changes of this
-          table do not reach it.
+          i32[num_groups, num_rows, pages_per_seq], without the first axis if there is one group;
+          read-only, padded with `NULL_PAGE`; later changes of this table do not reach it.
         """
-        table = np.full((num_rows, self.pages_per_seq), NULL_PAGE, np.int32)
-        np.take(self._array, seqs, axis=0, out=table[: len(seqs)], mode="clip")
-        table.flags.writeable = False
-        return table
+        return self._array.snapshot(seqs, num_rows)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books do not balance. Cost: every page; for tests."""
         self.pool.check_invariants()
-        references = Counter(page for pages in self._pages.values() for page in pages)
-        for page in range(self.pool.num_pages):
-            assert self.pool.refcount(page) == references[page], f"page {page}: count differs"
-        fill = [0] * self.pool.num_pages
-        for seq, pages in self._pages.items():
+        references: Counter[int] = Counter()
+        filled, needed = [0] * self.pool.num_pages, 0
+        for seq, own in self._pages.items():
             held = self._num_tokens[seq]
-            assert held <= len(pages) * self.page_size
-            assert len(set(pages)) == len(pages), f"sequence {seq} owns a page twice"
-            assert self._array[seq, : len(pages)].tolist() == pages
-            assert (self._array[seq, len(pages) :] == NULL_PAGE).all()
-            for index, page in enumerate(pages):
-                used = min(max(held - index * self.page_size, 0), self.page_size)
-                fill[page] = max(fill[page], used)
-        # An owner that held more tokens of a page than those that are left may have gone.
-        for page, (used, counted) in enumerate(zip(fill, self._fill, strict=True)):
-            assert used <= counted <= self.page_size, f"page {page} holds more than is counted"
+            for pages, first, rows in zip(own, self._released[seq], self._rows, strict=True):
+                assert len(pages) == len(own[0]) and held <= len(pages) * self.page_size
+                assert not any(pages[:first]) and all(pages[first:])
+                references.update(pages[first:])
+                assert len(set(pages[first:])) == len(pages) - first, f"{seq} owns a page twice"
+                for place, group in enumerate(range(rows.start, rows.stop)):
+                    bundles = (self.pool.bundle(page)[place] if page else page for page in pages)
+                    assert tuple(bundles) == self.pages(seq, group)
+                for index, page in enumerate(pages[first:], first):
+                    used = min(max(held - index * self.page_size, 0), self.page_size)
+                    filled[page] = max(filled[page], used)
+        for page in range(1, self.pool.num_pages):
+            assert self.pool.refcount(page) == references[page], f"page {page}: count differs"
+            # An owner that held more tokens of a page than those that are left may have gone.
+            counted, unneeded = self.cells.filled[page], self.cells.unneeded[page]
+            assert filled[page] <= counted <= self.page_size, f"page {page}: more is held"
             assert counted == 0 or references[page], f"page {page} is counted, but nobody's"
-        assert self._num_live_cells == sum(self._fill)
-        lines = sorted([*self._free_lines, *self._pages])
-        assert lines == list(range(len(self._array))), "a line is lost or held twice"
+            assert 0 <= unneeded <= counted and (not unneeded or references[page] == 1)
+            needed += (counted - unneeded) * len(self.pool.bundle(page))
+        assert self.cells.num_live == needed
+        self._array.check_invariants({seq: len(own[0]) for seq, own in self._pages.items()})
 
-    def _copy_due(self, seq: int) -> bool:
-        """Whether the page that the next token goes to is partial and shared."""
-        held = self._num_tokens[seq]
-        if held % self.page_size == 0:
-            return False
-        page = self._pages[seq][held // self.page_size]
-        return not self.pool.is_exclusive(page)
+    def _new_pages(self, seq: int, num_tokens: int) -> int:
+        """Logical pages that a sequence lacks for so many more tokens."""
+        total = self._num_tokens[seq] + num_tokens
+        return max(-(-total // self.page_size) - len(self._pages[seq][0]), 0)
 
-    def _replace_partial_page(self, seq: int, dst: int) -> tuple[int, int]:
+    def _copies_due(self, seq: int) -> list[int]:
+        """The kinds of which the page that the next token goes to is partial and shared."""
         index, filled = divmod(self._num_tokens[seq], self.page_size)
-        src = self._pages[seq][index]
-        self._release(src)
-        self._pages[seq][index] = dst
-        self._array[seq, index] = dst
-        self._fill[dst] = filled
-        self._num_live_cells += filled
-        return src, dst
+        if not filled:
+            return []
+        own = enumerate(self._pages[seq])
+        return [kind for kind, pages in own if not self.pool.is_exclusive(pages[index])]
 
-    def _release(self, page: int) -> None:
+    def _replace_partial_page(self, seq: int, kind: int, dst: int) -> list[tuple[int, int]]:
+        """Has a sequence write to another bundle. Returns: which pages to copy to which."""
+        index, filled = divmod(self._num_tokens[seq], self.page_size)
+        pages = self._pages[seq][kind]
+        src, pages[index] = pages[index], dst
+        copies = list(zip(self.pool.bundle(src), self.pool.bundle(dst), strict=True))
+        self._release(src, kind)
+        self._map(seq, kind, index, index + 1)
+        self.cells.fill(dst, filled, kind)
+        return copies
+
+    def _extend(self, seq: int, kind: int, new: list[int]) -> None:
+        pages = self._pages[seq][kind]
+        pages += new
+        self._map(seq, kind, len(pages) - len(new))
+
+    def _map(self, seq: int, kind: int, start: int, end: int | None = None) -> None:
+        """Puts the pages of some of a sequence's bundles into the array."""
+        pages = [self._pages[seq][kind][start:end]]
+        if self._widths[kind] > 1:
+            pages = list(zip(*map(self.pool.bundle, pages[0]), strict=True))
+        self._array.put(self._rows[kind], seq, start, pages)
+
+    def _release(self, page: int, kind: int) -> None:
         if self.pool.release(page):
-            self._num_live_cells -= self._fill[page]
-            self._fill[page] = 0
-
-    def _fill_cached(self, page: int) -> None:
-        """Counts the cells of a page that comes back from being cached."""
-        if not self._fill[page]:
-            self._fill[page] = self.page_size
-            self._num_live_cells += self.page_size
+            self.cells.clear(page, kind)

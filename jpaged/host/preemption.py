@@ -2,8 +2,10 @@
 """How sequences lose their pages: swapped to host memory, or to be computed again."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence as SequenceOf
 
+from jpaged.host.page_pool import NULL_PAGE
 from jpaged.host.page_table import PageTable
 from jpaged.host.sequence import Sequence
 from jpaged.host.swap import SwapSpace
@@ -74,18 +76,25 @@ def choose_preemption(
       space: where they would be swapped to.
       victims: running sequences of one request.
     """
-    pages = {page for v in victims if v.table_id is not None for page in table.pages(v.table_id)}
-    # What they share is found in the prefix cache by all but the first.
-    num_tokens = max(
-        max(v.num_computed_tokens for v in victims),
-        min(sum(v.num_computed_tokens for v in victims), len(pages) * table.page_size),
-    )
-    swap_s = len(pages) * costs.swap_s_per_page
+    own = [table.bundles(v.table_id) for v in victims if v.table_id is not None]
+    distinct = [{page for page in kind if page != NULL_PAGE} for kind in _joined(own)]
+    num_pages = sum(len(table.pool.bundle(page)) for pages in distinct for page in pages)
+    num_tokens = sum(v.num_computed_tokens for v in victims)
+    if table.kinds[0].window is None:
+        # What they share is found in the prefix cache by all but the first.
+        most = max(v.num_computed_tokens for v in victims)
+        num_tokens = max(most, min(num_tokens, len(distinct[0]) * table.page_size))
+    swap_s = num_pages * costs.swap_s_per_page
     recompute_s = num_tokens * costs.recompute_s_per_token
     wanted = preemption == "swap" or (preemption == "auto" and swap_s < recompute_s)
-    fits = len(pages) <= space.num_free_pages
+    fits = num_pages <= space.num_free_pages
     room = space.num_free_pages if wanted and not fits else None
-    return Preemption(wanted and fits, len(pages), num_tokens, swap_s, recompute_s, room)
+    return Preemption(wanted and fits, num_pages, num_tokens, swap_s, recompute_s, room)
+
+
+def _joined(own: SequenceOf[SequenceOf[list[int]]]) -> list[list[int]]:
+    """Of each kind the bundles of all sequences."""
+    return [list(itertools.chain(*pages)) for pages in zip(*own, strict=True)]
 
 
 def take_pages(

@@ -42,11 +42,14 @@ class Scheduler:
         """Makes an idle scheduler over an empty page table."""
         self.config = config
         self.table = table
-        self.cache = PrefixCache(table.pool)
+        self.cache = PrefixCache(table.pool, table.kinds)
         self.swap_space = SwapSpace(config.num_host_pages)
         self.num_preemptions = 0
         self._queues = Queues(config.max_num_seqs)
         self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
+        # What is reserved ahead is kept.
+        has_windows = any(kind.window is not None for kind in table.kinds)
+        self._releases = has_windows and config.reservation == "paged"
 
     @property
     def num_waiting(self) -> int:
@@ -155,7 +158,7 @@ class Scheduler:
         groups = {id(group): group for group in swapped if group is not None}
         self.swap_space.check_invariants(groups.values())
         holders = list(self._queues.holders())
-        assert len({seq.table_id for seq in holders}) == len(holders) == self.table.num_seqs
+        assert len({seq.table_id for seq in holders}) == len(holders) == len(self.table.seqs())
 
     def _plan_running(self, step: StepBuilder) -> int:
         """Plans all that run, oldest first, and preempts where pages lack.
@@ -164,15 +167,17 @@ class Scheduler:
           How many more tokens the step can compute.
         """
         budget, running = self.config.max_num_batched_tokens, self._queues.running
-        pool, size = self.table.pool, self.table.page_size
+        pool, size, groups = self.table.pool, self.table.page_size, self.table.num_groups
         index = 0
         while index < len(running) and budget:
             seq = running[index]
             if seq.request.is_single:
+                if self._releases:
+                    self._release_unseen(seq)
                 # Most are alone, and find pages: this is all that a step costs for them.
                 lacking = seq.num_tokens - seq.num_computed_tokens
                 num_tokens = min(lacking, budget)
-                if num_tokens // size + 2 <= pool.num_free_pages:
+                if (num_tokens // size + 2) * groups <= pool.num_free_pages:
                     budget -= num_tokens
                     index += 1 + self._plan_row(step, seq, num_tokens, num_tokens == lacking)
                     continue
@@ -180,6 +185,9 @@ class Scheduler:
             tokens = self._tokens_of(group, budget)
             if tokens is None:
                 break
+            if self._releases:
+                for each in group:
+                    self._release_unseen(each)
             if self._pages_needed(group, tokens) > pool.num_free_pages:
                 self._preempt_for(group, step)
                 continue
@@ -203,6 +211,16 @@ class Scheduler:
             tokens.append(min(count, budget))
             budget -= tokens[-1]
         return tokens
+
+    def _release_unseen(self, seq: Sequence) -> None:
+        """Gives back pages that neither a sequence nor what is forked off it sees from here on.
+
+        A page may have another owner in the step that is planned: those before it, which read it,
+        come first on the device. What the host does not know when it plans a step is the newest
+        token alone, and that is read before anybody can ask for a fork.
+        """
+        assert seq.table_id is not None
+        self.table.release_before(seq.table_id, seq.num_computed_tokens)
 
     def _pages_needed(self, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         if len(group) == 1:

@@ -88,15 +88,17 @@ class EngineStats:
 
     Attributes:
       page_size: tokens a page holds.
-      page_bytes: bytes of one page over all layers.
+      page_bytes: bytes of one page over the layers of a group.
+      num_groups: groups of layers that have pages of their own; a sequence takes a page for each.
       num_usable_pages: pages that can be handed out.
       num_free_pages, num_used_pages: of them, now.
       num_cached_pages: of the free ones, those that are kept for their content, now.
       num_shared_pages: pages in use by more than one sequence, now.
       num_saved_pages: pages that would be in use beside them if none were shared, now.
-      num_saved_cells: tokens of sequences less cells that hold one, now.
+      num_saved_cells: tokens that sequences hold in pages less cells that hold one, now.
       num_host_pages, num_free_host_pages: room for swapped pages, now.
-      utilisation: share of the used pages' cells that hold a token, now; 1.0 when none is used.
+      utilisation: share of the used pages' cells that hold a token which is needed, as it is not
+        below a window, now; 1.0 when none is used.
       num_running, num_waiting: sequences, now.
       num_compilations: programs compiled since the engine was made.
       num_unplanned_compilations: of them, those after `warm_up`.
@@ -106,6 +108,7 @@ class EngineStats:
 
     page_size: int
     page_bytes: int
+    num_groups: int
     num_usable_pages: int
     num_free_pages: int
     num_used_pages: int
@@ -136,6 +139,7 @@ class EngineStats:
         pool, cells = table.pool, table.num_allocated_cells
         return cls(
             page_size=table.page_size,
+            num_groups=table.num_groups,
             num_usable_pages=pool.num_usable_pages,
             num_free_pages=pool.num_free_pages,
             num_used_pages=pool.num_used_pages,
@@ -155,7 +159,7 @@ class EngineStats:
 
     @property
     def mean_utilisation(self) -> float:
-        """Share of used pages' cells that held a token, over all steps; 1.0 before the first."""
+        """Share of used pages' cells that held a needed token, over all steps; 1.0 before one."""
         return _ratio(self.totals.live_cell_steps, self.totals.allocated_cell_steps, 1.0)
 
     @property
@@ -187,9 +191,14 @@ class EngineStats:
         return _ratio(self.totals.num_decode_tokens, self.totals.decode_s)
 
     @property
+    def pages_per_seq(self) -> int:
+        """Pages of a sequence that preallocates max_model_len."""
+        return -(-self.max_model_len // self.page_size) * self.num_groups
+
+    @property
     def contiguous_pages(self) -> int:
         """Pages that the fullest step would hold if each sequence preallocated max_model_len."""
-        return self.totals.peak_running * -(-self.max_model_len // self.page_size)
+        return self.totals.peak_running * self.pages_per_seq
 
     def progress_line(self) -> str:
         """A few words for a progress bar."""

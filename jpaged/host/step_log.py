@@ -3,7 +3,8 @@
 
 JSON Lines: the first object is a `StepLogHeader` with `format` and `version`, every other one a
 `StepPlan`, and in `pages` the pages of each of its rows: how many of them are those that the row's
-table had in the step before, and the rest. Arrays are base64. A name that ends in `.gz` is
+table had in the step before, and the rest; where layers have pages by groups, so for each group, in
+a list. Arrays are base64. A name that ends in `.gz` is
 compressed.
 """
 
@@ -42,6 +43,7 @@ class StepLogHeader:
       page_size, num_pages, max_num_seqs, max_num_batched_tokens, max_model_len, deterministic: as
         in `EngineConfig`, resolved.
       num_host_pages: pages that host memory has room for.
+      num_groups: groups of layers that have pages of their own.
     """
 
     page_size: int
@@ -51,6 +53,7 @@ class StepLogHeader:
     max_model_len: int
     deterministic: bool
     num_host_pages: int
+    num_groups: int = 1
 
     @property
     def pages_per_seq(self) -> int:
@@ -64,20 +67,21 @@ class LoggedStep:
 
     Attributes:
       plan: as it was planned.
-      pages: of each row, as its table had them then.
+      pages: of each group of layers and each row, as its table had them then.
     """
 
     plan: StepPlan
-    pages: tuple[tuple[int, ...], ...]
+    pages: tuple[tuple[tuple[int, ...], ...], ...]
     _pages_per_seq: int
 
     def snapshot(self, table_ids: Sequence[int], num_rows: int) -> np.ndarray:
         """The pages as an array; see `PageTable.snapshot`. The tables are those of all rows."""
         assert tuple(table_ids) == self.plan.rows.table_ids
-        table = np.full((num_rows, self._pages_per_seq), NULL_PAGE, np.int32)
-        for row, pages in enumerate(self.pages):
-            table[row, : len(pages)] = pages
-        return table
+        table = np.full((len(self.pages), num_rows, self._pages_per_seq), NULL_PAGE, np.int32)
+        for group, rows in enumerate(self.pages):
+            for row, pages in enumerate(rows):
+                table[group, row, : len(pages)] = pages
+        return table[0] if len(self.pages) == 1 else table
 
 
 class StepLog:
@@ -91,7 +95,7 @@ class StepLog:
         """
         self._path = pathlib.Path(path).expanduser()
         self._page_size = header.page_size
-        self._before: dict[int, list[int]] = {}
+        self._before: list[dict[int, list[int]]] = [{} for _ in range(header.num_groups)]
         try:
             self._file: TextIO | None = _open(self._path, "wt")
             self._end = weakref.finalize(self, _close, self._file)
@@ -109,21 +113,14 @@ class StepLog:
 
         Args:
           plan: the step.
-          page_table: i32[at least num_rows, pages_per_seq], the pages of its rows.
+          page_table: i32[at least num_rows, pages_per_seq], the pages of its rows, or such tables
+            of all groups.
         """
         if self._file is None:
             return
-        pages, own = [], {}
-        rows = plan.rows
-        for table_id, start, num_tokens, cells in zip(
-            rows.table_ids, rows.starts, rows.num_tokens, page_table, strict=False
-        ):
-            found = own[table_id] = cells[: -(-(start + num_tokens) // self._page_size)].tolist()
-            before = self._before.get(table_id, ())
-            pairs = itertools.takewhile(lambda p: p[0] == p[1], zip(before, found, strict=False))
-            kept = sum(1 for _ in pairs)
-            pages.append([kept, found[kept:]])
-        self._before = own
+        tables = page_table if page_table.ndim == 3 else page_table[None]
+        pages = [self._new_pages(plan, group, table) for group, table in enumerate(tables)]
+        pages = pages[0] if len(pages) == 1 else pages
         line = json.dumps({**_as_fields(plan), "pages": pages}, separators=(",", ":"))
         try:
             self._file.write(line + "\n")
@@ -131,6 +128,20 @@ class StepLog:
         except OSError as e:
             logger.error("%s: recording of steps ends: %s", self._path, e.strerror)
             self.close()
+
+    def _new_pages(self, plan: StepPlan, group: int, table: np.ndarray) -> list[Any]:
+        """Of each row, how many pages a group has as in the step before, and the rest."""
+        rows, pages, own = plan.rows, [], {}
+        for table_id, start, num_tokens, cells in zip(
+            rows.table_ids, rows.starts, rows.num_tokens, table, strict=False
+        ):
+            found = own[table_id] = cells[: -(-(start + num_tokens) // self._page_size)].tolist()
+            before = self._before[group].get(table_id, ())
+            pairs = itertools.takewhile(lambda p: p[0] == p[1], zip(before, found, strict=False))
+            kept = sum(1 for _ in pairs)
+            pages.append([kept, found[kept:]])
+        self._before[group] = own
+        return pages
 
     def close(self) -> None:
         """Ends the file, as does forgetting the log."""
@@ -145,6 +156,7 @@ def open_log(
     page_size: int,
     *,
     deterministic: bool = False,
+    num_groups: int = 1,
 ) -> StepLog | None:
     """Begins the log of a scheduler's steps; None where none is wanted.
 
@@ -154,6 +166,7 @@ def open_log(
       num_pages: of the pool, the reserved one included.
       page_size: tokens a page holds.
       deterministic: whether steps have one shape.
+      num_groups: groups of layers that have pages of their own.
 
     Raises:
       ValueError: if it cannot be written.
@@ -168,6 +181,7 @@ def open_log(
         max_model_len=config.max_model_len,
         deterministic=deterministic,
         num_host_pages=config.num_host_pages,
+        num_groups=num_groups,
     )
     return StepLog(path, header)
 
@@ -193,22 +207,24 @@ def read_steps(path: str | os.PathLike[str]) -> Iterator[LoggedStep]:
       ValueError: if it does not hold steps; names the line.
     """
     with _open(pathlib.Path(path).expanduser(), "rt") as file:
-        pages_per_seq = _header(path, file).pages_per_seq
-        before: dict[int, list[int]] = {}
+        header = _header(path, file)
+        before: list[dict[int, list[int]]] = [{} for _ in range(header.num_groups)]
         for number, line in enumerate(_whole_lines(file), start=2):
             try:
                 fields = json.loads(line)
                 plan = _from_fields(fields)
-                before = {
-                    table_id: [*before.get(table_id, ())[:kept], *new]
-                    for table_id, (kept, new) in zip(
-                        plan.rows.table_ids, fields["pages"], strict=True
-                    )
-                }
-                found = tuple(tuple(pages) for pages in before.values())
+                pages = [fields["pages"]] if header.num_groups == 1 else fields["pages"]
+                before = [
+                    {
+                        table_id: [*group.get(table_id, ())[:kept], *new]
+                        for table_id, (kept, new) in zip(plan.rows.table_ids, own, strict=True)
+                    }
+                    for group, own in zip(before, pages, strict=True)
+                ]
+                found = tuple(tuple(map(tuple, group.values())) for group in before)
             except (ValueError, KeyError, TypeError) as e:
                 raise ValueError(f"{path}: line {number} is no step: {e!r}") from e
-            yield LoggedStep(plan, found, pages_per_seq)
+            yield LoggedStep(plan, found, header.pages_per_seq)
 
 
 def _open(path: pathlib.Path, mode: str) -> TextIO:

@@ -35,12 +35,14 @@ class PageState:
       owners: names of the sequences that refer to it: none if it is free, several if they share it.
       fill: cells that hold a token, those included that a step on its way is writing.
       is_cached: whether it is free, but kept for its content.
+      group: of the layers for which its owners have it; 0 without an owner.
     """
 
     page_id: int
     owners: tuple[str, ...]
     fill: int
     is_cached: bool = False
+    group: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +54,13 @@ class PoolSnapshot:
     Attributes:
       page_size: cells of a page.
       pages: every page that can be handed out, in order of id.
+      windows: of each group of layers that has pages of its own, the tokens that a query sees, or
+        None for all before it.
     """
 
     page_size: int
     pages: tuple[PageState, ...]
+    windows: tuple[int | None, ...] = (None,)
 
     @classmethod
     def of(cls, table: PageTable, names: Mapping[int, str]) -> "PoolSnapshot":
@@ -65,19 +70,27 @@ class PoolSnapshot:
           table: what to read.
           names: what to call its sequences, all of which are there; owners are in this order.
         """
-        pool, size, fills = table.pool, table.page_size, table.fills()
+        pool, size, fills = table.pool, table.page_size, table.cells.of_pages()
+        cached = pool.cached_pages()
         owners: list[list[str]] = [[] for _ in fills]
+        groups: dict[int, int] = {}
         for seq, name in names.items():
-            for page in table.pages(seq):
-                owners[page].append(name)
+            for group in range(table.num_groups):
+                for page in table.pages(seq, group):
+                    if page != NULL_PAGE:
+                        owners[page].append(name)
+                        groups[page] = group
         pages: list[PageState] = []
         for page in range(NULL_PAGE + 1, pool.num_pages):
-            assert len(owners[page]) == pool.refcount(page), f"page {page}: an owner has no name"
             # Only full pages are kept.
-            cached = not owners[page] and pool.is_kept(page)
-            fill = size if cached else fills[page]
-            pages.append(PageState(page, tuple(owners[page]), fill, cached))
-        return cls(size, tuple(pages))
+            fill = size if page in cached else fills[page]
+            group = groups.get(page, 0)
+            pages.append(PageState(page, tuple(owners[page]), fill, page in cached, group))
+            # The first page of a bundle has its count.
+            counts = 0, len(owners[page])
+            assert pool.refcount(page) in counts, f"page {page}: an owner has no name"
+        windows = [kind.window for kind in table.kinds for _ in range(kind.num_groups)]
+        return cls(size, tuple(pages), tuple(windows))
 
     @classmethod
     def of_requests(cls, table: PageTable, requests: Iterable[Request]) -> "PoolSnapshot":
@@ -125,6 +138,7 @@ def draw(snapshot: PoolSnapshot, width: int = 80, color: bool = False) -> str:
         *_fold(_meaning({mark for mark, _ in cells}), width),
         *(_paint(row, color) for row in _owner_rows(snapshot, owners, width)),
         *_fold(_sharing(snapshot, owners), width),
+        *_fold(_groups(snapshot), width),
     ]
     return "\n".join(lines)
 
@@ -240,6 +254,20 @@ def _sharing(snapshot: PoolSnapshot, owners: Mapping[str, _Cell]) -> str:
     ]
     left = sum(len(pages) for pages in list(groups.values())[_MAX_GROUPS:])
     return "shared: " + "; ".join([*listed, *([f"and {left} more"] if left else [])])
+
+
+def _groups(snapshot: PoolSnapshot) -> str:
+    """How many pages layers have that see equally far, where not all do."""
+    if len(snapshot.windows) == 1:
+        return ""
+    parts: list[str] = []
+    for window in dict.fromkeys(snapshot.windows):
+        groups = [group for group, own in enumerate(snapshot.windows) if own == window]
+        count = sum(page.group in groups for page in snapshot.pages if page.owners)
+        sees = "all tokens" if window is None else f"{window} tokens"
+        which = f"{len(groups)} groups" if len(groups) > 1 else "a group"
+        parts.append(f"{_num_pages(count)} of {which} of layers that see {sees}")
+    return "; ".join(parts)
 
 
 def _ranges(ids: Iterable[int]) -> list[str]:

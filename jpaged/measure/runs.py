@@ -67,7 +67,7 @@ def measure_reservations(
         config, num_pages=stats.num_usable_pages + 1, max_model_len=stats.max_model_len
     )
     workload = workload_of(stats.max_model_len)
-    pages_per_seq = -(-stats.max_model_len // stats.page_size)
+    pages_per_seq = stats.pages_per_seq
     if "max" in reservations and stats.num_usable_pages < pages_per_seq:
         raise ValueError(
             f"reservation 'max' takes {pages_per_seq} pages a sequence and the pool has "

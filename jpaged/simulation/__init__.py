@@ -8,17 +8,20 @@ steps. Nothing needs jax.
 
 from jpaged.simulation.contiguous import CONTIGUOUS_POLICIES, ContiguousSimulator
 from jpaged.simulation.costs import CostModel, Memory, StepWork
+from jpaged.simulation.layers import LayerGroups
 from jpaged.simulation.lengths import parse_lengths
 from jpaged.simulation.paged import PagedSimulator
-from jpaged.simulation.serving import POLICIES, Serving, run_scheduler, serve, simulate
+from jpaged.simulation.serving import ONE_TABLE, POLICIES, Serving, run_scheduler, serve, simulate
 from jpaged.simulation.workload import Item, Workload, make_workload
 
 __all__ = [
     "CONTIGUOUS_POLICIES",
+    "ONE_TABLE",
     "POLICIES",
     "ContiguousSimulator",
     "CostModel",
     "Item",
+    "LayerGroups",
     "Memory",
     "PagedSimulator",
     "Serving",

@@ -9,9 +9,9 @@ class Memory:
     """What each slot of the memory for keys and values is, during one step; the sum is all of it.
 
     Attributes:
-      live: holds a token.
+      live: holds a token that a layer needs; where layers differ in that, each counts as its share.
       reserved: a request has it and will fill it before it ends.
-      internal: a request has it and will never fill it.
+      internal: a request has it and will never fill it, or no layer needs what it holds any more.
       external: lost to rounding by the allocator; or free, while a request waits.
       idle: free, and nobody waits.
     """
@@ -35,8 +35,9 @@ class StepWork:
     Attributes:
       num_seqs: sequences that compute something.
       num_tokens: tokens that they compute.
-      num_kv_tokens: tokens that they attend to, those included; a shared one once for each.
-      num_swapped_pages: pages copied to or from host memory before.
+      num_kv_tokens: tokens that they attend to, those included; a shared one once for each. Of
+        layers that see less, the mean.
+      num_swapped_pages: pages copied to or from host memory before, as pages of all layers.
       memory: while it runs.
       finished: requests that the step before ended, by their number in order of `add`.
     """

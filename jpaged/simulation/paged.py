@@ -14,6 +14,7 @@ from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.step_log import open_log
 from jpaged.simulation.costs import Memory, StepWork
+from jpaged.simulation.layers import ONE_KIND, LayerGroups
 from jpaged.simulation.workload import Item
 
 
@@ -29,6 +30,7 @@ class PagedSimulator:
         num_pages: int,
         page_size: int,
         record_steps: str | None = None,
+        layers: LayerGroups = ONE_KIND,
     ):
         """Makes an empty pool.
 
@@ -37,17 +39,20 @@ class PagedSimulator:
           num_pages: of the pool, the reserved one included.
           page_size: tokens a page holds.
           record_steps: as in `EngineConfig`.
+          layers: which share pages.
 
         Raises:
           ValueError: if the file cannot be written.
         """
-        self.table = PageTable(
-            PagePool(num_pages), page_size, -(-config.max_model_len // page_size)
-        )
+        pages_per_seq, kinds = -(-config.max_model_len // page_size), layers.table_kinds
+        self.table = PageTable(PagePool(num_pages), page_size, pages_per_seq, kinds)
+        self._layers = layers
         self.scheduler = Scheduler(config, self.table)
         self.totals = Counters()
         self._inflight: ScheduledStep | None = None
-        self._log = open_log(record_steps, config, num_pages, page_size)
+        self._log = open_log(
+            record_steps, config, num_pages, page_size, num_groups=self.table.num_groups
+        )
         self._num_added = 0
 
     @property
@@ -120,8 +125,8 @@ class PagedSimulator:
         return StepWork(
             num_seqs=plan.num_rows,
             num_tokens=plan.num_tokens,
-            num_kv_tokens=plan.num_kv_tokens,
-            num_swapped_pages=len(plan.swap_outs) + len(plan.swap_ins),
+            num_kv_tokens=self._num_kv_tokens(plan),
+            num_swapped_pages=self._num_swapped_pages(plan),
             memory=memory,
             finished=tuple(finished),
         )
@@ -136,13 +141,25 @@ class PagedSimulator:
             num_unplanned_compilations=0,
         )
 
+    def _num_kv_tokens(self, plan: StepPlan) -> int:
+        """Tokens that rows attend to, mean over the layers."""
+        if len(self._layers.kinds) == 1 and self._layers.kinds[0].window is None:
+            return plan.num_kv_tokens
+        rows = zip(plan.rows.starts, plan.rows.num_tokens, strict=True)
+        return round(sum(self._layers.needed_tokens(start, start + n) for start, n in rows))
+
+    def _num_swapped_pages(self, plan: StepPlan) -> int:
+        """Pages that are swapped, as pages of all layers."""
+        count, layers = len(plan.swap_outs) + len(plan.swap_ins), self._layers
+        return -(-count * layers.page_layers // layers.total)
+
     def _memory(self) -> Memory:
-        table = self.table
+        table, needed = self.table, round(self._layers.needed_cells(self.table))
         free = table.pool.num_free_pages * table.page_size
         waits = self.scheduler.num_waiting > 0
         return Memory(
-            live=table.num_live_cells,
-            internal=table.num_allocated_cells - table.num_live_cells,
+            live=needed,
+            internal=table.num_allocated_cells - needed,
             external=free if waits else 0,
             idle=0 if waits else free,
         )

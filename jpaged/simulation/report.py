@@ -74,7 +74,6 @@ def cache_report(stats: EngineStats, trace: Trace, workload: Workload) -> Report
       A JSON object.
     """
     totals = stats.totals
-    pages_per_seq = -(-stats.max_model_len // stats.page_size)
     return {
         "steps": totals.num_steps,
         "preemptions": totals.num_preemptions,
@@ -103,7 +102,7 @@ def cache_report(stats: EngineStats, trace: Trace, workload: Workload) -> Report
         "contiguous": {
             "pages": stats.contiguous_pages,
             "bytes": stats.contiguous_pages * stats.page_bytes,
-            "fits": stats.num_usable_pages // pages_per_seq,
+            "fits": stats.num_usable_pages // stats.pages_per_seq,
         },
     }
 

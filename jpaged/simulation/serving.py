@@ -17,11 +17,14 @@ from jpaged.host.stats import EngineStats
 from jpaged.simulation import paper
 from jpaged.simulation.contiguous import CONTIGUOUS_POLICIES, ContiguousSimulator
 from jpaged.simulation.costs import CostModel, Memory
+from jpaged.simulation.layers import ONE_KIND, LayerGroups
 from jpaged.simulation.paged import PagedSimulator
 from jpaged.simulation.report import Trace
 from jpaged.simulation.workload import Item, Workload
 
 POLICIES = (*CONTIGUOUS_POLICIES, "paged")
+# For comparison, of models whose layers differ in what they see: one page table for all.
+ONE_TABLE = "paged-one-table"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +63,15 @@ class Serving:
         """Of the memory that is not idle, the share that holds a token."""
         return self.memory["live"] / max(1 - self.memory["idle"], 1e-9)
 
+    @property
+    def waste(self) -> float:
+        """Of the memory that requests have, the share that they do not need and will not fill."""
+        held = self.memory["live"] + self.memory["reserved"] + self.memory["internal"]
+        return self.memory["internal"] / max(held, 1e-9)
+
     def as_dict(self) -> dict[str, Any]:
-        """The attributes and `live_share`."""
-        return dataclasses.asdict(self) | {"live_share": self.live_share}
+        """The attributes, `live_share` and `waste`."""
+        return dataclasses.asdict(self) | {"live_share": self.live_share, "waste": self.waste}
 
 
 def simulate(
@@ -150,11 +159,12 @@ def serve(
     drain: bool = False,
     progress: str | None = None,
     record_steps: str | None = None,
+    layers: LayerGroups = ONE_KIND,
 ) -> Serving:
     """Serves a workload under a policy.
 
     Args:
-      policy: of `POLICIES`.
+      policy: of `POLICIES`, or `ONE_TABLE`.
       work: the requests.
       config: budgets; what it says of preemption is not looked at.
       num_slots: tokens that the memory holds, of which `paged` makes as many pages as it can.
@@ -164,22 +174,25 @@ def serve(
       drain: see `simulate`.
       progress: likewise.
       record_steps: file for the steps of `paged`, as in `EngineConfig`.
+      layers: of the model; contiguous policies keep all tokens for all of them.
 
     Raises:
       ValueError: if there is no such policy, a request could never run, or the file cannot be
         written.
     """
-    num_pages, recompute_s = num_slots // page_size, costs.flops_per_token / costs.flops_per_s
+    layers = dataclasses.replace(layers, one_table=policy == ONE_TABLE)
+    num_pages = layers.num_pages(num_slots, page_size)
+    swap_s = 2 * costs.copy_s(1, page_size) * layers.page_layers / layers.total
     paged_config = dataclasses.replace(
         config,
         preemption=preemption,
         num_host_pages=2 * num_pages,
-        costs=PreemptionCosts(2 * costs.copy_s(1, page_size), recompute_s),
+        costs=PreemptionCosts(swap_s, costs.flops_per_token / costs.flops_per_s),
     )
 
     def make(record: str | None = None) -> PagedSimulator | ContiguousSimulator:
-        if policy == "paged":
-            return PagedSimulator(paged_config, num_pages + 1, page_size, record)
+        if policy in ("paged", ONE_TABLE):
+            return PagedSimulator(paged_config, num_pages + 1, page_size, record, layers)
         return ContiguousSimulator(policy, config, num_slots)
 
     check = make()

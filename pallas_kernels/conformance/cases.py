@@ -79,6 +79,7 @@ def make_case(
     dtype: Any = np.float32,
     kv_dtype: Any = None,
     written: bool = True,
+    released: bool = False,
     seed: int = 0,
     kv_scale: tuple[float, float] | None = None,
     sinks: Sequence[float] | None = None,
@@ -101,6 +102,8 @@ def make_case(
       dtype: see `Case`.
       kv_dtype: see `Case`; dtype by default.
       written: whether this step's cells are filled.
+      released: whether pages that are whole below the window of a row's first query are gone: the
+        table has the null page there, as it has once an allocator took them back.
       seed: of everything drawn.
       kv_scale: see `Case`.
       sinks: see `Case`; taken by the heads in turn.
@@ -155,6 +158,11 @@ def make_case(
         cells[..., :head_dim] = keys[: len(positions)]
         cells[..., head_dim : 2 * head_dim] = values[: len(positions)]
         kv_pages[at] = cells
+        if released:
+            lowest = max(kv_len - q_len - variant["sliding_window"] + 1, 0)
+            gone = ids[: lowest // page_size]
+            kv_pages[:, gone] = poison
+            page_table[row, : len(gone)] = 0
     q[cu_q_lens[-1] :] = np.nan
     index: dict[str, Any] = {
         "page_table": page_table,

@@ -47,6 +47,15 @@ def suite(dtype: Any = jnp.float32) -> dict[str, Callable[[], Case]]:
     # Fewer tokens than the last page has, whose cells past its end must not count.
     cases["sliding_window 4, decode"] = {"lens": [(1, 104), (1, 33), (1, 250)], "sliding_window": 4}
     cases["sliding_window 40, decode"] = {"lens": _DECODE, "sliding_window": 40}
+    for window in (1, 17, 100):
+        for kind, lens in (("decode", _DECODE), ("mixed", _MIXED)):
+            cases[f"sliding_window {window}, pages below released, {kind}"] = {
+                "lens": lens,
+                "sliding_window": window,
+                "released": True,
+                # A decode step has no more tokens than rows.
+                "pad_tokens": 0 if kind == "decode" else 3,
+            }
     cases["soft_cap and sm_scale"] = {"lens": _MIXED, "soft_cap": 1.5, "sm_scale": 0.7}
     # Heads without, with one that a key outweighs, that outweighs most, and that takes all.
     sinks = (-np.inf, -3.0, 0.5, 2.0, 30.0, 200.0)

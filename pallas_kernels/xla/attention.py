@@ -58,7 +58,7 @@ def paged_attention(
     num_tiles = jnp.where(jnp.arange(rows.max_num_seqs) < rows.num_seqs[0], num_tiles, 0)
     last_tiles = jnp.cumsum(num_tiles)
 
-    def load_block(row, index, kv_len):
+    def load_block(row, index, first_key, kv_len):
         """f32[num_kv_heads, block, cell_dim]; dead cells are zero, for 0 * NaN is NaN."""
         ids = jax.lax.dynamic_slice(page_table, (row, index * block_pages), (1, block_pages))[0]
         starts = index * block + page_size * jnp.arange(block_pages)
@@ -67,7 +67,10 @@ def paged_attention(
         def live(cells, start):
             positions = start + jnp.arange(cells.shape[-2])
             cells = cells[..., :cell_dim]
-            return jnp.where((positions < kv_len)[:, None], cells, 0).astype(jnp.float32)
+            alive = positions < kv_len
+            if variant.sliding_window is not None:
+                alive &= positions >= first_key  # others may have been released
+            return jnp.where(alive[:, None], cells, 0).astype(jnp.float32)
 
         if tile == 1 and block_pages <= _MAX_SLICED_PAGES:
             pages = [live(kv_pages[layer, ids[i]], starts[i]) for i in range(block_pages)]
@@ -76,12 +79,15 @@ def paged_attention(
         return live(cells.reshape(num_kv_heads, block, -1), starts[0])
 
     def attend_tile(row, kv_len, start, q_tile):
-        """f32[num_kv_heads, group * tile, head_dim] for the queries at `start .. start + tile`."""
+        """f32[num_kv_heads, group * tile, head_dim] for the queries at `start .. start + tile`.
+
+        Those before the row's own get anything.
+        """
         positions = jnp.tile(start + jnp.arange(tile), group)[None, :, None]
 
         def attend_block(index, state):
             peak, total, acc = state
-            cells = load_block(row, index, kv_len)
+            cells = load_block(row, index, first_key, kv_len)
             keys = cells if tile == 1 else cells[..., :head_dim]
             values = cells if tile == 1 else cells[..., head_dim:]
             scores = variant.capped(jnp.einsum("kmd,ksd->kms", q_tile, keys))
@@ -101,7 +107,8 @@ def paged_attention(
             jnp.zeros((*queries, 1)),
             jnp.zeros((*queries, cell_dim if tile == 1 else head_dim)),
         )
-        first_key = 0 if variant.sliding_window is None else variant.lowest_key(start)
+        first_query = jnp.maximum(start, first_positions[row])
+        first_key = 0 if variant.sliding_window is None else variant.lowest_key(first_query)
         last_key = jnp.minimum(start + tile, kv_len)
         peak, total, acc = jax.lax.fori_loop(
             first_key // block, (last_key + block - 1) // block, attend_block, state

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.models import sharding
+from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
 from jpaged.models.inputs import PagedInputs
@@ -94,20 +95,23 @@ def compile_step(
     decoder = Decoder(config, True, backend, mesh if num_devices > 1 else None)
     params = Decoder(config, True, "xla").abstract_params(jnp.bfloat16)
     shape = AttentionShape(config.num_q_heads, config.num_kv_heads, config.head_dim)
-    num_pages = num_rows * kv_len // page_size + 1
-    pool = pool_struct(
-        shape, num_pages, page_size, jnp.bfloat16, config.num_layers, backend=backend
-    )
+    groups = cache_groups(config)
+    num_pages = groups.num_groups * num_rows * kv_len // page_size + 1
+    pool = pool_struct(shape, num_pages, page_size, jnp.bfloat16, groups.size, backend=backend)
     where = sharding.placements(params, sharding.param_shardings(params, mesh))
     params = jax.tree.map(_placed, params, where)
     pool_sharding = sharding.pool_sharding(mesh)
     pool = _placed(pool, pool_sharding)
     tokens: Any = Struct((num_tokens,), jnp.int32)
     samples: Any = Struct((num_rows,), jnp.int32)
+    rows = rows_struct(num_rows, -(-kv_len // page_size))
+    if groups.num_groups > 1:
+        tables: Any = Struct((groups.num_groups, *rows.page_table.shape), jnp.int32)
+        rows = dataclasses.replace(rows, page_table=tables)
     inputs = PagedInputs(
         token_ids=tokens,
         positions=tokens,
-        rows=rows_struct(num_rows, -(-kv_len // page_size)),
+        rows=rows,
         logits_indices=samples,
     )
     compiled = try_compile(compiler, mesh, decoder.apply, params, inputs, pool, donate_argnums=(2,))

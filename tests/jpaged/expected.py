@@ -30,6 +30,11 @@ class Job:
     length_penalty: float = 1.0
 
 
+def first_seen(window, position):
+    """The first position that a query at a position sees: itself and `window - 1` before it."""
+    return 0 if window is None else max(0, position - (window - 1))
+
+
 def prompt_of(key):
     family, length = key
     return [1000 * (family + 1) + i for i in range(length)]

@@ -11,7 +11,8 @@ import collections
 
 import pytest
 
-from jpaged.host.admission import SchedulerConfig
+from jpaged.host.admission import RequestTooLongError, SchedulerConfig, check_fits
+from jpaged.host.groups import ONE_GROUP
 from jpaged.host.growth import growth_of
 from jpaged.host.growth.base import Candidate
 from jpaged.host.page_pool import NULL_PAGE, PagePool
@@ -25,6 +26,7 @@ from tests.jpaged.expected import (
     draw,
     expected_beams,
     expected_tokens,
+    first_seen,
     prompt_of,
 )
 
@@ -32,12 +34,13 @@ from tests.jpaged.expected import (
 class Simulation:
     """Runs jobs to their end and checks every step on the way."""
 
-    def __init__(self, jobs, *, num_usable_pages, page_size, **config):
+    def __init__(self, jobs, *, num_usable_pages, page_size, kinds=ONE_GROUP, **config):
         self.config = SchedulerConfig(**config)
         self.page_size = page_size
         self.jobs = jobs
         pages_per_seq = -(-self.config.max_model_len // page_size)
-        self.table = PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq)
+        self.kinds = kinds
+        self.table = PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq, kinds)
         self.scheduler = Scheduler(self.config, self.table)
         self.addressed = set()
         address = self.scheduler.cache.address_pages
@@ -78,9 +81,18 @@ class Simulation:
         request_id, sample_index = row.key
         return self.requests[int(request_id)].sequences[sample_index]
 
+    def fits(self):
+        """Whether no job is refused."""
+        try:
+            for request in self.requests:
+                check_fits(request, self.config, self.table)
+        except RequestTooLongError:
+            return False
+        return True
+
     def __repr__(self):
         pages = f"{self.table.pool.num_usable_pages} pages of {self.page_size}"
-        return f"{self.jobs}, {pages}, {self.config}"
+        return f"{self.jobs}, {pages}, {self.kinds}, {self.config}"
 
     def run(self):
         # The oldest sequence computes a token or more in every step, from when it is the oldest.
@@ -170,20 +182,24 @@ class Simulation:
         written = set()
         rows = [(self.seq_of(row), row) for row in step.rows.each()]
         for seq, row in rows:
-            pages, end = self.table.pages(row.table_id), row.start + row.num_tokens
+            end = row.start + row.num_tokens
             tokens = row.token_ids
             if row.source >= 0:
                 assert row.num_tokens == 1 and end == len(seq.token_ids) + 1
                 assert self.previous_samples[row.source] is seq
                 tokens = [self.previous_tokens[row.source]]
             assert len(tokens) == row.num_tokens, "tokens that the host does not know yet"
-            for position, token in enumerate(tokens, row.start):
-                page, cell = pages[position // size], position % size
-                assert page != NULL_PAGE
-                assert (page, cell) not in written, "two rows write one cell"
-                written.add((page, cell))
-                assert not self.table.pool.is_kept(page) or page in self.addressed
-                self.memory[page][cell] = token
+            for pages in self.table.bundles(row.table_id):
+                for page in pages[row.start // size : -(-end // size)]:
+                    assert not self.table.pool.is_kept(page) or page in self.addressed
+            for group in range(self.table.num_groups):
+                pages = self.table.pages(row.table_id, group)
+                for position, token in enumerate(tokens, row.start):
+                    page, cell = pages[position // size], position % size
+                    assert page != NULL_PAGE
+                    assert (page, cell) not in written, "two rows write one cell"
+                    written.add((page, cell))
+                    self.memory[page][cell] = token
 
         tokens = []
         seqs = [seq for seq, _ in rows]
@@ -194,7 +210,7 @@ class Simulation:
             assert sample.offset == row.num_tokens - 1
             assert sample.draw.sample_index == seq.sample_index
             self.num_forked_rows += parent is not seq
-            tokens.append(draw(seq.sample_index, self.attended(parent)))
+            tokens.append(draw(seq.sample_index, self.attended(parent, row.start)))
         self.previous_samples, self.previous_tokens = samples, tokens
         candidates = []
         for search in step.searches:
@@ -202,7 +218,8 @@ class Simulation:
             beams = samples[first : first + count]
             (request,) = {beam.request for beam in beams}
             assert beams == tuple(request.sequences)
-            contexts = [self.attended(beam) for beam in beams]
+            starts = [rows[step.samples.rows[first + i]][1].start for i in range(count)]
+            contexts = [self.attended(b, start) for b, start in zip(beams, starts, strict=True)]
             best = continuations(list(zip(contexts, search.scores, strict=True)))
             candidates.append(best[: search.num_candidates])
         return tokens, candidates
@@ -260,10 +277,7 @@ class Simulation:
         holders = [seq for seq in self.live() if seq.table_id is not None]
         for seq in holders:
             assert self.table.num_tokens(seq.table_id) == seq.num_computed_tokens
-            if seq.request.growth.chooser is not None:
-                expected = list(seq.token_ids)
-            else:
-                expected = self.expected(seq)
+            expected = self.known_or_expected(seq)
             assert self.attended(seq) == expected[: seq.num_computed_tokens]
 
     def check_counts(self):
@@ -305,10 +319,25 @@ class Simulation:
         assert [beam.score for beam in found] == pytest.approx([score for score, _ in expected])
         assert [beam.token_ids for beam in found] == [tokens for _, tokens in expected]
 
-    def attended(self, seq):
-        pages, size = self.table.pages(seq.table_id), self.table.page_size
-        cells = range(seq.num_computed_tokens)
-        return [self.memory[pages[position // size]][position % size] for position in cells]
+    def attended(self, seq, start=None):
+        """All that a query from `start` on, or the next one, attends to, in every group the same.
+
+        What is below the windows of all groups is not read, but taken for right.
+        """
+        size, end = self.table.page_size, seq.num_computed_tokens
+        known, contexts = self.known_or_expected(seq), []
+        for kind in self.kinds:
+            low = first_seen(kind.window, end if start is None else start)
+            for _ in range(kind.num_groups):
+                pages = self.table.pages(seq.table_id, len(contexts))
+                cells = [self.memory[pages[p // size]][p % size] for p in range(low, end)]
+                contexts.append(known[:low] + cells)
+        # A group that differs is not what all say.
+        return next((c for c in contexts if c != contexts[0]), contexts[0])
+
+    def known_or_expected(self, seq):
+        is_beam = seq.request.growth.chooser is not None
+        return list(seq.token_ids) if is_beam else self.expected(seq)
 
     def expected(self, seq):
         index = int(seq.request.request_id)

@@ -4,6 +4,7 @@
 Every write has a value of its own, so two sequences hold the same values at the same positions
 exactly if one was forked from the other and neither has written there since. That tells which pages
 must be shared, which must be copied, and how many must be in use, without counting references.
+Groups of layers differ in what they have released.
 """
 
 import pytest
@@ -19,8 +20,10 @@ from hypothesis.stateful import (
     rule,
 )
 
+from jpaged.host.groups import ONE_GROUP, GroupKind
 from jpaged.host.page_pool import NULL_PAGE, OutOfPagesError, PagePool
 from jpaged.host.page_table import PageTable
+from tests.jpaged.expected import first_seen
 
 
 class Device:
@@ -38,28 +41,43 @@ class Device:
                 self.cells[dst, slot] = values[slot]
 
     def write(self, seq, start, values):
-        for position, value in enumerate(values, start):
-            index, slot = divmod(position, self.table.page_size)
-            self.cells[self.table.pages(seq)[index], slot] = value
+        for group in range(self.table.num_groups):
+            for position, value in enumerate(values, start):
+                index, slot = divmod(position, self.table.page_size)
+                self.cells[self.table.pages(seq, group)[index], slot] = value
 
-    def read(self, seq, length):
-        pages, size = self.table.pages(seq), self.table.page_size
-        return [self.cells.get((pages[p // size], p % size)) for p in range(length)]
+    def read(self, seq, group, start, end):
+        pages, size = self.table.pages(seq, group), self.table.page_size
+        return [self.cells.get((pages[p // size], p % size)) for p in range(start, end)]
+
+
+KINDS = [
+    ONE_GROUP,
+    (GroupKind(None, 1), GroupKind(3, 2)),
+    (GroupKind(5, 1),),
+    (GroupKind(1, 1), GroupKind(None, 2), GroupKind(4, 1)),
+]
 
 
 class PageTableMachine(RuleBasedStateMachine):
     seqs = Bundle("seqs")
 
     @initialize(
-        page_size=st.integers(1, 4), num_usable_pages=st.integers(1, 14), width=st.integers(1, 6)
+        page_size=st.integers(1, 4),
+        num_usable_pages=st.integers(1, 14),
+        width=st.integers(1, 6),
+        kinds=st.sampled_from(KINDS),
     )
-    def make(self, page_size, num_usable_pages, width):
-        self.page_size, self.width = page_size, width
-        self.table = PageTable(PagePool(num_usable_pages + 1), page_size, width)
+    def make(self, page_size, num_usable_pages, width, kinds):
+        self.page_size, self.width, self.kinds = page_size, width, kinds
+        self.num_groups = sum(kind.num_groups for kind in kinds)
+        num_usable_pages *= self.num_groups
+        self.table = PageTable(PagePool(num_usable_pages + 1), page_size, width, kinds)
         self.pool = self.table.pool
         self.device = Device(self.table)
         self.values: dict[int, list[int]] = {}
         self.reserved: dict[int, int] = {}  # pages that the sequence has asked for ahead of tokens
+        self.next_query: dict[int, int] = {}
         self.num_written = 0
 
     @precondition(lambda self: len(self.values) < 12)
@@ -67,7 +85,7 @@ class PageTableMachine(RuleBasedStateMachine):
     def add(self):
         seq = self.table.add()
         assert seq not in self.values
-        self.values[seq], self.reserved[seq] = [], 0
+        self.values[seq], self.reserved[seq], self.next_query[seq] = [], 0, 0
         return seq
 
     @precondition(lambda self: len(self.values) < 12)
@@ -78,6 +96,7 @@ class PageTableMachine(RuleBasedStateMachine):
         assert child not in self.values
         assert self.pool.num_free_pages == free, "a fork takes no page"
         self.values[child], self.reserved[child] = list(self.values[parent]), 0
+        self.next_query[child] = self.next_query[parent]
         return child
 
     # A small count twice: pages that stay partial are what copy-on-write is about.
@@ -87,7 +106,7 @@ class PageTableMachine(RuleBasedStateMachine):
         total_pages = -(-(len(held) + count) // self.page_size)
         new_pages = max(total_pages - self.num_pages(seq), 0)
         shared_by = self.sharers(seq) if count and len(held) % self.page_size else 0
-        needed = new_pages + (shared_by > 1)
+        needed = (new_pages + (shared_by > 1)) * self.num_groups
         free = self.pool.num_free_pages
         assert self.table.pages_needed(seq, count) == needed
         refusals = []
@@ -101,13 +120,14 @@ class PageTableMachine(RuleBasedStateMachine):
                 self.table.append(seq, count)
             assert self.observe() == before
             return
-        old_pages = self.table.pages(seq)
+        old_pages = self.pages_of_all(seq)
         copies = self.table.append(seq, count)
         assert free - self.pool.num_free_pages == needed
         if shared_by > 1:
             last = len(held) // self.page_size
-            assert copies == [(old_pages[last], self.table.pages(seq)[last])]
-            assert copies[0][0] != copies[0][1]
+            pages = self.pages_of_all(seq)
+            assert copies == [(a[last], b[last]) for a, b in zip(old_pages, pages, strict=True)]
+            assert {src for src, _ in copies}.isdisjoint(dst for _, dst in copies)
         else:
             assert copies == []
         self.device.copy(copies)
@@ -119,7 +139,7 @@ class PageTableMachine(RuleBasedStateMachine):
     @rule(seq=seqs, count=st.integers(0, 24))
     def reserve(self, seq, count):
         pages = -(-min(count, self.width * self.page_size) // self.page_size)
-        if pages - self.num_pages(seq) > self.pool.num_free_pages:
+        if (pages - self.num_pages(seq)) * self.num_groups > self.pool.num_free_pages:
             before = self.observe()
             with pytest.raises(OutOfPagesError):
                 self.table.reserve(seq, pages * self.page_size)
@@ -128,10 +148,21 @@ class PageTableMachine(RuleBasedStateMachine):
             self.table.reserve(seq, min(count, self.width * self.page_size))
             self.reserved[seq] = max(self.reserved[seq], pages)
 
+    @rule(seq=seqs, back=st.integers(0, 3))
+    def release_before(self, seq, back):
+        position = max(len(self.values[seq]) - back, 0)
+        before, free = self.pages_of_all(seq), self.pool.num_free_pages
+        self.table.release_before(seq, position)
+        self.next_query[seq] = max(position, self.next_query[seq])
+        assert self.pool.num_free_pages >= free
+        for was, now, kind in zip(before, self.pages_of_all(seq), self.kind_of, strict=True):
+            first = self.first_held(seq, kind)
+            assert now == (*[NULL_PAGE] * first, *was[first:])
+
     @rule(seq=consumes(seqs))
     def free(self, seq):
         self.table.free(seq)
-        del self.values[seq], self.reserved[seq]
+        del self.values[seq], self.reserved[seq], self.next_query[seq]
         before = self.observe()
         with pytest.raises(KeyError):
             self.table.free(seq)
@@ -141,41 +172,60 @@ class PageTableMachine(RuleBasedStateMachine):
     def each_sequence_reads_back_what_was_written(self):
         for seq, values in self.values.items():
             assert self.table.num_tokens(seq) == len(values)
-            assert self.device.read(seq, len(values)) == values
+            for group, kind in enumerate(self.kind_of):
+                start = min(self.first_held(seq, kind) * self.page_size, len(values))
+                assert start <= first_seen(kind.window, self.next_query[seq]), (
+                    "what is seen is gone"
+                )
+                assert self.device.read(seq, group, start, len(values)) == values[start:]
 
     @invariant()
     def equal_contents_and_only_they_are_on_one_page(self):
-        page_of, contents_of = {}, {}
-        num_entries = num_live_cells = 0
+        page_of, contents_of, needs = {}, {}, {}
+        num_entries = num_filled = num_needed = 0
         for seq in self.values:
-            pages = self.table.pages(seq)
-            assert len(pages) == self.num_pages(seq)
-            num_entries += len(pages)
-            for index, page in enumerate(pages):
-                contents = tuple(self.chunk(seq, index)) or ("reserved", seq, index)
-                if contents not in page_of:
-                    num_live_cells += len(self.chunk(seq, index))
-                assert page_of.setdefault(contents, page) == page, "not shared, but could be"
-                assert contents_of.setdefault(page, contents) == contents, "shared in error"
+            for group, kind in enumerate(self.kind_of):
+                pages, seen = (
+                    self.table.pages(seq, group),
+                    first_seen(kind.window, self.next_query[seq]),
+                )
+                assert len(pages) == self.num_pages(seq)
+                first = self.first_held(seq, kind)
+                assert pages[:first] == (NULL_PAGE,) * first
+                num_entries += len(pages) - first
+                for index, page in enumerate(pages[first:], first):
+                    contents = group, *(self.chunk(seq, index) or ["reserved", seq, index])
+                    if contents not in page_of:
+                        num_filled += len(self.chunk(seq, index))
+                    assert page_of.setdefault(contents, page) == page, "not shared, but could be"
+                    assert contents_of.setdefault(page, contents) == contents, "shared in error"
+                    unneeded = max(seen - index * self.page_size, 0)
+                    needs[page] = min(unneeded, needs.get(page, self.page_size))
+        fills = [0] * self.pool.num_pages
+        for page, (_, *contents) in contents_of.items():
+            fills[page] = 0 if contents[0] == "reserved" else len(contents)
+            num_needed += max(fills[page] - needs[page], 0)
         assert NULL_PAGE not in contents_of
-        refcounts = [self.pool.refcount(page) for page in range(self.pool.num_pages)]
-        assert sum(refcounts) == num_entries
+        assert self.pool.num_references == num_entries
         assert self.pool.num_used_pages == len(contents_of)
         assert self.pool.num_free_pages + len(contents_of) == self.pool.num_usable_pages
         assert self.table.num_allocated_cells == len(contents_of) * self.page_size
-        assert self.table.num_live_cells == num_live_cells
-        values = {page: c for page, c in contents_of.items() if c[0] != "reserved"}
-        fills = [len(values.get(page, ())) for page in range(self.pool.num_pages)]
-        assert self.table.fills() == fills
+        # Of a page that was shared, all cells count until its last owner gives something back.
+        assert num_needed <= self.table.num_live_cells <= num_filled
+        assert self.table.cells.of_pages() == fills
 
     @invariant()
     def the_snapshot_is_the_map(self):
         order = sorted(self.values, reverse=True)
         snapshot = self.table.snapshot(order, len(order) + 1)
-        for row, seq in zip(snapshot, order, strict=False):
-            pages = self.table.pages(seq)
-            assert row.tolist() == [*pages, *[NULL_PAGE] * (self.width - len(pages))]
-        assert snapshot[-1].tolist() == [NULL_PAGE] * self.width
+        if self.num_groups == 1:
+            snapshot = snapshot[None]
+        assert snapshot.shape == (self.num_groups, len(order) + 1, self.width)
+        for group, rows in enumerate(snapshot):
+            for row, seq in zip(rows, order, strict=False):
+                pages = self.table.pages(seq, group)
+                assert row.tolist() == [*pages, *[NULL_PAGE] * (self.width - len(pages))]
+            assert rows[-1].tolist() == [NULL_PAGE] * self.width
 
     @invariant()
     def the_books_balance(self):
@@ -190,6 +240,17 @@ class PageTableMachine(RuleBasedStateMachine):
         assert self.table.num_live_cells == 0
         self.table.check_invariants()
 
+    @property
+    def kind_of(self):
+        """The kind of each group."""
+        return [kind for kind in self.kinds for _ in range(kind.num_groups)]
+
+    def first_held(self, seq, kind):
+        return first_seen(kind.window, self.next_query[seq]) // self.page_size
+
+    def pages_of_all(self, seq):
+        return [self.table.pages(seq, group) for group in range(self.num_groups)]
+
     def chunk(self, seq, index):
         return self.values[seq][index * self.page_size : (index + 1) * self.page_size]
 
@@ -203,7 +264,7 @@ class PageTableMachine(RuleBasedStateMachine):
 
     def observe(self):
         return (
-            {seq: (self.table.pages(seq), self.table.num_tokens(seq)) for seq in self.values},
+            {seq: (self.pages_of_all(seq), self.table.num_tokens(seq)) for seq in self.values},
             [self.pool.refcount(page) for page in range(self.pool.num_pages)],
             (self.pool.num_free_pages, self.pool.num_shared_pages, self.table.num_live_cells),
             self.table.snapshot(sorted(self.values), len(self.values)).tolist(),

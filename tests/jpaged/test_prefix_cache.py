@@ -170,6 +170,7 @@ class TestSalts:
         pool = PagePool(7)
         cache = PrefixCache(pool)
         live: list[tuple[str, int, list[int]]] = []  # salt, root, pages in use
+        nodes: dict[int, int] = {}  # of pages
         firsts: dict[int, str] = {}  # addressed first pages, with their salt
         pool_evicts = pool.on_evict
 
@@ -186,9 +187,10 @@ class TestSalts:
             elif action == "grow" and live and pool.num_free_pages:
                 salt, root, pages = data.draw(st.sampled_from(live))
                 (page,) = pool.allocate(1)
-                known = cache.add(
-                    pages[-1] if pages else root, (data.draw(st.integers(0, 1)),), page
-                )
+                before = nodes[pages[-1]] if pages else root
+                node = cache.add(before, (data.draw(st.integers(0, 1)),), [page])
+                (known,) = cache.pages_of(node)
+                nodes[known] = node
                 if known != page:
                     pool.share([known])
                     pool.release(page)

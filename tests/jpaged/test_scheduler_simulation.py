@@ -5,13 +5,22 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from jpaged.host.groups import ONE_GROUP, GroupKind
 from jpaged.host.preemption import PreemptionCosts
 from tests.jpaged.expected import Job
 from tests.jpaged.simulated_device import Simulation
 
+# Of Gemma 3 (five layers with a window to one without), gpt-oss (one to one) and Mistral (all).
+GROUPS = [
+    (GroupKind(None, 1), GroupKind(6, 5)),
+    (GroupKind(None, 1), GroupKind(3, 1)),
+    (GroupKind(4, 1),),
+    (GroupKind(1, 1), GroupKind(None, 1)),
+]
+
 
 @st.composite
-def mixes(draw, reservation="paged"):
+def mixes(draw, reservation="paged", kinds=(ONE_GROUP,)):
     """Jobs and a pool that holds them, often barely."""
     page_size = draw(st.integers(1, 5))
     max_model_len = draw(st.integers(2, 24))
@@ -48,19 +57,28 @@ def mixes(draw, reservation="paged"):
             each + ((job.beam_width or 1) - 1) * (each - job.prompt_len // page_size)
             for each, job in zip(pages, jobs, strict=True)
         ]
-    return Simulation(
-        jobs,
-        num_usable_pages=max(pages) + draw(st.just(0) | st.integers(0, 12)),
+    kinds = draw(st.sampled_from(kinds))
+    least = max(pages) * sum(kind.num_groups for kind in kinds)
+    more = draw(st.just(0) | st.integers(0, 12)) * sum(kind.num_groups for kind in kinds)
+    options = dict(
         page_size=page_size,
+        kinds=kinds,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         reservation=reservation,
         prefix_cache=draw(st.booleans()),
         preemption=draw(st.sampled_from(["recompute", "swap", "auto"])),
-        num_host_pages=draw(st.integers(0, 20)),
+        num_host_pages=draw(st.integers(0, 20)) * sum(kind.num_groups for kind in kinds),
         costs=PreemptionCosts(1.0, draw(st.sampled_from([0.1, 0.5, 2.0]))),
     )
+    while kinds != ONE_GROUP and reservation == "paged":
+        # With windows, what is refused nowhere is enough.
+        smaller = Simulation(jobs, num_usable_pages=least - 1, **options) if least > 1 else None
+        if smaller is None or not smaller.fits():
+            break
+        least -= 1
+    return Simulation(jobs, num_usable_pages=least + more, **options)
 
 
 @settings(deadline=None, max_examples=250)
@@ -73,9 +91,19 @@ def test_every_sample_gets_its_tokens_whatever_the_schedule(simulation):
     event(f"found in the cache: {simulation.num_hits > 0}")
 
 
+@settings(deadline=None, max_examples=250)
+@given(mixes(kinds=GROUPS))
+def test_every_sample_gets_its_tokens_with_groups_of_layers(simulation):
+    simulation.run()
+    event(f"preempted: {simulation.scheduler.num_preemptions > 0}")
+    event(f"copied: {simulation.num_copies > 0}")
+    event(f"swapped: {simulation.num_swapped > 0}")
+    event(f"found in the cache: {simulation.num_hits > 0}")
+
+
 @pytest.mark.nightly
 @settings(deadline=None, max_examples=5000)
-@given(mixes())
+@given(mixes(kinds=[ONE_GROUP, *GROUPS]))
 def test_every_sample_gets_its_tokens_over_thousands_of_schedules(simulation):
     simulation.run()
 

@@ -13,7 +13,9 @@ class TestProgram:
         lines = run("jpaged", "simulate", "--num_requests=60").splitlines()
         assert re.match(r" *contiguous-oracle +[\d.]+ +13\.62 +[\d.]+% +38\.2% ", lines[3])
         report = json.loads(lines[-1])
-        assert report.keys() == {"workload", "num_slots", "page_size", "costs", "runs"}
+        assert report.keys() == {
+            "workload", "num_slots", "page_size", "layers", "costs", "runs",
+        }  # fmt: skip
         assert report["num_slots"] == 15_728
         assert report["workload"].keys() == {
             "prompt_len", "output_len", "rate", "n", "seed",
@@ -21,7 +23,7 @@ class TestProgram:
         }  # fmt: skip
         assert tuple(report["runs"]) == POLICIES
         for own in report["runs"].values():
-            assert own.keys() == {*Serving.__dataclass_fields__, "live_share"}
+            assert own.keys() == {*Serving.__dataclass_fields__, "live_share", "waste"}
             assert sum(own["memory"].values()) == pytest.approx(1)
 
     def test_other_loads_have_no_paper_beside_them(self):
@@ -34,6 +36,18 @@ class TestProgram:
         report = json.loads(lines[-1])
         assert report["workload"]["rate"] is None
         assert report["runs"]["paged"]["saving"] > 0.3
+
+    def test_layers_that_see_windows(self):
+        lines = run(
+            "jpaged", "simulate", "--policies=paged,paged-one-table", "--rate=inf",
+            "--layers=tests/fixtures/hf/gemma3_two_ropes", "--num_requests=20",
+            "--prompt_len=100", "--output_len=9", "--page_size=4", "--num_slots=2000",
+        ).splitlines()  # fmt: skip
+        report = json.loads(lines[-1])
+        # Two layers that see everything, and three that see five tokens.
+        assert report["layers"] == {"size": 1, "kinds": [[None, 2], [5, 3]]}
+        waste = {policy: own["waste"] for policy, own in report["runs"].items()}
+        assert waste["paged"] < 0.1 < 0.5 < waste["paged-one-table"]
 
     @pytest.mark.parametrize(
         ("args", "message"),
@@ -49,6 +63,10 @@ class TestProgram:
             (["--policies=contiguous-max", "--n=2"], "contiguous-max cannot share"),
             (["--policies=paged", "--page_size=16000"], "at least 2"),
             (["--preemption=none"], "--preemption"),
+            (["--layers=24:128,none"], "layers='24:128,none': give a number of layers and what"),
+            (["--layers=0:full"], "layers='0:full': give a number of layers and what they see"),
+            (["--layers=4:0,full"], "layers='4:0,full': give a number of layers and what they"),
+            (["--layers=nowhere"], "layers='nowhere': give a number of layers"),
             (["extra"], "unexpected arguments"),
         ],
     )
