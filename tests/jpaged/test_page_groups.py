@@ -6,6 +6,7 @@ Engines beside others that have one table for all layers.
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -30,6 +31,7 @@ from tests.jpaged.expected import first_seen
 from tests.jpaged.tiny import TINY, tiny_engine, tiny_params
 from tests.jpaged.tiny import prompts_of as prompts_for
 
+NIGHTLY = pytest.mark.nightly
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 # Layers that see everything and layers that see 5 tokens; all see 11; one sees everything, four 6.
 # Groups, and pages that hold the widest search and little more.
@@ -70,41 +72,54 @@ def serve(engine, case):
     return outputs
 
 
-@pytest.fixture(scope="module")
-def one_table():
-    """The answers of engines with one table for all layers, and pages enough."""
-    found = {}
+@functools.cache
+def one_table(case):
+    """The answers of an engine with one table for all layers, and pages enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "cache_groups", lambda config: one_group(config.num_layers))
-        for case in CASES:
-            engine = Engine.load(FIXTURES / case, EngineConfig(**EXACT, num_pages=400))
-            assert engine.stats().num_groups == 1
-            found[case] = serve(engine, case)
-    return found
+        engine = Engine.load(FIXTURES / case, EngineConfig(**EXACT, num_pages=400))
+        assert engine.stats().num_groups == 1
+        return serve(engine, case)
+
+
+OPTIONS = {
+    "roomy": ({}, ("num_hit_tokens", "num_page_copies")),
+    "tight, no cache": (
+        {"prefix_cache": False, "preemption": "recompute"},
+        ("num_preemptions",),
+    ),
+    "tight": ({"preemption": "recompute"}, ("num_preemptions", "num_hit_tokens")),
+    "tight, swapping": ({"preemption": "swap"}, ("num_swapped_pages",)),
+}
+# Each case and each of the options once; the others nightly.
+ALWAYS = {
+    ("mistral_window", "roomy"),
+    ("ministral_some_windows", "tight"),
+    ("gemma3_two_ropes", "tight, swapping"),
+    ("mistral_window", "tight, no cache"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("options", "happens"),
+    ("case", "name"),
     [
-        ({}, ("num_hit_tokens", "num_page_copies")),
-        ({"prefix_cache": False, "preemption": "recompute"}, ("num_preemptions",)),
-        ({"preemption": "recompute"}, ("num_preemptions", "num_hit_tokens")),
-        ({"preemption": "swap"}, ("num_swapped_pages",)),
+        (case, name) if (case, name) in ALWAYS else pytest.param(case, name, marks=NIGHTLY)
+        for case in CASES
+        for name in OPTIONS
     ],
-    ids=["roomy", "tight, no cache", "tight", "tight, swapping"],
 )
-def test_no_output_changes(case, options, happens, one_table):
+def test_no_output_changes(case, name):
+    options, happens = OPTIONS[name]
     num_groups, tight = CASES[case]
     num_pages = 1 + (tight if options else 300 * num_groups)
     engine = Engine.load(FIXTURES / case, EngineConfig(**EXACT, num_pages=num_pages, **options))
     assert engine.stats().num_groups == num_groups
-    assert serve(engine, case) == one_table[case]
+    assert serve(engine, case) == one_table(case)
     if case == "mistral_window" and not options:
         # Once more, with pages that are known: of the window alone.
         hits = engine.stats().totals.num_hit_tokens
-        assert serve(engine, case) == one_table[case]
+        assert serve(engine, case) == one_table(case)
         assert engine.stats().totals.num_hit_tokens > 2 * hits
     totals = engine.stats().totals
     assert all(getattr(totals, name) > 0 for name in happens), totals
