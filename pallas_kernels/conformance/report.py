@@ -62,7 +62,7 @@ def suite(dtype: Any = jnp.float32) -> dict[str, Callable[[], Case]]:
     for kind, lens in (("decode", _DECODE), ("prefill", _PREFILL), ("mixed", _MIXED)):
         cases[f"sinks, {kind}"] = {"lens": lens, "num_q_heads": 12, "sinks": sinks}
     cases["sinks, sliding_window 17"] = cases["sinks, mixed"] | {"sliding_window": 17}
-    cases["sinks, soft_cap and sm_scale"] = cases["sinks, mixed"] | {
+    cases["sinks, capped and scaled"] = cases["sinks, mixed"] | {
         "soft_cap": 1.5,
         "sm_scale": 0.7,
     }

@@ -59,6 +59,19 @@ def ignores(option):
 
 
 @attention_fault
+def scales_and_caps_sinks(q, pool, table, kv_lens, cu, num_seqs, options):
+    cap = options["soft_cap"]
+    options["sinks"] = cap * jnp.tanh(options["sinks"] * options["sm_scale"] / cap)
+    return q, pool, table, kv_lens, cu, num_seqs
+
+
+@attention_fault
+def turns_the_heads_of_sinks(q, pool, table, kv_lens, cu, num_seqs, options):
+    options["sinks"] = options["sinks"].reshape(pool.shape[2], -1).T.reshape(-1)
+    return q, pool, table, kv_lens, cu, num_seqs
+
+
+@attention_fault
 def widens_the_window(q, pool, table, kv_lens, cu, num_seqs, options):
     options["sliding_window"] += 1
     return q, pool, table, kv_lens, cu, num_seqs
@@ -105,6 +118,9 @@ def gives_float32(q, pool, *index, **options):
         (widens_the_window, "sliding_window 16"),
         (ignores("soft_cap"), "soft_cap and sm_scale"),
         (ignores("kv_scale"), "int8 pages"),
+        (ignores("sinks"), "sinks, decode"),
+        (scales_and_caps_sinks, "sinks, capped and scaled"),
+        (turns_the_heads_of_sinks, "sinks, prefill"),
         (reads_the_layer_below, "decode without padding"),
         (sorts_the_pages, "mixed, page_size 16"),
         (rounds_queries_to_bfloat16, "decode, page_size 16"),
