@@ -179,7 +179,7 @@ def engine_of(num_pages, preemption, prefix_cache, host_pages):
         for width in range(1, 5)
         for stops in BEAM_STOPS
     ]
-    engine.warm_up(num_logprobs=1, searches=searches)
+    engine.warm_up(num_logprobs=1, params=searches)
     return engine
 
 
