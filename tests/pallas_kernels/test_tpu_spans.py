@@ -32,7 +32,7 @@ def tiles_of(kv_lens, cu_q_lens, num_seqs, *, num_tokens, q_tile):
     """The tiles that attention makes of a step: [of decode] or [of decode, of prefill]."""
     taken = []
 
-    def take(q_blocks, kv_pages, page_table, tiles, layer, scale, *, plan, **_):
+    def take(q_blocks, kv_pages, page_table, tiles, layer, scale, sinks, *, plan, **_):
         assert plan.q_tile in (1, q_tile)
         taken.append(tiles)
         return jnp.zeros((q_blocks.shape[0], 1, plan.block_rows, plan.head_dim))
