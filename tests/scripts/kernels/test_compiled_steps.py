@@ -12,8 +12,14 @@ from jpaged.scripts.kernels.compiled_steps import compile_step
 pytestmark = pytest.mark.slow
 
 
-def small(name, **changes):
-    return dataclasses.replace(SHAPES[name], num_layers=3, vocab_size=2048, **changes)
+def small(name, head_dim=None):
+    config = dataclasses.replace(SHAPES[name], num_layers=3, vocab_size=2048)
+    if head_dim is None:
+        return config
+    (layer,) = config.pattern
+    rope = dataclasses.replace(layer.attention.rope, dim=head_dim)
+    attention = dataclasses.replace(layer.attention, head_dim=head_dim, rope=rope)
+    return dataclasses.replace(config, pattern=(dataclasses.replace(layer, attention=attention),))
 
 
 STEPS = [
