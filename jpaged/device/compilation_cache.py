@@ -37,7 +37,7 @@ def keep_programs(directory: str | None) -> str | None:
     if directory == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return None
-    own = jax.config.jax_compilation_cache_dir
+    own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if directory is None and own is not None:
         _lower_thresholds()
         return own or None
