@@ -183,6 +183,12 @@ class Admission:
         else:
             root, free = seq.request.cache_root, pool.num_free_pages - self._spare_pages(seq)
             if root is not None:
+                # What was computed beside known pages has them only once it is written, and those
+                # that wait for this one are not planned again before it starts.
+                together = seq.request.growth.num_rows > 1
+                for other in seq.request.sequences if together else ():
+                    if other.table_id is not None:
+                        self._cache.address_pages(table, other, other.num_computed_tokens)
                 found = self._cache.match(root, seq.token_ids[:], size)
                 # At least one token is computed, for what comes after it. If it is in a page that
                 # is known, that page is copied, unless it is written only now, or there is no
