@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where compiled programs are kept from one process to the next: jax's persistent cache."""
 
+import errno
 import logging
 import os
 import pathlib
@@ -52,6 +53,8 @@ def keep_programs(directory: str | None) -> str | None:
             logger.warning("%s; compiled programs are not kept", reason)
             return None
     _lower_thresholds()
+    if directory is not None:
+        jax.config.update("jax_enable_compilation_cache", True)  # also after an engine with ""
     if own != place:
         jax.config.update("jax_compilation_cache_dir", place)
         compilation_cache.reset_cache()  # which it looks at once
@@ -62,7 +65,7 @@ def _writable(place: str) -> str:
     path = pathlib.Path(place).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK | os.X_OK):
-        raise PermissionError(13, os.strerror(13))
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return str(path)
 
 

@@ -98,6 +98,12 @@ def test_nothing_is_kept_by_an_empty_name(settings):
     assert read("enable_compilation_cache") == [False]
 
 
+def test_another_engine_keeps_programs_again(settings, tmp_path):
+    keep_programs("")
+    assert keep_programs(str(tmp_path)) == str(tmp_path)
+    assert read("enable_compilation_cache", "compilation_cache_dir") == [True, str(tmp_path)]
+
+
 @pytest.mark.parametrize("name", ["/proc/nothing", "/dev/null/below", "~nobody_of_this/x"])
 def test_what_cannot_be_written(settings, name, monkeypatch, caplog):
     with pytest.raises(ValueError, match="; name another directory, or '' to keep none") as error:
