@@ -21,7 +21,6 @@ _SPLIT_AXIS = {
     "gate_proj": 0,
     "up_proj": 0,
     "down_proj": 1,
-    "sinks": 0,
     "embedding": 0,
     "lm_head": 0,
 }
@@ -68,12 +67,12 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
         names = [entry.key for entry in path]
         split = next((_SPLIT_AXIS[name] for name in names if name in _SPLIT_AXIS), None)
         spec: list[str | None] = [None] * leaf.ndim
-        if split is not None and names[-1] == "bias":
+        if names[-1] == "sinks":
+            spec[-1] = axis_of(mesh)
+        elif split is not None and names[-1] == "bias":
             # What is added to a sum over devices is on each of them.
             if split == 0:
                 spec[-1] = axis_of(mesh)
-        elif names[-1] == "sinks":
-            spec[-1] = axis_of(mesh)
         elif split is not None:
             # Stacked layers, and experts, come before the weight's own two axes.
             spec[leaf.ndim - 2 + split] = axis_of(mesh)
@@ -98,7 +97,8 @@ def placements(params: Any, shardings: Any) -> Any:
 
     def place(path, leaf, sharding: Sharding):
         device = next(iter(sharding.device_set))
-        matrix = any(getattr(entry, "key", None) in _SPLIT_AXIS for entry in path)
+        names = [getattr(entry, "key", None) for entry in path]
+        matrix = names[-1] != "bias" and any(name in _SPLIT_AXIS for name in names)
         if device.device_kind != "TPU7x" or not matrix or leaf.dtype.itemsize != 2:
             return sharding
         return Format(Layout(tuple(range(leaf.ndim)), ((16, 128), (2, 1))), sharding)

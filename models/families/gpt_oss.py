@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jpaged.models.config import AttentionSpec, ExpertsSpec, LayerSpec, ModelConfig, NormSpec
 from jpaged.models.families.base import (
+    INERT_FIELDS,
     LAYER_WEIGHTS,
     NEUTRAL_FIELDS,
     Family,
@@ -17,7 +18,7 @@ from jpaged.models.families.base import (
 )
 from jpaged.models.families.fields import Fields
 from jpaged.models.families.rope_fields import read_rope
-from jpaged.models.json_fields import typed
+from jpaged.models.json_fields import ModelConfigError, typed
 from jpaged.models.mxfp4 import BLOCK_VALUES, dequantised
 from jpaged.pallas_kernels.variant import AttentionVariant
 
@@ -68,6 +69,12 @@ def _packing(fields: Fields) -> str | None:
     quantization = typed("quantization_config", fields.raw("quantization_config"), dict)
     if quantization.get("quant_method") != "mxfp4":
         raise fields.unsupported("quantization_config", "quant_method 'mxfp4', or none")
+    for name in ("hidden_size", "intermediate_size"):
+        if (size := fields(name, int)) % BLOCK_VALUES:
+            raise ModelConfigError(
+                f"{name}={size} must be a multiple of {BLOCK_VALUES}, the numbers of a block of "
+                "MXFP4, where quantization_config says that weights are stored so"
+            )
     return "mxfp4"
 
 
@@ -108,7 +115,7 @@ def _source(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:
             (experts, size, both * features),
             view=lambda weight: weight[:, :, first::both].swapaxes(1, 2),
         )
-    blocks = (experts, both * features, -(-size // BLOCK_VALUES))
+    blocks = (experts, both * features, size // BLOCK_VALUES)
 
     def unpack(values: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return dequantised(values[:, first::both], scales[:, first::both], dtype)
@@ -164,4 +171,6 @@ FAMILY = Family(
             "swiglu_alpha": (1.702,),
         }
     ),
+    # Of the published files: names of OpenAI's own code, beside those that transformers reads.
+    inert=INERT_FIELDS | {"experts_per_token", "initial_context_length"},
 )

@@ -147,11 +147,9 @@ def _attend_tiles(
     heads, rows = plan.num_kv_heads, plan.num_kv_heads * plan.score_rows
     part = (1, 1, plan.table_part)
     out_block = (1, heads, plan.block_rows, plan.head_dim)
-    scalar_array = pl.BlockSpec(memory_space=pltpu.SMEM)
+    scalars_spec = pl.BlockSpec(memory_space=pltpu.SMEM)
     return pl.pallas_call(
-        functools.partial(
-            attention_kernel, plan=plan, variant=variant, has_sinks=sinks is not None
-        ),
+        functools.partial(attention_kernel, plan=plan, variant=variant),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(jnp.maximum(num_spans, 1),),
@@ -160,8 +158,8 @@ def _attend_tiles(
                 pl.BlockSpec(part, next_part_index, memory_space=pltpu.SMEM),
                 pl.BlockSpec((1, *q_blocks.shape[1:]), block_index),
                 pl.BlockSpec(memory_space=pltpu.HBM),
-                scalar_array,
-                *([] if sinks is None else [scalar_array]),
+                scalars_spec,
+                None if sinks is None else scalars_spec,
             ],
             out_specs=pl.BlockSpec(out_block, block_index),
             scratch_shapes=[
@@ -179,7 +177,4 @@ def _attend_tiles(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem_limit(plan.vmem_bytes)
         ),
         name=name,
-    )(
-        *(spans, scalars, page_table, page_table, q_blocks, in_hbm(kv_pages), scale),
-        *(() if sinks is None else (sinks,)),
-    )
+    )(spans, scalars, page_table, page_table, q_blocks, in_hbm(kv_pages), scale, sinks)

@@ -26,26 +26,22 @@ def attention_kernel(
     q_ref,  # [1, num_kv_heads, block_rows, key_lanes]
     kv_pages_ref,  # HBM [num_layers, num_pages, num_kv_heads, page_size, kv_dim]
     scale_ref,  # SMEM f32[2], what scores and results are multiplied by
-    *refs,
-    # Input, if there are sinks
-    # sinks_ref,  # SMEM f32[num_q_heads]
+    sinks_ref,  # SMEM f32[num_q_heads], or None without sinks
     # Output
-    # out_ref,  # [1, num_kv_heads, block_rows, head_dim]
+    out_ref,  # [1, num_kv_heads, block_rows, head_dim]
     # Scratch
-    # pages_ref,  # [2, group_pages, num_kv_heads, page_size, kv_dim]
-    # scores_ref,  # f32[softmax_heads * score_rows, group_tokens]
-    # peak_ref,  # f32[num_kv_heads * score_rows, 128], largest score so far, the same in all lanes
-    # total_ref,  # f32[num_kv_heads * score_rows, 128], sum of weights, the same in all lanes
-    # acc_ref,  # f32[num_kv_heads * score_rows, acc_lanes], sum of weighted values
-    # slot_ref,  # SMEM i32[1], which half of pages_ref the span's first group is in
-    # sems,  # DMA[2], one a half of pages_ref
+    pages_ref,  # [2, group_pages, num_kv_heads, page_size, kv_dim]
+    scores_ref,  # f32[softmax_heads * score_rows, group_tokens]
+    peak_ref,  # f32[num_kv_heads * score_rows, 128], largest score so far, the same in all lanes
+    total_ref,  # f32[num_kv_heads * score_rows, 128], sum of weights, the same in all lanes
+    acc_ref,  # f32[num_kv_heads * score_rows, acc_lanes], sum of weighted values
+    slot_ref,  # SMEM i32[1], which half of pages_ref the span's first group is in
+    sems,  # DMA[2], one a half of pages_ref
+    *,
     plan: AttentionPlan,
     variant: AttentionVariant,
-    has_sinks: bool,
 ):
     """One span of a tile: all of its groups of pages, and the start of the next span's first."""
-    sinks_ref, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
-    out_ref, pages_ref, scores_ref, peak_ref, total_ref, acc_ref, slot_ref, sems = refs
     span, num_spans, layer = pl.program_id(0), scalars_ref[0], scalars_ref[1]
 
     def field(name, of=span):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads split over devices: the same logits, each device with its own heads and pages."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,19 @@ FIELDS = dict(
     max_position_embeddings=40960,
 )
 CONFIG = dense_config(**FIELDS)
+_LAYER = CONFIG.pattern[0]
+# A sink and a bias of each head go where the head goes.
+SINKS = dataclasses.replace(
+    CONFIG,
+    pattern=(
+        dataclasses.replace(
+            _LAYER,
+            attention=dataclasses.replace(
+                _LAYER.attention, sinks=True, qkv_bias=True, out_bias=True
+            ),
+        ),
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +67,14 @@ def step_inputs():
     )
 
 
+@pytest.mark.parametrize("config", [CONFIG, SINKS], ids=["plain", "sinks"])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_two_devices_compute_what_one_does(mesh, scan):
-    params = Decoder(CONFIG, scan).init(jax.random.key(0))
+def test_two_devices_compute_what_one_does(mesh, scan, config):
+    params = Decoder(config, scan).init(jax.random.key(0))
     shape = pallas_kernels.kv_pages_shape(2, 5, 2, 4, 16, backend="xla")
     pool = jnp.zeros(shape)
-    want, want_pool = jax.jit(Decoder(CONFIG, scan, "xla").apply)(params, step_inputs(), pool)
-    split = Decoder(CONFIG, scan, "xla", mesh)
+    want, want_pool = jax.jit(Decoder(config, scan, "xla").apply)(params, step_inputs(), pool)
+    split = Decoder(config, scan, "xla", mesh)
     params = jax.device_put(params, sharding.param_shardings(params, mesh))
     pool = jax.device_put(pool, sharding.pool_sharding(mesh))
     got, got_pool = jax.jit(split.apply)(params, step_inputs(), pool)
@@ -70,7 +86,7 @@ def test_two_devices_compute_what_one_does(mesh, scan):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_what_is_split(mesh, scan):
-    params = Decoder(CONFIG, scan).abstract_params()
+    params = Decoder(SINKS, scan).abstract_params()
     specs = {
         "/".join(entry.key for entry in path): leaf.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -84,6 +100,7 @@ def test_what_is_split(mesh, scan):
         assert specs[f"{layer}{name}/weight"] == first
     for name in ("attention/o_proj", "mlp/down_proj"):
         assert specs[f"{layer}{name}/weight"] == second
+    assert specs[f"{layer}attention/sinks"] == PartitionSpec(*stacked, "tp")
     assert specs["embedding"] == specs["lm_head"] == PartitionSpec("tp", None)
     assert not any(specs[f"{layer}attention/q_norm/scale"])
     assert not any(specs["final_norm/scale"])
@@ -120,7 +137,7 @@ def test_only_matrices_of_16_bits_on_a_7x_get_tiles_of_their_own(kind, monkeypat
     formats = []
     monkeypatch.setattr(sharding, "Format", lambda layout, where: formats.append(layout) or where)
     for dtype in (jnp.bfloat16, jnp.float32):
-        params = Decoder(CONFIG, True).abstract_params(dtype)
+        params = Decoder(SINKS, True).abstract_params(dtype)
         placed = sharding.placements(params, where)
         assert all(leaf is where for leaf in jax.tree.leaves(placed))
     # Seven of the stacked layers, the embedding and the head.
