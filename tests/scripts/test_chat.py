@@ -3,7 +3,6 @@
 
 import json
 import os
-import pathlib
 import pty
 import re
 import select
@@ -16,8 +15,8 @@ import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
 from tests.chatting import TEMPLATE, chatty_model
+from tests.scripts.programs import ROOT, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 GREEDY = ("--temperature=0", "--max_tokens=12", "--num_pages=200", "--page_size=4")
 STATS = re.compile(
     r"^\[(\d+) tokens(, stopped|, cut by the length limit|), first after [\d.]+ s(?:, [\d.]+ "
@@ -130,10 +129,8 @@ class Terminal:
 
     def __init__(self, *args):
         self.terminal, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jpaged", "chat", *args], cwd=ROOT, stdin=slave, stdout=slave,
-            stderr=subprocess.PIPE, env=os.environ | {"TERM": "dumb"},
-        )  # fmt: skip
+        env = os.environ | {"TERM": "dumb"}
+        self.process = start("jpaged", "chat", *args, stdin=slave, stdout=slave, env=env)
         os.close(slave)
         self.seen = {self.terminal: "", self.process.stderr.fileno(): ""}
 
@@ -221,11 +218,8 @@ def test_a_terminal(chat):
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_pipe_that_waits(model, cache):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jpaged", "chat", f"--model={model}", *GREEDY,
-         f"--compilation_cache_dir={cache}"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    args = (f"--model={model}", *GREEDY, f"--compilation_cache_dir={cache}")
+    process = start("jpaged", "chat", *args, stdin=subprocess.PIPE)
     try:
         process.stdin.write(b"Once\n")
         process.stdin.flush()

@@ -3,7 +3,6 @@
 
 import json
 import os
-import pathlib
 import pty
 import signal
 import subprocess
@@ -11,7 +10,8 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tests.scripts.programs import ROOT, read_until, start
+
 HF_CASE = ROOT / "tests" / "fixtures" / "hf" / "llama_gqa5_hd48_untied"
 
 
@@ -178,28 +178,9 @@ def test_a_form_feed_is_part_of_a_prompt(run):
     assert len(done.stdout.splitlines()) == 1
 
 
-# A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
-WITH_CTRL_C = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, "-m", "jpaged", "generate", *sys.argv[1:]])
-"""
-
-
-def start(*args):
-    """Starts generate as from a terminal."""
-    return subprocess.Popen(
-        [sys.executable, "-c", WITH_CTRL_C, *args],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
 def test_a_reader_that_leaves_early_causes_no_traceback(cache):
     args = ("--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1")
-    with start(*args, f"--compilation_cache_dir={cache}") as process:
+    with start("jpaged", "generate", *args, f"--compilation_cache_dir={cache}") as process:
         process.stdout.read(10)
         process.stdout.close()
         errors = process.stderr.read()
@@ -253,24 +234,17 @@ def test_bad_input_is_one_line_and_exit_code_2(run, args, message):
     assert done.stdout.strip() in ("", "x")
 
 
-def read_until(pipe, enough):
-    seen = b""
-    while not enough(seen):
-        piece = os.read(pipe.fileno(), 1)
-        assert piece, f"the process ended after {seen.decode()!r}"
-        seen += piece
-    return seen
-
-
 def test_interrupt_prints_what_was_produced(cache):
     process = start(
+        "jpaged",
+        "generate",
         "--prompt=Once upon a time",
         "--ignore_eos",
         "--max_tokens=1000",
         f"--compilation_cache_dir={cache}",
     )
     # The prompt comes at once, the first word after it with the first tokens.
-    first = read_until(process.stdout, lambda seen: len(seen) > len("Once upon a time"))
+    first = read_until(process.stdout, b"Once upon a time") + process.stdout.read1(1)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=120)
     assert process.returncode == 130, err.decode()
@@ -282,6 +256,8 @@ def test_interrupt_of_many_prints_them_all(cache, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Once upon a time\n" * 3)
     process = start(
+        "jpaged",
+        "generate",
         f"--prompts_file={prompts}",
         "--ignore_eos",
         "--max_tokens=1000",
@@ -289,7 +265,7 @@ def test_interrupt_of_many_prints_them_all(cache, tmp_path):
         f"--compilation_cache_dir={cache}",
     )
     # The progress bar tells that it generates.
-    seen = read_until(process.stderr, lambda seen: b"3 running" in seen)
+    seen = read_until(process.stderr, b"3 running")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, (seen + err).decode()

@@ -6,7 +6,6 @@ Nothing that was computed is lost, and what goes wrong is said in one line.
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,11 +14,10 @@ import threading
 import pytest
 
 from jpaged.text import load_tokenizer
+from tests.scripts.programs import ROOT, read_until, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
 SHELL = '"$PYTHON" -m jpaged generate --compilation_cache_dir="$CACHE" --num_pages=256 --seed=1 '
-PROGRAM = [sys.executable, "-m", "jpaged", "generate"]
 
 pytestmark = pytest.mark.slow
 
@@ -118,36 +116,13 @@ def test_utf_8_whatever_the_locale(shell):
     assert code == 0 and load_tokenizer(DEMO).decode(ids) == "Émile 你好"
 
 
-# A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
-WITH_CTRL_C = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
 MANY = ("--prompt=Once", "--prompt=The old", "--num_pages=256", "--ignore_eos", "--seed=1")
 
 
-def start(cache, *args, options=()):
-    """Starts generate as from a terminal, on two prompts."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-c", WITH_CTRL_C, *options, "-m", "jpaged", "generate"),
-            *(f"--compilation_cache_dir={cache}", *MANY, *args),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for(pipe, sign):
-    seen = b""
-    while sign not in seen:
-        piece = os.read(pipe.fileno(), 1)
-        assert piece, f"the process ended after {seen.decode()!r}"
-        seen += piece
-    return seen
+def generate(cache, *args, options=()):
+    """Starts generate on two prompts."""
+    cached = f"--compilation_cache_dir={cache}"
+    return start("jpaged", "generate", cached, *MANY, *args, options=options)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +141,8 @@ def wait_for(pipe, sign):
 )
 def test_ctrl_c_at_any_time(cache, moment, times):
     """While it imports (Python reports each import), loads, compiles and generates."""
-    with start(cache, "--max_tokens=1000", options=("-X", "importtime")) as process:
-        seen = [wait_for(process.stderr, moment)]
+    with generate(cache, "--max_tokens=1000", options=("-X", "importtime")) as process:
+        seen = [read_until(process.stderr, moment)]
         reader = threading.Thread(target=lambda: seen.append(process.stderr.read()))
         reader.start()
         for _ in range(times):
@@ -184,7 +159,7 @@ def test_ctrl_c_at_any_time(cache, moment, times):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_what_has_ended_is_there_when_it_is_killed(cache, number):
-    with start(cache, "--max_tokens=300", "--output=json", "--max_num_seqs=1") as process:
+    with generate(cache, "--max_tokens=300", "--output=json", "--max_num_seqs=1") as process:
         reader = threading.Thread(target=process.stderr.read)
         reader.start()
         first = process.stdout.readline()
