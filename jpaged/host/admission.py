@@ -236,6 +236,9 @@ class Admission:
             needed += pages * self._table.num_groups
         if needed > self._table.pool.num_free_pages:
             return []
+        if self._table.pool.has_free(src for src, _ in step.copies):
+            # Copies come after what is swapped in, which must not take a page that they read.
+            return []
         table_ids, copies = self._space.swap_in(self._table, swapped)
         step.swap_ins += copies
         for seq in group:
