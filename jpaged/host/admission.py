@@ -187,7 +187,7 @@ class Admission:
                 # that wait for this one are not planned again before it starts.
                 together = seq.request.growth.num_rows > 1
                 for other in seq.request.sequences if together else ():
-                    if other.table_id is not None:
+                    if other.table_id is not None and not step.has_row(other):
                         self._cache.address_pages(table, other, other.num_computed_tokens)
                 found = self._cache.match(root, seq.token_ids[:], size)
                 # At least one token is computed, for what comes after it. If it is in a page that
