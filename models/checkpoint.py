@@ -24,12 +24,10 @@ as in transformers; what changes the answer and is not decided by that is an err
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import logging
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -42,9 +40,8 @@ import tqdm
 from jpaged.models import safetensors_files
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
-from jpaged.models.decoder import Decoder, Params
+from jpaged.models.decoder import Params
 from jpaged.models.families import source_of
-from jpaged.models.families.base import layer_of
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import (
     CheckpointError,
@@ -52,13 +49,18 @@ from jpaged.models.safetensors_files import (
     TensorReader,
     stored_tensors,
 )
+from jpaged.models.tensor_checks import (
+    check_dtypes,
+    check_size,
+    check_tensors,
+    flatten,
+    wanted_shapes,
+)
 
 logger = logging.getLogger(__name__)
 
 _ORBAX_DIR = "params"
 _DTYPES = ("float32", "float16", "bfloat16")
-_TIED = ("embedding", "lm_head")
-_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
 
 
 def load(
@@ -139,8 +141,8 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 "parameters again"
             )
         found[path] = leaf
-    _check_size("params", config, found, asking="model_config")
-    _check_tensors("params", _wanted_shapes(config, {}), found, asking="model_config")
+    check_size("params", config, found, asking="model_config")
+    check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")
     for path, leaf in found.items():
         if leaf.dtype.name not in (*_DTYPES, "float64"):
             raise CheckpointError(
@@ -196,12 +198,12 @@ def _load_orbax(
                     shape=tuple(int(axis) for axis in leaf.shape),
                     dtype=np.dtype(leaf.dtype).name,
                 )
-                for path, leaf in _flatten(checkpointer.metadata(directory).item_metadata.tree)
+                for path, leaf in flatten(checkpointer.metadata(directory).item_metadata.tree)
             }
-        _check_dtypes(stored, _DTYPES)
-        _check_size(str(directory), config, stored)
-        wanted = _wanted_shapes(config, {path: path for path in stored})
-        _check_tensors(str(directory), wanted, stored)
+        check_dtypes(stored, _DTYPES)
+        check_size(str(directory), config, stored)
+        wanted = wanted_shapes(config, {path: path for path in stored})
+        check_tensors(str(directory), wanted, stored)
         before_reading(config)
         target: Params = {}
         for path, shape in wanted.items():
@@ -229,15 +231,15 @@ def _load_safetensors(
     before_reading: Callable[[ModelConfig], object],
 ) -> Params:
     stored = stored_tensors(directory)
-    _check_size(str(directory), config, stored)
+    check_size(str(directory), config, stored)
     # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
-    shapes = _wanted_shapes(config, stored)
+    shapes = wanted_shapes(config, stored)
     sources = {path: source_of(path, shape, config) for path, shape in shapes.items()}
     packed = {name for s in sources.values() if s.scales is not None for name in s.shapes}
-    _check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
-    _check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
+    check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
+    check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
     wanted = {name: shape for s in sources.values() for name, shape in s.shapes.items()}
-    _check_tensors(str(directory), wanted, stored)
+    check_tensors(str(directory), wanted, stored)
     before_reading(config)
 
     params: Params = {}
@@ -260,119 +262,6 @@ def _load_safetensors(
             _insert(params, path, leaf)
             bar.update(leaf.nbytes)
     return params
-
-
-def _check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:
-    for name, tensor in stored.items():
-        if tensor.dtype not in supported:
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {shown(name)} has dtype {tensor.dtype}; supported: "
-                f"{', '.join(supported)}"
-            )
-
-
-def _check_size(
-    source: str, config: ModelConfig, stored: Mapping[str, Any], asking: str = "config.json"
-) -> None:
-    """Refuses by arithmetic what the files cannot hold, before anything grows with config.json."""
-    num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
-    numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
-    # Each of these is an axis of a tensor. Tracing a model takes what grows with them.
-    widths = [
-        width
-        for layer in config.pattern
-        for width in (
-            layer.attention.num_q_heads * layer.attention.head_dim,
-            layer.mlp.intermediate_size,
-            getattr(layer.mlp, "num_experts", 1),
-        )
-    ]
-    sizes, asked = (config.vocab_size, config.hidden_size, *widths), None
-    if max(sizes) <= 4 * num_params:
-        asked = Decoder(config).num_params
-    # What is wrong by less is told tensor by tensor.
-    if config.num_layers > len(stored) or asked is None or asked > 4 * num_params:
-        raise CheckpointError(
-            f"{asking} asks for {asked or 'far more'} parameters "
-            f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.pattern[0].mlp.intermediate_size}, "
-            f"vocab_size={config.vocab_size}, "
-            f"num_attention_heads={config.num_q_heads}, num_key_value_heads="
-            f"{config.num_kv_heads}, head_dim={config.head_dim}); {source} holds {num_params} in "
-            f"{len(stored)} tensors of {len(set(numbers))} layers: one of them is not this model's"
-        )
-
-
-def _wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter to be read, by path, and its shape.
-
-    Args:
-      config: the model's; `_check_size` has bounded its sizes.
-      stored: what there is, by the names of either form.
-    """
-    period = len(config.pattern)
-    one = dataclasses.replace(config, num_layers=period, tie_word_embeddings=False)
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(period)]
-    for path, leaf in _flatten(Decoder(one).abstract_params()):
-        layer = layer_of(path)
-        if layer is None:
-            shapes[path] = leaf.shape
-        else:
-            layers[layer[0]][layer[1]] = leaf.shape
-    for number in range(config.num_layers):
-        own = layers[number % period]
-        shapes |= {f"layers_{number}/{path}": shape for path, shape in own.items()}
-    if config.tie_word_embeddings:
-        has = {
-            path: path in stored or source_of(path, shapes[path], config).names[0] in stored
-            for path in _TIED
-        }
-        if not has["lm_head"]:
-            del shapes["lm_head"]
-        elif not has["embedding"]:
-            del shapes["embedding"]
-    return shapes
-
-
-def _check_tensors(
-    source: str,
-    wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, Any],
-    asking: str = "config.json",
-) -> None:
-    """Raises one error that lists every missing, unexpected or wrongly shaped tensor."""
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    wrong = [
-        f"{name!r} has shape {found[name].shape}, {asking} asks for {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name].shape
-    ]
-    problems = [
-        f"missing {shown(name)}, nearest names there: {_nearest(name, extra or list(found))}"
-        for name in missing[:8]
-    ]
-    problems += [
-        f"unexpected {shown(name)}, nearest names expected: "
-        f"{_nearest(name, missing or list(wanted))}"
-        for name in extra[:8]
-    ]
-    problems = (problems + wrong)[:8]
-    if problems:
-        more = len(missing) + len(extra) + len(wrong) - len(problems)
-        problems += [f"and {more} more"] if more else []
-        raise CheckpointError(f"{source} does not hold this model: " + "; ".join(problems))
-
-
-def _nearest(name: str, names: list[str]) -> list[str]:
-    """Names that may have been meant, looked for among so many only that it takes no time."""
-    short = [other for other in names if len(other) <= 200]
-    return difflib.get_close_matches(name[:200], short[:2000], n=3)
-
-
-def _flatten(tree: Params) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join(key.key for key in path), leaf
 
 
 def _insert(params: Params, path: str, leaf: Any) -> None:
