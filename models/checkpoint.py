@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in and out: Hugging Face safetensors in, Orbax in and out.
+"""Weights in and out: Hugging Face safetensors and GGUF files in, Orbax in and out.
 
 A model directory holds `config.json` and either safetensors or `params/`, an Orbax checkpoint;
 beside them, where the model has one, `tokenizer.json`.
@@ -37,11 +37,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 
-from jpaged.models import safetensors_files
+from jpaged.models import gguf_model, safetensors_files
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
 from jpaged.models.decoder import Params
 from jpaged.models.families import source_of
+from jpaged.models.families.base import Source
+from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import (
     CheckpointError,
@@ -64,14 +66,14 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def load(
-    directory: str | pathlib.Path,
+    directory: str | pathlib.Path | GgufFile,
     dtype: jnp.dtype,
     before_reading: Callable[[ModelConfig], object] = lambda config: None,
 ) -> tuple[ModelConfig, Params]:
-    """Loads a model directory, whichever form its weights have.
+    """Loads a model directory, whichever form its weights have, or a GGUF file.
 
     Args:
-      directory: holds config.json and the weights.
+      directory: holds config.json and the weights; or a GGUF file, or its path.
       dtype: every parameter is converted to it as it is read, one tensor at a time.
       before_reading: called when config.json and the files have been found to fit each other, to
         refuse the model before it takes time and memory.
@@ -86,12 +88,19 @@ def load(
       CheckpointError: if a file is damaged, or a tensor is missing, unexpected, of another shape or
         dtype, or stored twice with different contents.
     """
-    directory = pathlib.Path(directory).expanduser()
+    if not isinstance(directory, GgufFile):
+        directory = pathlib.Path(directory).expanduser()
+        directory = GgufFile(directory) if is_gguf(directory) else directory
+    if isinstance(directory, GgufFile):
+        return _load_gguf(directory, dtype, before_reading)
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
     if not (directory / "config.json").exists():
-        raise FileNotFoundError(f"{str(directory)!r} has no config.json: not a model directory")
+        remedy = "not a model directory"
+        for other in sorted(directory.glob("*.gguf"))[:1]:
+            remedy = f"to load a GGUF file, name it itself: {str(other)!r}"
+        raise FileNotFoundError(f"{str(directory)!r} has no config.json: {remedy}")
     config = load_config(directory)
     orbax = directory / _ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
@@ -241,23 +250,43 @@ def _load_safetensors(
     wanted = {name: shape for s in sources.values() for name, shape in s.shapes.items()}
     check_tensors(str(directory), wanted, stored)
     before_reading(config)
+    with TensorReader(stored) as reader:
+        return _read(sources, shapes, dtype, reader.read)
 
+
+def _load_gguf(
+    file: GgufFile, dtype: jnp.dtype, before_reading: Callable[[ModelConfig], object]
+) -> tuple[ModelConfig, Params]:
+    config, stored = gguf_model.config_of(file), gguf_model.weights_of(file)
+    name, asking = str(file.path), "its metadata"
+    check_size(name, config, stored, asking)
+    shapes = wanted_shapes(config, stored, gguf_model.source_of)
+    sources = {path: gguf_model.source_of(path, shape, config) for path, shape in shapes.items()}
+    wanted = {source.names[0]: source.shape for source in sources.values()}
+    check_tensors(name, wanted, stored, asking)
+    before_reading(config)
+    return config, _read(sources, shapes, dtype, lambda name, _: file.read(name, dtype))
+
+
+def _read(
+    sources: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: jnp.dtype,
+    read: Callable[[str, slice | None], Any],
+) -> Params:
+    """Reads parameters, one at a time, which bounds what the host holds."""
     params: Params = {}
     num_bytes = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
-    with (
-        TensorReader(stored) as reader,
-        tqdm.tqdm(
-            total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
-        ) as bar,
-    ):
+    with tqdm.tqdm(
+        total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
+    ) as bar:
         for path, source in sources.items():
-            # One parameter at a time bounds what the host holds.
-            parts = [reader.read(name, source.part) for name in source.names]
+            parts = [read(name, source.part) for name in source.names]
             leaf = jnp.stack(parts) if source.stacked else parts[0]
             if source.view is not None:
                 leaf = source.view(leaf)
             if source.scales is not None and source.unpack is not None:
-                leaf = source.unpack(leaf, reader.read(source.scales[0]), dtype)
+                leaf = source.unpack(leaf, read(source.scales[0], None), dtype)
             leaf = jnp.asarray(leaf, dtype)
             _insert(params, path, leaf)
             bar.update(leaf.nbytes)

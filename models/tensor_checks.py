@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ import jax
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder, Params
 from jpaged.models.families import source_of
-from jpaged.models.families.base import layer_of
+from jpaged.models.families.base import Source, layer_of
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import CheckpointError, StoredTensor
 
 _TIED = ("embedding", "lm_head")
-_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
+_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_|blk\.)(\d{1,9})[./].*")
 
 
 def check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:
@@ -63,12 +63,17 @@ def check_size(
         )
 
 
-def wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def wanted_shapes(
+    config: ModelConfig,
+    stored: Mapping[str, Any],
+    find: Callable[[str, tuple[int, ...], ModelConfig], Source] = source_of,
+) -> dict[str, tuple[int, ...]]:
     """Every parameter to be read, by path, and its shape.
 
     Args:
       config: the model's; `check_size` has bounded its sizes.
       stored: what there is, by the names of either form.
+      find: where the files have a parameter.
     """
     period = len(config.pattern)
     one = dataclasses.replace(config, num_layers=period, tie_word_embeddings=False)
@@ -85,7 +90,7 @@ def wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, t
         shapes |= {f"layers_{number}/{path}": shape for path, shape in own.items()}
     if config.tie_word_embeddings:
         has = {
-            path: path in stored or source_of(path, shapes[path], config).names[0] in stored
+            path: path in stored or find(path, shapes[path], config).names[0] in stored
             for path in _TIED
         }
         if not has["lm_head"]:
