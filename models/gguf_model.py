@@ -204,7 +204,8 @@ def _fields(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": _HEAD not in file.tensors,
     }
     for field, tensor in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_gate.bias")):
-        if field in family.defaults and f"blk.0.{tensor}" in file.tensors:
+        # Qwen2 always has those of the first kind, and no field for them.
+        if name != "qwen2" and f"blk.0.{tensor}" in file.tensors:
             fields[field] = True
     ends = (file.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))
     return fields | {
