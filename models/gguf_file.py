@@ -16,6 +16,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ _TEXT, _LIST = 8, 9
 _MOST_AXES = 4
 # So many weights at a time: they are in a core's cache still when they are cast.
 _CHUNK = 2**18
+_MOST_THREADS = min(16, os.cpu_count() or 1)  # NumPy computes outside Python's lock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,17 +163,21 @@ class GgufFile:
         tensor, library = self.tensors[name], _library()
         kind = library.GGMLQuantizationType[tensor.dtype]
         weights = np.empty(math.prod(tensor.shape), dtype)
+
+        def read_part(first: int) -> None:
+            part = weights[first : first + _CHUNK]
+            before, count = first // tensor.block, part.size // tensor.block
+            size, offset = count * tensor.block_bytes, tensor.offset + before * tensor.block_bytes
+            packed = np.frombuffer(os.pread(descriptor, size, offset), np.uint8)
+            # One row: of several, the library takes sixteen at a time. Scales of a damaged file may
+            # be no numbers, of which NumPy would warn.
+            with np.errstate(all="ignore"):
+                part[:] = library.dequantize(packed[None], kind).reshape(-1)
+
         try:
-            with open(self.path, "rb") as file:
-                file.seek(tensor.offset)
-                for first in range(0, weights.size, _CHUNK):
-                    count = min(_CHUNK, weights.size - first)
-                    packed = np.fromfile(file, np.uint8, count // tensor.block * tensor.block_bytes)
-                    # One row: of several, the library takes sixteen at a time. Scales of a damaged
-                    # file may be no numbers, of which NumPy would warn.
-                    with np.errstate(all="ignore"):
-                        part = library.dequantize(packed[None], kind)
-                        weights[first : first + count] = part.reshape(-1)
+            with open(self.path, "rb") as file, ThreadPoolExecutor(_MOST_THREADS) as pool:
+                descriptor = file.fileno()
+                list(pool.map(read_part, range(0, weights.size, _CHUNK)))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.path}: tensor {shown(name)} cannot be read: {e}") from e
         return weights.reshape(tensor.shape)

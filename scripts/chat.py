@@ -12,7 +12,8 @@ tokens were found. A line that is /reset forgets what was said, and /exit, or Ct
 Ctrl-C stops the answer, of which is kept what there is; pressed again it does not wait for the step
 that runs, and pressed a third time it ends the program. In a pipe, what is wrong with a message
 ends the program with code 2; in a terminal, the message is left out. Without --chat_template the
-model must have a chat template: nothing is guessed.
+model must have a chat template: nothing is guessed. Unless --max_num_seqs says otherwise, the page
+pool has room for one conversation of the longest length.
 """
 
 from jpaged.scripts import interrupts
@@ -88,7 +89,12 @@ def main(argv: list[str]) -> None:
         # What a template says to such a conversation it says before the weights are read.
         probe = [*system, {"role": "user", "content": "Hello"}]
         chat_template_of(model).render(probe, **options, add_generation_prompt=True)
-        engine = Engine.load(model, engine_config_from_flags())
+        config = engine_config_from_flags()
+        if not flags.FLAGS["max_num_seqs"].present:
+            # One answer at a time: a pool for one, and of a size that what else runs here does not
+            # change, so that compiled programs fit the next time.
+            config = dataclasses.replace(config, max_num_seqs=1)
+        engine = Engine.load(model, config)
     if params.temperature is None and engine.defaults.params.temperature is None:
         params = dataclasses.replace(params, temperature=0.7)
     dialog = Dialog(engine, params, system, options)
