@@ -154,7 +154,7 @@ def generation_config_of(file: GgufFile) -> GenerationConfig:
 def _fields(file: GgufFile) -> dict[str, Any]:
     """The metadata as the fields of a Hugging Face config.json."""
     kind = file.metadata.get("general.type", "model")
-    name = file.metadata.get("general.architecture")
+    name = str(file.metadata.get("general.architecture"))
     if kind != "model" or name not in _FAMILIES:
         raise ModelConfigError(
             f"general.architecture={shown(name)} of general.type={shown(kind)} is not supported in "

@@ -3,6 +3,7 @@
 
     jpaged chat --model=DIR
     jpaged chat --model=org/name --system="Be brief." --temperature=0
+    jpaged chat --model=FILE.gguf
     jpaged chat --model=DIR < messages.txt > answers.txt
 
 Each line, in UTF-8, is a message, and the answer is written as it grows. What was said before is
@@ -53,8 +54,8 @@ from jpaged.scripts.sampling_flags import define_sampling_flags, sampling_params
 _MODEL = flags.DEFINE_string(
     "model",
     "demo",
-    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
-    "org/name. The shipped checkpoint, demo, was not taught to chat.",
+    "Model directory, Hugging Face's or our own, a GGUF file, or a model's name on the Hugging "
+    "Face hub, org/name. The shipped checkpoint, demo, was not taught to chat.",
 )
 _SYSTEM = flags.DEFINE_string("system", None, "What stands before the conversation.")
 _SAMPLING = (
