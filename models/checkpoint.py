@@ -34,7 +34,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
 from jpaged.models import gguf_model, safetensors_files
@@ -168,6 +167,8 @@ def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Param
       config: the model's shape.
       params: the unstacked parameter tree of `Decoder(config)`, stored in the dtype it has.
     """
+    import orbax.checkpoint as ocp
+
     directory = pathlib.Path(directory).expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -197,6 +198,8 @@ def _load_orbax(
     dtype: jnp.dtype,
     before_reading: Callable[[ModelConfig], object],
 ) -> Params:
+    import orbax.checkpoint as ocp  # here, as most models have none, and it takes time
+
     directory = directory.resolve()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:

@@ -3,9 +3,11 @@
 
 import dataclasses
 import json
+import os
 import random
 import struct
 import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +251,43 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
         damaged.write_bytes(head + content[8:])
         assert message in refusal(damaged)
     assert "does not exist" in refusal(tmp_path / "gone.gguf")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "keys", "rest", "message"),
+    [
+        (0, 1, struct.pack("<Q1sIIQ", 1, b"k", 9, 0, 2**40), "1099511627776 numbers do not fit"),
+        (0, 1, struct.pack("<Q1sIIQ", 1, b"k", 9, 8, 2**60), "texts do not fit"),
+        (0, 1, struct.pack("<Q1sIIQ", 1, b"k", 9, 9, 1), "a list of values of type 9"),
+        (0, 1, struct.pack("<Q1sII", 1, b"k", 99, 0), "a value of type 99"),
+        (0, 1, struct.pack("<QQ", 2**63, 0), "a text of 9223372036854775808 bytes does not end"),
+        (0, 2**60, bytes(64), "keys do not fit"),
+        (2**62, 0, bytes(64), "tensors do not fit"),
+        (1, 0, struct.pack("<Q1sI", 1, b"t", 9) + bytes(64), "tensor 't' has 9 axes"),
+        (1, 0, struct.pack("<Q1sIQIQ", 1, b"t", 1, 2**62, 0, 0), "truncated: its tensors end at"),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_a_header_claims_is_not_believed(tmp_path, tensors, keys, rest, message):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + rest)
+    assert message in refusal(path)
+
+
+def test_memory_is_that_of_the_tensor(tmp_path):
+    config, _ = gguf_files.recorded(SQUARE)
+    large = {"large.weight": np.ones((4096, 1024), np.float32)}
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, gguf_files.metadata_of(config), large, Q8_0)
+    file = GgufFile(path)
+    tracemalloc.start()
+    try:
+        weights = file.read("large.weight", jnp.dtype(jnp.bfloat16))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    threads = min(16, os.cpu_count() or 1)
+    assert weights.nbytes < peak < weights.nbytes + threads * 6 * 2**20
 
 
 def test_an_unknown_packing_is_named(tmp_path):
