@@ -127,16 +127,16 @@ class Engine(ChatMethods):
 
     @classmethod
     def load(cls, model_path: str | pathlib.Path, config: EngineConfig | None = None) -> "Engine":
-        """Makes an engine for a model directory, Hugging Face's or our own.
+        """Makes an engine for a model directory, Hugging Face's or our own, or a GGUF file.
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
-            or a model's name on the Hugging Face hub, "org/name", where no such path exists; "demo"
-            is the shipped checkpoint.
+            or a GGUF file; or a model's name on the Hugging Face hub, "org/name", where no such
+            path exists; "demo" is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:
-          An engine; its tokenizer is None where the directory has none.
+          An engine; its tokenizer is None where the model has none.
 
         Raises:
           FileNotFoundError: if the directory or something in it is missing, or cannot be had.

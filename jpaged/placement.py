@@ -13,12 +13,15 @@ import tokenizers
 from jpaged.chat import ChatTemplate
 from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
 from jpaged.device.runner import ModelRunner
+from jpaged.gguf_text import chat_template_of, tokenizer_of
 from jpaged.host.checks import directory
 from jpaged.host.config import EngineConfig
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder, stack_layers
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
+from jpaged.models.gguf_file import GgufFile, is_gguf
+from jpaged.models.gguf_model import generation_config_of
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.text import load_tokenizer
 
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 def read_model(
     model_path: str | pathlib.Path, config: EngineConfig
 ) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None, ChatTemplate]:
-    """Reads what a model directory holds; see `Engine.load`.
+    """Reads what a model directory or a GGUF file holds; see `Engine.load`.
 
     Returns:
       Config, parameters, tokenizer, sampling settings, unless the engine ignores them, and chat
@@ -37,12 +40,19 @@ def read_model(
     path = directory("model_path", find(model_path))
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
+    file = GgufFile(path) if is_gguf(path) else None
     # What can be refused is, before the weights are read.
-    tokenizer, chat_template, defaults = load_tokenizer(path), ChatTemplate.load(path), None
+    if file is None:
+        tokenizer, chat_template = load_tokenizer(path), ChatTemplate.load(path)
+    else:
+        tokenizer, chat_template = tokenizer_of(file), chat_template_of(file)
+    defaults = None
     if config.generation_config == "model":
-        defaults = load_generation_config(path)
+        defaults = load_generation_config(path) if file is None else generation_config_of(file)
     model_config, params = checkpoint.load(
-        path, dtype, lambda model_config: plan_pool(config, model_config, backend)
+        path if file is None else file,
+        dtype,
+        lambda model_config: plan_pool(config, model_config, backend),
     )
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",

@@ -25,17 +25,25 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # What a tokenizer was saved with for training must not cut or pad prompts in silence.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        _check_template(tokenizer)
-        Detokenizer(tokenizer)
+        return checked_tokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except BaseException as e:
         if not is_fault(e):
             raise
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} is not a readable tokenizer: {reason:.300}") from e
+
+
+def checked_tokenizer(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns a tokenizer, held to what is asked of one.
+
+    Raises:
+      ValueError: if it would fail later.
+    """
+    # What a tokenizer was saved with for training must not cut or pad prompts in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _check_template(tokenizer)
+    Detokenizer(tokenizer)
     return tokenizer
 
 

@@ -11,11 +11,11 @@ DEMO = pathlib.Path(__file__).resolve().parent / "demo"
 
 
 def find(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The directory that is meant, which counts where there is one of that name.
+    """The directory or GGUF file that is meant, which counts where there is one of that name.
 
     Args:
       model: a path; "demo" is `DEMO`; "org/name" is a model of the Hugging Face hub, which is
-        downloaded as far as it is not in the hub's cache yet.
+        downloaded as far as it is not in the hub's cache yet, and "org/name.gguf" never is one.
 
     Raises:
       FileNotFoundError: if a name of the hub cannot be had; see `hub.download`.
@@ -24,4 +24,6 @@ def find(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         return model
     if model == "demo":
         return DEMO
-    return hub.download(os.fspath(model)) if hub.is_name(model) else model
+    if hub.is_name(model) and not os.fspath(model).lower().endswith(".gguf"):
+        return hub.download(os.fspath(model))
+    return model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in and out: Hugging Face safetensors in, Orbax in and out.
+"""Weights in and out: Hugging Face safetensors and GGUF files in, Orbax in and out.
 
 A model directory holds `config.json` and either safetensors or `params/`, an Orbax checkpoint;
 beside them, where the model has one, `tokenizer.json`.
@@ -24,27 +24,25 @@ as in transformers; what changes the answer and is not decided by that is an err
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import logging
 import math
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
-from jpaged.models import safetensors_files
+from jpaged.models import gguf_model, safetensors_files
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
-from jpaged.models.decoder import Decoder, Params
+from jpaged.models.decoder import Params
 from jpaged.models.families import source_of
-from jpaged.models.families.base import layer_of
+from jpaged.models.families.base import Source
+from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import (
     CheckpointError,
@@ -52,24 +50,29 @@ from jpaged.models.safetensors_files import (
     TensorReader,
     stored_tensors,
 )
+from jpaged.models.tensor_checks import (
+    check_dtypes,
+    check_size,
+    check_tensors,
+    flatten,
+    wanted_shapes,
+)
 
 logger = logging.getLogger(__name__)
 
 _ORBAX_DIR = "params"
 _DTYPES = ("float32", "float16", "bfloat16")
-_TIED = ("embedding", "lm_head")
-_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
 
 
 def load(
-    directory: str | pathlib.Path,
+    directory: str | pathlib.Path | GgufFile,
     dtype: jnp.dtype,
     before_reading: Callable[[ModelConfig], object] = lambda config: None,
 ) -> tuple[ModelConfig, Params]:
-    """Loads a model directory, whichever form its weights have.
+    """Loads a model directory, whichever form its weights have, or a GGUF file.
 
     Args:
-      directory: holds config.json and the weights.
+      directory: holds config.json and the weights; or a GGUF file, or its path.
       dtype: every parameter is converted to it as it is read, one tensor at a time.
       before_reading: called when config.json and the files have been found to fit each other, to
         refuse the model before it takes time and memory.
@@ -84,12 +87,19 @@ def load(
       CheckpointError: if a file is damaged, or a tensor is missing, unexpected, of another shape or
         dtype, or stored twice with different contents.
     """
-    directory = pathlib.Path(directory).expanduser()
+    if not isinstance(directory, GgufFile):
+        directory = pathlib.Path(directory).expanduser()
+        directory = GgufFile(directory) if is_gguf(directory) else directory
+    if isinstance(directory, GgufFile):
+        return _load_gguf(directory, dtype, before_reading)
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
     if not (directory / "config.json").exists():
-        raise FileNotFoundError(f"{str(directory)!r} has no config.json: not a model directory")
+        remedy = "not a model directory"
+        for other in sorted(directory.glob("*.gguf"))[:1]:
+            remedy = f"to load a GGUF file, name it itself: {str(other)!r}"
+        raise FileNotFoundError(f"{str(directory)!r} has no config.json: {remedy}")
     config = load_config(directory)
     orbax = directory / _ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
@@ -139,8 +149,8 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 "parameters again"
             )
         found[path] = leaf
-    _check_size("params", config, found, asking="model_config")
-    _check_tensors("params", _wanted_shapes(config, {}), found, asking="model_config")
+    check_size("params", config, found, asking="model_config")
+    check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")
     for path, leaf in found.items():
         if leaf.dtype.name not in (*_DTYPES, "float64"):
             raise CheckpointError(
@@ -157,6 +167,8 @@ def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Param
       config: the model's shape.
       params: the unstacked parameter tree of `Decoder(config)`, stored in the dtype it has.
     """
+    import orbax.checkpoint as ocp
+
     directory = pathlib.Path(directory).expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -186,6 +198,8 @@ def _load_orbax(
     dtype: jnp.dtype,
     before_reading: Callable[[ModelConfig], object],
 ) -> Params:
+    import orbax.checkpoint as ocp  # here, as most models have none, and it takes time
+
     directory = directory.resolve()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
@@ -196,12 +210,12 @@ def _load_orbax(
                     shape=tuple(int(axis) for axis in leaf.shape),
                     dtype=np.dtype(leaf.dtype).name,
                 )
-                for path, leaf in _flatten(checkpointer.metadata(directory).item_metadata.tree)
+                for path, leaf in flatten(checkpointer.metadata(directory).item_metadata.tree)
             }
-        _check_dtypes(stored, _DTYPES)
-        _check_size(str(directory), config, stored)
-        wanted = _wanted_shapes(config, {path: path for path in stored})
-        _check_tensors(str(directory), wanted, stored)
+        check_dtypes(stored, _DTYPES)
+        check_size(str(directory), config, stored)
+        wanted = wanted_shapes(config, {path: path for path in stored})
+        check_tensors(str(directory), wanted, stored)
         before_reading(config)
         target: Params = {}
         for path, shape in wanted.items():
@@ -229,150 +243,57 @@ def _load_safetensors(
     before_reading: Callable[[ModelConfig], object],
 ) -> Params:
     stored = stored_tensors(directory)
-    _check_size(str(directory), config, stored)
+    check_size(str(directory), config, stored)
     # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
-    shapes = _wanted_shapes(config, stored)
+    shapes = wanted_shapes(config, stored)
     sources = {path: source_of(path, shape, config) for path, shape in shapes.items()}
     packed = {name for s in sources.values() if s.scales is not None for name in s.shapes}
-    _check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
-    _check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
+    check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
+    check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
     wanted = {name: shape for s in sources.values() for name, shape in s.shapes.items()}
-    _check_tensors(str(directory), wanted, stored)
+    check_tensors(str(directory), wanted, stored)
     before_reading(config)
+    with TensorReader(stored) as reader:
+        return _read(sources, shapes, dtype, reader.read)
 
+
+def _load_gguf(
+    file: GgufFile, dtype: jnp.dtype, before_reading: Callable[[ModelConfig], object]
+) -> tuple[ModelConfig, Params]:
+    config, stored = gguf_model.config_of(file), gguf_model.weights_of(file)
+    name, asking = str(file.path), "its metadata"
+    check_size(name, config, stored, asking)
+    shapes = wanted_shapes(config, stored, gguf_model.source_of)
+    sources = {path: gguf_model.source_of(path, shape, config) for path, shape in shapes.items()}
+    wanted = {source.names[0]: source.shape for source in sources.values()}
+    check_tensors(name, wanted, stored, asking)
+    before_reading(config)
+    return config, _read(sources, shapes, dtype, lambda name, _: file.read(name, dtype))
+
+
+def _read(
+    sources: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: jnp.dtype,
+    read: Callable[[str, slice | None], Any],
+) -> Params:
+    """Reads parameters, one at a time, which bounds what the host holds."""
     params: Params = {}
     num_bytes = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
-    with (
-        TensorReader(stored) as reader,
-        tqdm.tqdm(
-            total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
-        ) as bar,
-    ):
+    with tqdm.tqdm(
+        total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
+    ) as bar:
         for path, source in sources.items():
-            # One parameter at a time bounds what the host holds.
-            parts = [reader.read(name, source.part) for name in source.names]
+            parts = [read(name, source.part) for name in source.names]
             leaf = jnp.stack(parts) if source.stacked else parts[0]
             if source.view is not None:
                 leaf = source.view(leaf)
             if source.scales is not None and source.unpack is not None:
-                leaf = source.unpack(leaf, reader.read(source.scales[0]), dtype)
+                leaf = source.unpack(leaf, read(source.scales[0], None), dtype)
             leaf = jnp.asarray(leaf, dtype)
             _insert(params, path, leaf)
             bar.update(leaf.nbytes)
     return params
-
-
-def _check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:
-    for name, tensor in stored.items():
-        if tensor.dtype not in supported:
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {shown(name)} has dtype {tensor.dtype}; supported: "
-                f"{', '.join(supported)}"
-            )
-
-
-def _check_size(
-    source: str, config: ModelConfig, stored: Mapping[str, Any], asking: str = "config.json"
-) -> None:
-    """Refuses by arithmetic what the files cannot hold, before anything grows with config.json."""
-    num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
-    numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
-    # Each of these is an axis of a tensor. Tracing a model takes what grows with them.
-    widths = [
-        width
-        for layer in config.pattern
-        for width in (
-            layer.attention.num_q_heads * layer.attention.head_dim,
-            layer.mlp.intermediate_size,
-            getattr(layer.mlp, "num_experts", 1),
-        )
-    ]
-    sizes, asked = (config.vocab_size, config.hidden_size, *widths), None
-    if max(sizes) <= 4 * num_params:
-        asked = Decoder(config).num_params
-    # What is wrong by less is told tensor by tensor.
-    if config.num_layers > len(stored) or asked is None or asked > 4 * num_params:
-        raise CheckpointError(
-            f"{asking} asks for {asked or 'far more'} parameters "
-            f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.pattern[0].mlp.intermediate_size}, "
-            f"vocab_size={config.vocab_size}, "
-            f"num_attention_heads={config.num_q_heads}, num_key_value_heads="
-            f"{config.num_kv_heads}, head_dim={config.head_dim}); {source} holds {num_params} in "
-            f"{len(stored)} tensors of {len(set(numbers))} layers: one of them is not this model's"
-        )
-
-
-def _wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter to be read, by path, and its shape.
-
-    Args:
-      config: the model's; `_check_size` has bounded its sizes.
-      stored: what there is, by the names of either form.
-    """
-    period = len(config.pattern)
-    one = dataclasses.replace(config, num_layers=period, tie_word_embeddings=False)
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(period)]
-    for path, leaf in _flatten(Decoder(one).abstract_params()):
-        layer = layer_of(path)
-        if layer is None:
-            shapes[path] = leaf.shape
-        else:
-            layers[layer[0]][layer[1]] = leaf.shape
-    for number in range(config.num_layers):
-        own = layers[number % period]
-        shapes |= {f"layers_{number}/{path}": shape for path, shape in own.items()}
-    if config.tie_word_embeddings:
-        has = {
-            path: path in stored or source_of(path, shapes[path], config).names[0] in stored
-            for path in _TIED
-        }
-        if not has["lm_head"]:
-            del shapes["lm_head"]
-        elif not has["embedding"]:
-            del shapes["embedding"]
-    return shapes
-
-
-def _check_tensors(
-    source: str,
-    wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, Any],
-    asking: str = "config.json",
-) -> None:
-    """Raises one error that lists every missing, unexpected or wrongly shaped tensor."""
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    wrong = [
-        f"{name!r} has shape {found[name].shape}, {asking} asks for {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name].shape
-    ]
-    problems = [
-        f"missing {shown(name)}, nearest names there: {_nearest(name, extra or list(found))}"
-        for name in missing[:8]
-    ]
-    problems += [
-        f"unexpected {shown(name)}, nearest names expected: "
-        f"{_nearest(name, missing or list(wanted))}"
-        for name in extra[:8]
-    ]
-    problems = (problems + wrong)[:8]
-    if problems:
-        more = len(missing) + len(extra) + len(wrong) - len(problems)
-        problems += [f"and {more} more"] if more else []
-        raise CheckpointError(f"{source} does not hold this model: " + "; ".join(problems))
-
-
-def _nearest(name: str, names: list[str]) -> list[str]:
-    """Names that may have been meant, looked for among so many only that it takes no time."""
-    short = [other for other in names if len(other) <= 200]
-    return difflib.get_close_matches(name[:200], short[:2000], n=3)
-
-
-def _flatten(tree: Params) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join(key.key for key in path), leaf
 
 
 def _insert(params: Params, path: str, leaf: Any) -> None:

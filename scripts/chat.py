@@ -3,6 +3,7 @@
 
     jpaged chat --model=DIR
     jpaged chat --model=org/name --system="Be brief." --temperature=0
+    jpaged chat --model=FILE.gguf
     jpaged chat --model=DIR < messages.txt > answers.txt
 
 Each line, in UTF-8, is a message, and the answer is written as it grows. What was said before is
@@ -12,7 +13,8 @@ tokens were found. A line that is /reset forgets what was said, and /exit, or Ct
 Ctrl-C stops the answer, of which is kept what there is; pressed again it does not wait for the step
 that runs, and pressed a third time it ends the program. In a pipe, what is wrong with a message
 ends the program with code 2; in a terminal, the message is left out. Without --chat_template the
-model must have a chat template: nothing is guessed.
+model must have a chat template: nothing is guessed. Unless --max_num_seqs says otherwise, the page
+pool has room for one conversation of the longest length.
 """
 
 from jpaged.scripts import interrupts
@@ -52,8 +54,8 @@ from jpaged.scripts.sampling_flags import define_sampling_flags, sampling_params
 _MODEL = flags.DEFINE_string(
     "model",
     "demo",
-    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
-    "org/name. The shipped checkpoint, demo, was not taught to chat.",
+    "Model directory, Hugging Face's or our own, a GGUF file, or a model's name on the Hugging "
+    "Face hub, org/name. The shipped checkpoint, demo, was not taught to chat.",
 )
 _SYSTEM = flags.DEFINE_string("system", None, "What stands before the conversation.")
 _SAMPLING = (
@@ -88,7 +90,12 @@ def main(argv: list[str]) -> None:
         # What a template says to such a conversation it says before the weights are read.
         probe = [*system, {"role": "user", "content": "Hello"}]
         chat_template_of(model).render(probe, **options, add_generation_prompt=True)
-        engine = Engine.load(model, engine_config_from_flags())
+        config = engine_config_from_flags()
+        if not flags.FLAGS["max_num_seqs"].present:
+            # One answer at a time: a pool for one, and of a size that what else runs here does not
+            # change, so that compiled programs fit the next time.
+            config = dataclasses.replace(config, max_num_seqs=1)
+        engine = Engine.load(model, config)
     if params.temperature is None and engine.defaults.params.temperature is None:
         params = dataclasses.replace(params, temperature=0.7)
     dialog = Dialog(engine, params, system, options)

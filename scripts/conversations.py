@@ -8,9 +8,11 @@ from typing import Any
 
 from absl import flags
 
+from jpaged import gguf_text
 from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.host.checks import shown
 from jpaged.host.params import SamplingParams
+from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.scripts.json_prompts import own_params, parse_json
 from jpaged.scripts.prompts import decode_flag
 
@@ -63,12 +65,14 @@ def chat_options_from_flags() -> ChatOptions:
 
 
 def chat_template_of(directory: pathlib.Path) -> ChatTemplate:
-    """Returns the chat templates of a model directory, before anything else of it is read.
+    """Returns the chat templates of a directory or GGUF file, before anything else of it is read.
 
     Raises:
       FileNotFoundError: if there is no such directory.
       ValueError: if they cannot be read, or there is no tokenizer.
     """
+    if is_gguf(directory):
+        return gguf_text.chat_template_of(GgufFile(directory))
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")

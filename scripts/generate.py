@@ -73,8 +73,8 @@ from jpaged.text import encode
 _MODEL = flags.DEFINE_string(
     "model",
     "demo",
-    "Model directory, Hugging Face's or our own, or a model's name on the Hugging Face hub, "
-    "org/name; demo is the shipped checkpoint.",
+    "Model directory, Hugging Face's or our own, a GGUF file, or a model's name on the Hugging "
+    "Face hub, org/name; demo is the shipped checkpoint.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated.")
 _PROMPTS_FILE = flags.DEFINE_string(

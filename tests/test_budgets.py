@@ -15,21 +15,23 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
-    "jpaged": 3150,
+    # Tokenizers and chat templates of GGUF files.
+    "jpaged": 3450,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
     "jpaged/device": 1250,
     "jpaged/simulation": 1350,
     "jpaged/measure": 300,
-    "models": 2950,
+    # GGUF files: headers, and metadata as a config.json.
+    "models": 3650,
     "models/families": 1650,
     "pallas_kernels": 6300,
     "scripts": 2450,
     "scripts/kernels": 1250,
     "scripts/measure": 1150,
     "scripts/demo": 400,
-    "scripts/fixtures": 1500,
+    "scripts/fixtures": 1550,
 }
 CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of GGUF files: their metadata as a config.json, and where their weights are.
+
+Only here is known what llama.cpp calls things. What the fields of a config.json mean is the
+families' knowledge, as for any other model. As there, what changes the result is honoured or
+refused by name.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from jpaged.models.config import ModelConfig
+from jpaged.models.config_json import config_from_hf
+from jpaged.models.families import FAMILIES
+from jpaged.models.families.base import Source, layer_of
+from jpaged.models.generation_config import GenerationConfig
+from jpaged.models.gguf_file import GgufFile, PackedTensor
+from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
+
+# What general.architecture says, and the family that it is.
+_FAMILIES = MappingProxyType(
+    {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+)
+# Keys below the architecture's name that are fields of a config.json.
+_FIELDS = MappingProxyType(
+    {
+        "attention.head_count": ("num_attention_heads", int),
+        "attention.layer_norm_rms_epsilon": ("rms_norm_eps", float),
+        "block_count": ("num_hidden_layers", int),
+        "context_length": ("max_position_embeddings", int),
+        "embedding_length": ("hidden_size", int),
+        "feed_forward_length": ("intermediate_size", int),
+    }
+)
+# Those that are read by hand, and those that change nothing.
+_OTHERS = frozenset(
+    {
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scale_linear",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.type",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        # Sizes that the tensors say, and how the file was made.
+        "rope.scaling.finetuned",
+        "tensor_data_layout",
+        "vocab_size",
+    }
+)
+_ROPE_FACTORS = "rope_freqs.weight"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_MODEL_WEIGHTS = MappingProxyType(
+    {"embedding": _EMBEDDING, "final_norm/scale": "output_norm.weight", "lm_head": _HEAD}
+)
+_LAYER_WEIGHTS = MappingProxyType(
+    {
+        "attention_norm/scale": "attn_norm.weight",
+        "attention/q_norm/scale": "attn_q_norm.weight",
+        "attention/k_norm/scale": "attn_k_norm.weight",
+        "mlp_norm/scale": "ffn_norm.weight",
+        **{
+            f"{ours}/{part}": f"{theirs}.{part}"
+            for part in ("weight", "bias")
+            for ours, theirs in (
+                ("attention/q_proj", "attn_q"),
+                ("attention/k_proj", "attn_k"),
+                ("attention/v_proj", "attn_v"),
+                ("attention/o_proj", "attn_output"),
+                ("mlp/gate_proj", "ffn_gate"),
+                ("mlp/up_proj", "ffn_up"),
+                ("mlp/down_proj", "ffn_down"),
+            )
+        },
+    }
+)
+_SAMPLING = MappingProxyType(
+    {
+        "temp": ("temperature", float),
+        "top_k": ("top_k", int),
+        "top_p": ("top_p", float),
+        "min_p": ("min_p", float),
+        "penalty_repeat": ("repetition_penalty", float),
+    }
+)
+
+
+def config_of(file: GgufFile) -> ModelConfig:
+    """Reads the shape of a file's model.
+
+    Raises:
+      ModelConfigError: naming file and key, if it is of another architecture, or says something
+        that is not supported.
+    """
+    try:
+        return config_from_hf(_fields(file))
+    except ModelConfigError as e:
+        raise ModelConfigError(f"{file.path}: {e}") from e
+
+
+def weights_of(file: GgufFile) -> dict[str, PackedTensor]:
+    """The tensors of a file that are weights, by name."""
+    return {name: tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS}
+
+
+def source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:
+    """Where a GGUF file has a parameter; see `families.source_of`."""
+    layer = layer_of(path)
+    if layer is None:
+        return Source((_MODEL_WEIGHTS[path],), shape)
+    index, own = layer
+    view = None
+    if config.family == _FAMILIES["llama"] and own.startswith(("attention/q_", "attention/k_")):
+        attention = config.layer(index).attention
+        is_query = own.startswith("attention/q_")
+        view = _halves_of_pairs(attention.num_q_heads if is_query else attention.num_kv_heads)
+    return Source((f"blk.{index}.{_LAYER_WEIGHTS[own]}",), shape, view=view)
+
+
+def generation_config_of(file: GgufFile) -> GenerationConfig:
+    """Reads a model's sampling settings.
+
+    Raises:
+      ModelConfigError: naming file and key, if one is out of range, or not supported.
+    """
+    found = {
+        key.removeprefix("general.sampling."): value
+        for key, value in file.metadata.items()
+        if key.startswith("general.sampling.")
+    }
+    try:
+        if unknown := {key: v for key, v in found.items() if v and key not in _SAMPLING}:
+            raise ModelConfigError(f"general.sampling: {listed(unknown)}: not supported")
+        values = {
+            name: _short(typed(f"general.sampling.{key}", found[key], kind))
+            for key, (name, kind) in _SAMPLING.items()
+            if key in found
+        }
+        return GenerationConfig(**values)
+    except ModelConfigError as e:
+        raise ModelConfigError(
+            f'{file.path}: {e}; load with EngineConfig(generation_config="ignore") or '
+            "--generation_config=ignore, without the model's sampling settings"
+        ) from e
+
+
+def _fields(file: GgufFile) -> dict[str, Any]:
+    """The metadata as the fields of a Hugging Face config.json."""
+    kind = file.metadata.get("general.type", "model")
+    name = str(file.metadata.get("general.architecture"))
+    if kind != "model" or name not in _FAMILIES:
+        raise ModelConfigError(
+            f"general.architecture={shown(name)} of general.type={shown(kind)} is not supported in "
+            f"GGUF files; supported: {', '.join(_FAMILIES)}, of type 'model'. Models of other "
+            "families load from their Hugging Face directory"
+        )
+    prefix = f"{name}."
+    own = {
+        key.removeprefix(prefix): value
+        for key, value in file.metadata.items()
+        if key.startswith(prefix)
+    }
+    if own.get("attention.causal") is True:
+        del own["attention.causal"]
+    if unknown := {
+        f"{prefix}{key}": value
+        for key, value in own.items()
+        if value and key not in _FIELDS and key not in _OTHERS
+    }:
+        raise ModelConfigError(
+            f"{listed(unknown)}: not supported in GGUF files. They could change what the model "
+            "computes, so they are not ignored"
+        )
+
+    def read(key: str, of_kind: type, default: Any = None) -> Any:
+        if key not in own and default is None:
+            raise ModelConfigError(f"{prefix}{key} is missing; convert the model anew")
+        return _short(typed(f"{prefix}{key}", own.get(key, default), of_kind))
+
+    fields = {field: read(key, of_kind) for key, (field, of_kind) in _FIELDS.items()}
+    heads = fields["num_attention_heads"]
+    head_dim = read("attention.key_length", int, fields["hidden_size"] // max(heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if read(key, int, head_dim) != head_dim:
+            raise ModelConfigError(
+                f"{prefix}{key}={own[key]} must be the heads' size, {head_dim} (that of "
+                "attention.key_length, or of embedding_length by attention.head_count)"
+            )
+    family, embedding = FAMILIES[_FAMILIES[name]], file.tensors.get(_EMBEDDING)
+    fields |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "num_key_value_heads": read("attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "vocab_size": embedding.shape[0] if embedding else read("vocab_size", int),
+        "rope_parameters": _rope(file, read, fields["max_position_embeddings"]),
+        "tie_word_embeddings": _HEAD not in file.tensors,
+    }
+    for field, tensor in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_gate.bias")):
+        # Qwen2 always has those of the first kind, and no field for them.
+        if name != "qwen2" and f"blk.0.{tensor}" in file.tensors:
+            fields[field] = True
+    ends = (file.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))
+    return fields | {
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
+    }
+
+
+def _rope(file: GgufFile, read: Callable[..., Any], longest: int) -> Mapping[str, Any]:
+    rope = {"rope_theta": read("rope.freq_base", float, 10_000.0)}
+    # Old files have a number that divides positions, and no word for it.
+    factor = read("rope.scale_linear", float, read("rope.scaling.factor", float, 1.0)) or 1.0
+    kind = read("rope.scaling.type", str, "none" if factor == 1 else "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelConfigError(
+            f"rope.scaling.type={shown(kind)} is not supported in GGUF files; supported: 'none', "
+            "'linear', 'yarn', and a tensor of factors, which Llama 3 has"
+        )
+    if _ROPE_FACTORS in file.tensors:
+        if kind != "none":
+            raise ModelConfigError(
+                f"rope.scaling.type={shown(kind)} and the tensor {_ROPE_FACTORS!r} contradict each "
+                "other"
+            )
+        factors = file.read(_ROPE_FACTORS, np.dtype(np.float32)).reshape(-1).tolist()
+        # A factor each: whatever they were computed from, and for contexts of all lengths.
+        return rope | {
+            "rope_type": "longrope",
+            "short_factor": factors,
+            "long_factor": factors,
+            "original_max_position_embeddings": longest,
+            "attention_factor": 1.0,
+        }
+    if kind == "none" or factor == 1:
+        return rope | {"rope_type": "default"}
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": factor}
+    return rope | {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": read("rope.scaling.original_context_length", int),
+        "beta_fast": read("rope.scaling.yarn_beta_fast", float, 32.0),
+        "beta_slow": read("rope.scaling.yarn_beta_slow", float, 1.0),
+    }
+
+
+def _halves_of_pairs(num_heads: int) -> Callable[[Any], Any]:
+    """Undoes the order in which llama.cpp keeps the rows of queries and keys.
+
+    It turns lanes 2 i and 2 i + 1 of a head together, and we lanes i and i + head_dim / 2.
+    """
+
+    def view(weight: Any) -> Any:
+        rows, *rest = weight.shape
+        pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, *rest)
+        return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+    return view
+
+
+def _short(value: Any) -> Any:
+    """A float32 as the number with the fewest digits that is it, as makers wrote it."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
