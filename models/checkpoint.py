@@ -18,72 +18,127 @@ as in transformers; what changes the answer and is not decided by that is an err
 - `lm_head.weight` beside `tie_word_embeddings=true`: the stored head is used, as an untied one,
   unless it equals the embedding in the dtype that is loaded. Where it stands alone, it is the
   embedding too.
-- Only float32, float16 and bfloat16 are weights, in either form. Tensors that the model has no use
-  of are errors, but for the buffers of old checkpoints.
+- Only float32, float16 and bfloat16 are weights, in either form, and only finite numbers. Tensors
+  that the model has no use of are errors, but for the buffers of old checkpoints.
 """
 
-import contextlib
 import dataclasses
-import difflib
+import functools
 import json
 import logging
 import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tqdm
 
-from jpaged.models import safetensors_files
+from jpaged.models import orbax_weights
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
-from jpaged.models.decoder import Decoder, Params
-from jpaged.models.families import source_of
-from jpaged.models.families.base import layer_of
+from jpaged.models.decoder import Params, stacked_place
+from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
 from jpaged.models.json_fields import shown
-from jpaged.models.safetensors_files import (
-    CheckpointError,
-    StoredTensor,
-    TensorReader,
-    stored_tensors,
-)
+from jpaged.models.orbax_weights import WEIGHT_DTYPES, OrbaxWeights
+from jpaged.models.safetensors_files import CheckpointError
+from jpaged.models.safetensors_weights import SafetensorsWeights
+from jpaged.models.sharding import check_mesh, param_sharding
 
 logger = logging.getLogger(__name__)
 
-_ORBAX_DIR = "params"
-_DTYPES = ("float32", "float16", "bfloat16")
-_TIED = ("embedding", "lm_head")
-_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
+ORBAX_DIR = "params"
+"""Where in a model's directory an Orbax checkpoint lies."""
+
+_STACKED = re.compile(r"layers/(\d{1,9})/(.+)")
+
+
+class Weights(Protocol):
+    """The parameters of a model directory, found to be this model's, and unread."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the parameters that are there, by path, such as `layers_3/mlp/up_proj/weight`."""
+        ...
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        """In which they are stored, by path."""
+        ...
+
+    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+        """Reads parameters in the order of the targets, which say in which dtype and where to."""
+        ...
 
 
 def load(
     directory: str | pathlib.Path,
     dtype: jnp.dtype,
     before_reading: Callable[[ModelConfig], object] = lambda config: None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Loads a model directory, whichever form its weights have.
 
+    Host and device hold the parameters once, and little beside: they are read, converted, and
+    stacked, a part at a time.
+
     Args:
       directory: holds config.json and the weights.
-      dtype: every parameter is converted to it as it is read, one tensor at a time.
+      dtype: every parameter is converted to it as it is read.
       before_reading: called when config.json and the files have been found to fit each other, to
         refuse the model before it takes time and memory.
+      mesh: whose devices get a part each, as `models.sharding` has it, and read no more than that;
+        None loads onto the first device.
+      scan_layers: as `Decoder` has it: whether the parameters are stacked.
 
     Returns:
-      The config and the parameter tree of `Decoder(config)`. A tied config beside a different head
-      comes back untied.
+      The config and the parameter tree of `Decoder(config, scan_layers)`. A tied config beside a
+      different head comes back untied.
 
     Raises:
       FileNotFoundError: if the directory, its config.json or its weights are missing.
       ModelConfigError: if config.json describes a model that is not supported.
       CheckpointError: if a file is damaged, or a tensor is missing, unexpected, of another shape or
-        dtype, or stored twice with different contents.
+        dtype, not finite, or stored twice with different contents.
+      ValueError: if the model cannot be split over the mesh.
     """
+    config, weights = find_weights(directory)
+    if mesh is not None:
+        check_mesh(config, mesh)
+    before_reading(config)
+    where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding = where if mesh is None else param_sharding(path.split("/"), len(shape), mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    params: Params = {}
+    for path, leaf in read_with_bar(weights, {k: target(k, v) for k, v in weights.shapes.items()}):
+        place = stacked_place(path, config) if scan_layers else None
+        if place is None:
+            insert(params, path, leaf)
+            continue
+        path, number, count = place
+        shape = (count, *leaf.shape)
+        parent, name = _parent(params, path)
+        if name not in parent:
+            parent[name] = jnp.zeros(shape, dtype, device=target(path, shape).sharding)
+        parent[name] = _with_layer(parent[name], leaf, number)
+    return _tie(config, params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(stacked: jax.Array, leaf: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, leaf, number, 0)
+
+
+def find_weights(directory: str | pathlib.Path) -> tuple[ModelConfig, Weights]:
+    """Reads config.json, and finds the weights of a model directory; see `load`."""
     directory = pathlib.Path(directory).expanduser()
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
@@ -91,17 +146,37 @@ def load(
     if not (directory / "config.json").exists():
         raise FileNotFoundError(f"{str(directory)!r} has no config.json: not a model directory")
     config = load_config(directory)
-    orbax = directory / _ORBAX_DIR
+    orbax = directory / ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
-        params = _load_safetensors(directory, config, dtype, before_reading)
-    else:
-        for other in sorted(directory.glob("*.safetensors"))[:1]:
-            raise CheckpointError(
-                f"{str(directory)!r} holds weights twice, in {_ORBAX_DIR}/ (Orbax) and in "
-                f"{shown(other.name)}: move one of them out"
-            )
-        params = _load_orbax(orbax, config, dtype, before_reading)
-    return _tie(config, params)
+        return config, SafetensorsWeights(directory, config)
+    for other in sorted(directory.glob("*.safetensors"))[:1]:
+        raise CheckpointError(
+            f"{str(directory)!r} holds weights twice, in {ORBAX_DIR}/ (Orbax) and in "
+            f"{shown(other.name)}: move one of them out"
+        )
+    return config, OrbaxWeights(orbax.resolve(), config)
+
+
+def read_with_bar(
+    weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, jax.Array]]:
+    """Reads parameters, the largest first, and shows on a terminal how far it is.
+
+    What a parameter takes while it is read is beside the fewest others so.
+    """
+    sizes = {path: math.prod(t.shape) * t.dtype.itemsize for path, t in targets.items()}
+    largest_first = sorted(targets, key=lambda path: -sizes[path])
+    with tqdm.tqdm(
+        total=sum(sizes.values()),
+        desc="weights",
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        leave=False,
+    ) as bar:
+        for path, leaf in weights.read({path: targets[path] for path in largest_first}):
+            yield path, leaf
+            bar.update(sizes[path])
 
 
 def check_params(config: ModelConfig, params: Any) -> None:
@@ -109,8 +184,9 @@ def check_params(config: ModelConfig, params: Any) -> None:
 
     Args:
       config: the model's shape.
-      params: held against the unstacked parameter tree of `Decoder(config)`. NumPy's and jax's
-        arrays of floating point numbers are parameters; float64 too, for it is cast.
+      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`.
+        NumPy's and jax's arrays of floating point numbers are parameters; float64 too, for it is
+        cast.
 
     Raises:
       CheckpointError: if a tensor is missing, unexpected, of another shape or dtype, or no array.
@@ -139,28 +215,43 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 "parameters again"
             )
         found[path] = leaf
-    _check_size("params", config, found, asking="model_config")
-    _check_tensors("params", _wanted_shapes(config, {}), found, asking="model_config")
-    for path, leaf in found.items():
-        if leaf.dtype.name not in (*_DTYPES, "float64"):
+    stacked, found = found, _unstacked(found, config)
+    check_size("params", config, found, asking="model_config")
+    check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")
+    for path, leaf in stacked.items():
+        if leaf.dtype.name not in (*WEIGHT_DTYPES, "float64"):
             raise CheckpointError(
                 f"params: tensor {shown(path)} has dtype {leaf.dtype.name}; supported: "
-                f"{', '.join(_DTYPES)}, float64. Quantised weights must be dequantised first"
+                f"{', '.join(WEIGHT_DTYPES)}, float64. Quantised weights must be dequantised first"
             )
 
 
+def _unstacked(found: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What arrays are of each layer, where layers are stacked: their shapes and dtypes."""
+    tensors: dict[str, Any] = {}
+    for path, leaf in found.items():
+        match = _STACKED.fullmatch(path)
+        if match is None or not leaf.ndim:
+            tensors[path] = leaf
+            continue
+        one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        for number in range(min(leaf.shape[0], config.num_layers + 1)):
+            tensors[f"layers_{int(match[1]) + len(config.pattern) * number}/{match[2]}"] = one
+    return tensors
+
+
 def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Params) -> None:
-    """Writes config.json and `params/`, an Orbax checkpoint that `load` reads.
+    """Writes config.json and `params/`, an Orbax checkpoint that `load` reads onto any mesh.
 
     Args:
       directory: created where it does not exist; an older `params/` in it is replaced.
       config: the model's shape.
-      params: the unstacked parameter tree of `Decoder(config)`, stored in the dtype it has.
+      params: the unstacked parameter tree of `Decoder(config)`, on whatever devices, stored in the
+        dtype it has.
     """
     directory = pathlib.Path(directory).expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _ORBAX_DIR, params, force=True)
+    orbax_weights.save(directory / ORBAX_DIR, params)
     (directory / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
 
 
@@ -180,203 +271,14 @@ def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     return dataclasses.replace(config, tie_word_embeddings=False), params | {"lm_head": head}
 
 
-def _load_orbax(
-    directory: pathlib.Path,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    before_reading: Callable[[ModelConfig], object],
-) -> Params:
-    directory = directory.resolve()
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        with _damage_of_orbax(directory):
-            stored = {
-                path: StoredTensor(
-                    file=directory,
-                    shape=tuple(int(axis) for axis in leaf.shape),
-                    dtype=np.dtype(leaf.dtype).name,
-                )
-                for path, leaf in _flatten(checkpointer.metadata(directory).item_metadata.tree)
-            }
-        _check_dtypes(stored, _DTYPES)
-        _check_size(str(directory), config, stored)
-        wanted = _wanted_shapes(config, {path: path for path in stored})
-        _check_tensors(str(directory), wanted, stored)
-        before_reading(config)
-        target: Params = {}
-        for path, shape in wanted.items():
-            _insert(target, path, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
-        with _damage_of_orbax(directory):
-            return checkpointer.restore(directory, target)
+def insert(params: Params, path: str, leaf: Any) -> None:
+    """Puts a leaf into a tree of dictionaries, as `layers_3/mlp/up_proj/weight`."""
+    parent, name = _parent(params, path)
+    parent[name] = leaf
 
 
-@contextlib.contextmanager
-def _damage_of_orbax(directory: pathlib.Path) -> Iterator[None]:
-    """Says in one line what Orbax and TensorStore say of a damaged checkpoint in pages."""
-    try:
-        yield
-    except Exception as e:  # whatever is damaged, another library's error surfaces
-        raise CheckpointError(
-            f"{directory} is not a readable Orbax checkpoint: a file is missing, damaged or "
-            "truncated; copy it again, or save it anew"
-        ) from e
-
-
-def _load_safetensors(
-    directory: pathlib.Path,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    before_reading: Callable[[ModelConfig], object],
-) -> Params:
-    stored = stored_tensors(directory)
-    _check_size(str(directory), config, stored)
-    # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
-    shapes = _wanted_shapes(config, stored)
-    sources = {path: source_of(path, shape, config) for path, shape in shapes.items()}
-    packed = {name for s in sources.values() if s.scales is not None for name in s.shapes}
-    _check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
-    _check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
-    wanted = {name: shape for s in sources.values() for name, shape in s.shapes.items()}
-    _check_tensors(str(directory), wanted, stored)
-    before_reading(config)
-
-    params: Params = {}
-    num_bytes = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
-    with (
-        TensorReader(stored) as reader,
-        tqdm.tqdm(
-            total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
-        ) as bar,
-    ):
-        for path, source in sources.items():
-            # One parameter at a time bounds what the host holds.
-            parts = [reader.read(name, source.part) for name in source.names]
-            leaf = jnp.stack(parts) if source.stacked else parts[0]
-            if source.view is not None:
-                leaf = source.view(leaf)
-            if source.scales is not None and source.unpack is not None:
-                leaf = source.unpack(leaf, reader.read(source.scales[0]), dtype)
-            leaf = jnp.asarray(leaf, dtype)
-            _insert(params, path, leaf)
-            bar.update(leaf.nbytes)
-    return params
-
-
-def _check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:
-    for name, tensor in stored.items():
-        if tensor.dtype not in supported:
-            raise CheckpointError(
-                f"{tensor.file.name}: tensor {shown(name)} has dtype {tensor.dtype}; supported: "
-                f"{', '.join(supported)}"
-            )
-
-
-def _check_size(
-    source: str, config: ModelConfig, stored: Mapping[str, Any], asking: str = "config.json"
-) -> None:
-    """Refuses by arithmetic what the files cannot hold, before anything grows with config.json."""
-    num_params = sum(math.prod(tensor.shape) for tensor in stored.values())
-    numbers = [int(match[1]) for name in stored if (match := _LAYER_NUMBER.fullmatch(name))]
-    # Each of these is an axis of a tensor. Tracing a model takes what grows with them.
-    widths = [
-        width
-        for layer in config.pattern
-        for width in (
-            layer.attention.num_q_heads * layer.attention.head_dim,
-            layer.mlp.intermediate_size,
-            getattr(layer.mlp, "num_experts", 1),
-        )
-    ]
-    sizes, asked = (config.vocab_size, config.hidden_size, *widths), None
-    if max(sizes) <= 4 * num_params:
-        asked = Decoder(config).num_params
-    # What is wrong by less is told tensor by tensor.
-    if config.num_layers > len(stored) or asked is None or asked > 4 * num_params:
-        raise CheckpointError(
-            f"{asking} asks for {asked or 'far more'} parameters "
-            f"(num_hidden_layers={config.num_layers}, hidden_size={config.hidden_size}, "
-            f"intermediate_size={config.pattern[0].mlp.intermediate_size}, "
-            f"vocab_size={config.vocab_size}, "
-            f"num_attention_heads={config.num_q_heads}, num_key_value_heads="
-            f"{config.num_kv_heads}, head_dim={config.head_dim}); {source} holds {num_params} in "
-            f"{len(stored)} tensors of {len(set(numbers))} layers: one of them is not this model's"
-        )
-
-
-def _wanted_shapes(config: ModelConfig, stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter to be read, by path, and its shape.
-
-    Args:
-      config: the model's; `_check_size` has bounded its sizes.
-      stored: what there is, by the names of either form.
-    """
-    period = len(config.pattern)
-    one = dataclasses.replace(config, num_layers=period, tie_word_embeddings=False)
-    shapes: dict[str, tuple[int, ...]] = {}
-    layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(period)]
-    for path, leaf in _flatten(Decoder(one).abstract_params()):
-        layer = layer_of(path)
-        if layer is None:
-            shapes[path] = leaf.shape
-        else:
-            layers[layer[0]][layer[1]] = leaf.shape
-    for number in range(config.num_layers):
-        own = layers[number % period]
-        shapes |= {f"layers_{number}/{path}": shape for path, shape in own.items()}
-    if config.tie_word_embeddings:
-        has = {
-            path: path in stored or source_of(path, shapes[path], config).names[0] in stored
-            for path in _TIED
-        }
-        if not has["lm_head"]:
-            del shapes["lm_head"]
-        elif not has["embedding"]:
-            del shapes["embedding"]
-    return shapes
-
-
-def _check_tensors(
-    source: str,
-    wanted: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, Any],
-    asking: str = "config.json",
-) -> None:
-    """Raises one error that lists every missing, unexpected or wrongly shaped tensor."""
-    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    wrong = [
-        f"{name!r} has shape {found[name].shape}, {asking} asks for {wanted[name]}"
-        for name in sorted(wanted.keys() & found.keys())
-        if wanted[name] != found[name].shape
-    ]
-    problems = [
-        f"missing {shown(name)}, nearest names there: {_nearest(name, extra or list(found))}"
-        for name in missing[:8]
-    ]
-    problems += [
-        f"unexpected {shown(name)}, nearest names expected: "
-        f"{_nearest(name, missing or list(wanted))}"
-        for name in extra[:8]
-    ]
-    problems = (problems + wrong)[:8]
-    if problems:
-        more = len(missing) + len(extra) + len(wrong) - len(problems)
-        problems += [f"and {more} more"] if more else []
-        raise CheckpointError(f"{source} does not hold this model: " + "; ".join(problems))
-
-
-def _nearest(name: str, names: list[str]) -> list[str]:
-    """Names that may have been meant, looked for among so many only that it takes no time."""
-    short = [other for other in names if len(other) <= 200]
-    return difflib.get_close_matches(name[:200], short[:2000], n=3)
-
-
-def _flatten(tree: Params) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join(key.key for key in path), leaf
-
-
-def _insert(params: Params, path: str, leaf: Any) -> None:
+def _parent(params: Params, path: str) -> tuple[Params, str]:
     *parents, name = path.split("/")
     for parent in parents:
         params = params.setdefault(parent, {})
-    params[name] = leaf
+    return params, name
