@@ -41,7 +41,13 @@ from jpaged.models import orbax_weights
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
 from jpaged.models.decoder import Params, stacked_place
-from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
+from jpaged.models.fitting import (
+    check_size,
+    check_tensors,
+    insert,
+    parent_of,
+    wanted_shapes,
+)
 from jpaged.models.json_fields import shown
 from jpaged.models.orbax_weights import WEIGHT_DTYPES, OrbaxWeights
 from jpaged.models.safetensors_files import CheckpointError
@@ -118,14 +124,17 @@ def load(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     params: Params = {}
-    for path, leaf in read_with_bar(weights, {k: target(k, v) for k, v in weights.shapes.items()}):
+    # What a parameter takes while it is read is beside the fewest others so.
+    largest_first = sorted(weights.shapes.items(), key=lambda item: -math.prod(item[1]))
+    targets = {path: target(path, shape) for path, shape in largest_first}
+    for path, leaf in read_with_bar(weights, targets):
         place = stacked_place(path, config) if scan_layers else None
         if place is None:
             insert(params, path, leaf)
             continue
         path, number, count = place
         shape = (count, *leaf.shape)
-        parent, name = _parent(params, path)
+        parent, name = parent_of(params, path)
         if name not in parent:
             parent[name] = jnp.zeros(shape, dtype, device=target(path, shape).sharding)
         parent[name] = _with_layer(parent[name], leaf, number)
@@ -160,12 +169,8 @@ def find_weights(directory: str | pathlib.Path) -> tuple[ModelConfig, Weights]:
 def read_with_bar(
     weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Reads parameters, the largest first, and shows on a terminal how far it is.
-
-    What a parameter takes while it is read is beside the fewest others so.
-    """
+    """Reads parameters as `Weights.read` does, and shows on a terminal how far it is."""
     sizes = {path: math.prod(t.shape) * t.dtype.itemsize for path, t in targets.items()}
-    largest_first = sorted(targets, key=lambda path: -sizes[path])
     with tqdm.tqdm(
         total=sum(sizes.values()),
         desc="weights",
@@ -174,7 +179,7 @@ def read_with_bar(
         disable=None,
         leave=False,
     ) as bar:
-        for path, leaf in weights.read({path: targets[path] for path in largest_first}):
+        for path, leaf in weights.read(targets):
             yield path, leaf
             bar.update(sizes[path])
 
@@ -269,16 +274,3 @@ def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
         "not the embedding: the stored head is used. Say tie_word_embeddings=false there."
     )
     return dataclasses.replace(config, tie_word_embeddings=False), params | {"lm_head": head}
-
-
-def insert(params: Params, path: str, leaf: Any) -> None:
-    """Puts a leaf into a tree of dictionaries, as `layers_3/mlp/up_proj/weight`."""
-    parent, name = _parent(params, path)
-    parent[name] = leaf
-
-
-def _parent(params: Params, path: str) -> tuple[Params, str]:
-    *parents, name = path.split("/")
-    for parent in parents:
-        params = params.setdefault(parent, {})
-    return params, name

@@ -2,8 +2,9 @@
 """Parameters out of Orbax checkpoints and into them, a bounded number of bytes at a time."""
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,14 @@ import orbax.checkpoint as ocp
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Params
-from jpaged.models.fitting import check_dtypes, check_size, check_tensors, flat, wanted_shapes
+from jpaged.models.fitting import (
+    check_dtypes,
+    check_size,
+    check_tensors,
+    flat,
+    insert,
+    wanted_shapes,
+)
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import CheckpointError, StoredTensor
 from jpaged.models.safetensors_weights import is_finite, not_finite
@@ -23,7 +31,9 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
 # Parameters are restored in batches: a share of all, as each takes Orbax some 20 ms.
 _BATCH_SHARE = 16
-_LEAST_BATCH_BYTES = 2**23
+_LEAST_BATCH_BYTES, _MOST_BATCH_BYTES = 2**23, 2**30
+# What is read at once of an array that is split over devices otherwise than when it was saved.
+_SAVED = ocp.SaveArgs(chunk_byte_size=2**26)
 
 
 class OrbaxWeights:
@@ -117,8 +127,72 @@ def save(directory: Any, params: Params) -> None:
       directory: the checkpoint's, resolved.
       params: a tree of arrays, on whatever devices.
     """
+    how = jax.tree.map(lambda leaf: _SAVED, params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, params, force=True)
+        checkpointer.save(directory, params, save_args=how, force=True)
+
+
+def save_read(
+    directory: Any,
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[Mapping[str, jax.ShapeDtypeStruct]], Iterator[tuple[str, jax.Array]]],
+) -> None:
+    """Writes a checkpoint of parameters as they are read, a batch in memory at a time.
+
+    Args:
+      directory: the checkpoint's, resolved; nothing lies there.
+      targets: the parameters, by path.
+      read: reads them in the order of its argument.
+    """
+    tree: Params = {}
+    for path, target in targets.items():
+        insert(tree, path, _Unread(path, target.shape, target.dtype))
+    how = jax.tree.map(lambda leaf: _SAVED, tree)
+    # Orbax writes in the order of the tree.
+    ordered = {path: targets[path] for path, _ in flat(tree)}
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Unread, _ReadingHandler(ordered, read(ordered))),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(tree, save_args=how))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """Stands for an array that is still to be read, in a tree that is saved."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class _ReadingHandler(ocp.type_handlers.NumpyHandler):
+    """Reads what it is to write when it writes it."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, jax.ShapeDtypeStruct],
+        arrays: Iterator[tuple[str, jax.Array]],
+    ):
+        super().__init__()
+        self._targets, self._arrays = targets, arrays
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        places = {value.path: place for place, value in enumerate(values)}
+        for batch in _batches({value.path: self._targets[value.path] for value in values}):
+            found = [next(self._arrays) for _ in batch]
+            assert [path for path, _ in found] == list(batch)
+            at = [places[path] for path in batch]
+            writing = await super().serialize(
+                [np.asarray(array) for _, array in found],
+                [infos[place] for place in at],
+                args and [args[place] for place in at],
+            )
+            for written in writing:
+                written.result()
+        return []
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -141,7 +215,8 @@ def _batches(
     targets: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
     sizes = {path: math.prod(t.shape) * t.dtype.itemsize for path, t in targets.items()}
-    most = max(_LEAST_BATCH_BYTES, sum(sizes.values()) // _BATCH_SHARE)
+    share = sum(sizes.values()) // _BATCH_SHARE
+    most = min(max(share, _LEAST_BATCH_BYTES), _MOST_BATCH_BYTES)
     batch: dict[str, jax.ShapeDtypeStruct] = {}
     num_bytes = 0
     for path, target in targets.items():
