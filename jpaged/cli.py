@@ -13,6 +13,7 @@ import jpaged
 PROGRAMS = {
     "generate": "Generates text from prompts.",
     "chat": "Chats with a model in the terminal.",
+    "convert": "Converts a model between safetensors and Orbax, and to another dtype.",
     "benchmark": "Measures throughput, latency and how well the page pool is used.",
     "conformance": "Holds an implementation of the paged-attention contract to dense float64.",
     "simulate": "Serves requests without a model, with pages and without, by a cost model.",

@@ -64,7 +64,7 @@ class Engine(ChatMethods):
 
         Args:
           model_config: the model's shape.
-          params: the unstacked parameter tree of `models.decoder.Decoder(model_config)`.
+          params: the parameter tree of `models.decoder.Decoder(model_config)`, stacked or not.
           config: the engine's settings.
           tokenizer: None serves prompts given as token ids.
           generation_config: defaults of `SamplingParams`; None has none.

@@ -53,6 +53,7 @@ def read_model(
         path if file is None else file,
         dtype,
         lambda model_config: plan_pool(config, model_config, backend),
+        scan_layers=_scans(config),
     )
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
@@ -78,21 +79,29 @@ def runner_of(
     Args:
       config: the engine's settings.
       model_config: the model's shape.
-      params: its parameters, unstacked, of any floating dtype.
+      params: its parameters, stacked or not, of any floating dtype.
       plan: the pool's dimensions.
       backend: whose kernels run.
       num_host_pages: pages that host memory has room for.
     """
-    scan_layers = config.scan_layers
-    if scan_layers is None:
-        scan_layers = jax.default_backend() != "cpu"
+    stacked = "layers" in params
+    if stacked and config.scan_layers is False:
+        raise ValueError("scan_layers=False must be True, or None: params has stacked layers")
+    scan_layers = stacked or _scans(config)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     return ModelRunner(
         Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len).apply,
-        stack_layers(params, model_config) if scan_layers else params,
+        stack_layers(params, model_config) if scan_layers and not stacked else params,
         plan,
         max_num_samples=config.max_num_seqs,
         vocab_size=model_config.vocab_size,
         backend=backend,
         num_host_pages=num_host_pages,
     )
+
+
+def _scans(config: EngineConfig) -> bool:
+    """Whether layers are stacked, and scanned over."""
+    if config.scan_layers is None:
+        return jax.default_backend() != "cpu"
+    return config.scan_layers

@@ -18,80 +18,143 @@ as in transformers; what changes the answer and is not decided by that is an err
 - `lm_head.weight` beside `tie_word_embeddings=true`: the stored head is used, as an untied one,
   unless it equals the embedding in the dtype that is loaded. Where it stands alone, it is the
   embedding too.
-- Only float32, float16 and bfloat16 are weights, in either form. Tensors that the model has no use
-  of are errors, but for the buffers of old checkpoints.
+- Only float32, float16 and bfloat16 are weights, in either form, and only finite numbers. Tensors
+  that the model has no use of are errors, but for the buffers of old checkpoints.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from jpaged.models import gguf_model, safetensors_files
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
-from jpaged.models.decoder import Params
-from jpaged.models.families import source_of
-from jpaged.models.families.base import Source
-from jpaged.models.gguf_file import GgufFile, is_gguf
-from jpaged.models.json_fields import shown
-from jpaged.models.safetensors_files import (
-    CheckpointError,
-    StoredTensor,
-    TensorReader,
-    stored_tensors,
-)
-from jpaged.models.tensor_checks import (
-    check_dtypes,
+from jpaged.models.decoder import Params, stacked_place
+from jpaged.models.fitting import (
+    WEIGHT_DTYPES,
     check_size,
     check_tensors,
-    flatten,
+    insert,
+    parent_of,
     wanted_shapes,
 )
+from jpaged.models.gguf_file import GgufFile, is_gguf
+from jpaged.models.gguf_model import GgufWeights, config_of
+from jpaged.models.json_fields import shown
+from jpaged.models.safetensors_files import CheckpointError
+from jpaged.models.safetensors_weights import SafetensorsWeights
+from jpaged.models.sharding import check_mesh, param_sharding
 
 logger = logging.getLogger(__name__)
 
-_ORBAX_DIR = "params"
-_DTYPES = ("float32", "float16", "bfloat16")
+ORBAX_DIR = "params"
+"""Where in a model's directory an Orbax checkpoint lies."""
+
+_STACKED = re.compile(r"layers/(\d{1,9})/(.+)")
+
+
+class Weights(Protocol):
+    """The parameters of a model on disk, found to be this model's, and unread."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the parameters that are there, by path, such as `layers_3/mlp/up_proj/weight`."""
+        ...
+
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        """In which they are stored, by path."""
+        ...
+
+    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+        """Reads parameters in the order of the targets, which say in which dtype and where to."""
+        ...
 
 
 def load(
     directory: str | pathlib.Path | GgufFile,
     dtype: jnp.dtype,
     before_reading: Callable[[ModelConfig], object] = lambda config: None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    scan_layers: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Loads a model directory, whichever form its weights have, or a GGUF file.
 
+    Host and device hold the parameters once, and little beside: they are read, converted, and
+    stacked, a part at a time.
+
     Args:
       directory: holds config.json and the weights; or a GGUF file, or its path.
-      dtype: every parameter is converted to it as it is read, one tensor at a time.
+      dtype: every parameter is converted to it as it is read.
       before_reading: called when config.json and the files have been found to fit each other, to
         refuse the model before it takes time and memory.
+      mesh: whose devices get a part each, as `models.sharding` has it, and read no more than that;
+        None loads onto the first device.
+      scan_layers: as `Decoder` has it: whether the parameters are stacked.
 
     Returns:
-      The config and the parameter tree of `Decoder(config)`. A tied config beside a different head
-      comes back untied.
+      The config and the parameter tree of `Decoder(config, scan_layers)`. A tied config beside a
+      different head comes back untied.
 
     Raises:
       FileNotFoundError: if the directory, its config.json or its weights are missing.
       ModelConfigError: if config.json describes a model that is not supported.
       CheckpointError: if a file is damaged, or a tensor is missing, unexpected, of another shape or
-        dtype, or stored twice with different contents.
+        dtype, not finite, or stored twice with different contents.
+      ValueError: if the model cannot be split over the mesh.
     """
+    config, weights = find_weights(directory)
+    if mesh is not None:
+        check_mesh(config, mesh)
+    before_reading(config)
+    where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def target(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding = where if mesh is None else param_sharding(path.split("/"), len(shape), mesh)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    params: Params = {}
+    # What a parameter takes while it is read is beside the fewest others so.
+    largest_first = sorted(weights.shapes.items(), key=lambda item: -math.prod(item[1]))
+    targets = {path: target(path, shape) for path, shape in largest_first}
+    for path, leaf in read_with_bar(weights, targets):
+        place = stacked_place(path, config) if scan_layers else None
+        if place is None:
+            insert(params, path, leaf)
+            continue
+        path, number, count = place
+        shape = (count, *leaf.shape)
+        parent, name = parent_of(params, path)
+        if name not in parent:
+            parent[name] = jnp.zeros(shape, dtype, device=target(path, shape).sharding)
+        parent[name] = _with_layer(parent[name], leaf, number)
+    return _tie(config, params)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(stacked: jax.Array, leaf: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, leaf, number, 0)
+
+
+def find_weights(directory: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Weights]:
+    """Reads the config of a model, and finds its weights; see `load`."""
     if not isinstance(directory, GgufFile):
         directory = pathlib.Path(directory).expanduser()
         directory = GgufFile(directory) if is_gguf(directory) else directory
     if isinstance(directory, GgufFile):
-        return _load_gguf(directory, dtype, before_reading)
+        config = config_of(directory)
+        return config, GgufWeights(directory, config)
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
@@ -101,17 +164,35 @@ def load(
             remedy = f"to load a GGUF file, name it itself: {str(other)!r}"
         raise FileNotFoundError(f"{str(directory)!r} has no config.json: {remedy}")
     config = load_config(directory)
-    orbax = directory / _ORBAX_DIR
+    orbax = directory / ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
-        params = _load_safetensors(directory, config, dtype, before_reading)
-    else:
-        for other in sorted(directory.glob("*.safetensors"))[:1]:
-            raise CheckpointError(
-                f"{str(directory)!r} holds weights twice, in {_ORBAX_DIR}/ (Orbax) and in "
-                f"{shown(other.name)}: move one of them out"
-            )
-        params = _load_orbax(orbax, config, dtype, before_reading)
-    return _tie(config, params)
+        return config, SafetensorsWeights(directory, config)
+    for other in sorted(directory.glob("*.safetensors"))[:1]:
+        raise CheckpointError(
+            f"{str(directory)!r} holds weights twice, in {ORBAX_DIR}/ (Orbax) and in "
+            f"{shown(other.name)}: move one of them out"
+        )
+    from jpaged.models.orbax_weights import OrbaxWeights  # here, as importing Orbax takes time
+
+    return config, OrbaxWeights(orbax.resolve(), config)
+
+
+def read_with_bar(
+    weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, jax.Array]]:
+    """Reads parameters as `Weights.read` does, and shows on a terminal how far it is."""
+    sizes = {path: math.prod(t.shape) * t.dtype.itemsize for path, t in targets.items()}
+    with tqdm.tqdm(
+        total=sum(sizes.values()),
+        desc="weights",
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        leave=False,
+    ) as bar:
+        for path, leaf in weights.read(targets):
+            yield path, leaf
+            bar.update(sizes[path])
 
 
 def check_params(config: ModelConfig, params: Any) -> None:
@@ -119,8 +200,9 @@ def check_params(config: ModelConfig, params: Any) -> None:
 
     Args:
       config: the model's shape.
-      params: held against the unstacked parameter tree of `Decoder(config)`. NumPy's and jax's
-        arrays of floating point numbers are parameters; float64 too, for it is cast.
+      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`.
+        NumPy's and jax's arrays of floating point numbers are parameters; float64 too, for it is
+        cast.
 
     Raises:
       CheckpointError: if a tensor is missing, unexpected, of another shape or dtype, or no array.
@@ -149,30 +231,45 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 "parameters again"
             )
         found[path] = leaf
+    stacked, found = found, _unstacked(found, config)
     check_size("params", config, found, asking="model_config")
     check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")
-    for path, leaf in found.items():
-        if leaf.dtype.name not in (*_DTYPES, "float64"):
+    for path, leaf in stacked.items():
+        if leaf.dtype.name not in (*WEIGHT_DTYPES, "float64"):
             raise CheckpointError(
                 f"params: tensor {shown(path)} has dtype {leaf.dtype.name}; supported: "
-                f"{', '.join(_DTYPES)}, float64. Quantised weights must be dequantised first"
+                f"{', '.join(WEIGHT_DTYPES)}, float64. Quantised weights must be dequantised first"
             )
 
 
+def _unstacked(found: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What arrays are of each layer, where layers are stacked: their shapes and dtypes."""
+    tensors: dict[str, Any] = {}
+    for path, leaf in found.items():
+        match = _STACKED.fullmatch(path)
+        if match is None or not leaf.ndim:
+            tensors[path] = leaf
+            continue
+        one = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        for number in range(min(leaf.shape[0], config.num_layers + 1)):
+            tensors[f"layers_{int(match[1]) + len(config.pattern) * number}/{match[2]}"] = one
+    return tensors
+
+
 def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Params) -> None:
-    """Writes config.json and `params/`, an Orbax checkpoint that `load` reads.
+    """Writes config.json and `params/`, an Orbax checkpoint that `load` reads onto any mesh.
 
     Args:
       directory: created where it does not exist; an older `params/` in it is replaced.
       config: the model's shape.
-      params: the unstacked parameter tree of `Decoder(config)`, stored in the dtype it has.
+      params: the unstacked parameter tree of `Decoder(config)`, on whatever devices, stored in the
+        dtype it has.
     """
-    import orbax.checkpoint as ocp
+    from jpaged.models import orbax_weights
 
     directory = pathlib.Path(directory).expanduser().resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _ORBAX_DIR, params, force=True)
+    orbax_weights.save(directory / ORBAX_DIR, params)
     (directory / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
 
 
@@ -190,114 +287,3 @@ def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
         "not the embedding: the stored head is used. Say tie_word_embeddings=false there."
     )
     return dataclasses.replace(config, tie_word_embeddings=False), params | {"lm_head": head}
-
-
-def _load_orbax(
-    directory: pathlib.Path,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    before_reading: Callable[[ModelConfig], object],
-) -> Params:
-    import orbax.checkpoint as ocp  # here, as most models have none, and it takes time
-
-    directory = directory.resolve()
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.StandardCheckpointer() as checkpointer:
-        with _damage_of_orbax(directory):
-            stored = {
-                path: StoredTensor(
-                    file=directory,
-                    shape=tuple(int(axis) for axis in leaf.shape),
-                    dtype=np.dtype(leaf.dtype).name,
-                )
-                for path, leaf in flatten(checkpointer.metadata(directory).item_metadata.tree)
-            }
-        check_dtypes(stored, _DTYPES)
-        check_size(str(directory), config, stored)
-        wanted = wanted_shapes(config, {path: path for path in stored})
-        check_tensors(str(directory), wanted, stored)
-        before_reading(config)
-        target: Params = {}
-        for path, shape in wanted.items():
-            _insert(target, path, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
-        with _damage_of_orbax(directory):
-            return checkpointer.restore(directory, target)
-
-
-@contextlib.contextmanager
-def _damage_of_orbax(directory: pathlib.Path) -> Iterator[None]:
-    """Says in one line what Orbax and TensorStore say of a damaged checkpoint in pages."""
-    try:
-        yield
-    except Exception as e:  # whatever is damaged, another library's error surfaces
-        raise CheckpointError(
-            f"{directory} is not a readable Orbax checkpoint: a file is missing, damaged or "
-            "truncated; copy it again, or save it anew"
-        ) from e
-
-
-def _load_safetensors(
-    directory: pathlib.Path,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-    before_reading: Callable[[ModelConfig], object],
-) -> Params:
-    stored = stored_tensors(directory)
-    check_size(str(directory), config, stored)
-    # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
-    shapes = wanted_shapes(config, stored)
-    sources = {path: source_of(path, shape, config) for path, shape in shapes.items()}
-    packed = {name for s in sources.values() if s.scales is not None for name in s.shapes}
-    check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
-    check_dtypes({k: v for k, v in stored.items() if k not in packed}, safetensors_files.DTYPES)
-    wanted = {name: shape for s in sources.values() for name, shape in s.shapes.items()}
-    check_tensors(str(directory), wanted, stored)
-    before_reading(config)
-    with TensorReader(stored) as reader:
-        return _read(sources, shapes, dtype, reader.read)
-
-
-def _load_gguf(
-    file: GgufFile, dtype: jnp.dtype, before_reading: Callable[[ModelConfig], object]
-) -> tuple[ModelConfig, Params]:
-    config, stored = gguf_model.config_of(file), gguf_model.weights_of(file)
-    name, asking = str(file.path), "its metadata"
-    check_size(name, config, stored, asking)
-    shapes = wanted_shapes(config, stored, gguf_model.source_of)
-    sources = {path: gguf_model.source_of(path, shape, config) for path, shape in shapes.items()}
-    wanted = {source.names[0]: source.shape for source in sources.values()}
-    check_tensors(name, wanted, stored, asking)
-    before_reading(config)
-    return config, _read(sources, shapes, dtype, lambda name, _: file.read(name, dtype))
-
-
-def _read(
-    sources: Mapping[str, Source],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: jnp.dtype,
-    read: Callable[[str, slice | None], Any],
-) -> Params:
-    """Reads parameters, one at a time, which bounds what the host holds."""
-    params: Params = {}
-    num_bytes = sum(math.prod(shape) for shape in shapes.values()) * jnp.dtype(dtype).itemsize
-    with tqdm.tqdm(
-        total=num_bytes, desc="weights", unit="B", unit_scale=True, disable=None, leave=False
-    ) as bar:
-        for path, source in sources.items():
-            parts = [read(name, source.part) for name in source.names]
-            leaf = jnp.stack(parts) if source.stacked else parts[0]
-            if source.view is not None:
-                leaf = source.view(leaf)
-            if source.scales is not None and source.unpack is not None:
-                leaf = source.unpack(leaf, read(source.scales[0], None), dtype)
-            leaf = jnp.asarray(leaf, dtype)
-            _insert(params, path, leaf)
-            bar.update(leaf.nbytes)
-    return params
-
-
-def _insert(params: Params, path: str, leaf: Any) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        params = params.setdefault(parent, {})
-    params[name] = leaf

@@ -13,6 +13,7 @@ from jpaged.models import layers, sharding
 from jpaged.models.cache_groups import CacheGroups, cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder_layer import DecoderLayer, LayerPattern
+from jpaged.models.families.base import layer_of
 from jpaged.models.inputs import PagedInputs
 from jpaged.pallas_kernels import dispatch
 from jpaged.pallas_kernels.rows import Rows
@@ -169,6 +170,20 @@ def stack_layers(params: Params, config: ModelConfig) -> Params:
     scanned = {f"layers_{i}" for i in range(period * repetitions)}
     rest = {name: tree for name, tree in params.items() if name not in scanned}
     return rest | {"layers": stacked}
+
+
+def stacked_place(path: str, config: ModelConfig) -> tuple[str, int, int] | None:
+    """Where `stack_layers` puts a parameter, e.g. of path `layers_3/mlp/up_proj/weight`.
+
+    Returns:
+      The path of the stacked parameter, such as `layers/0/mlp/up_proj/weight`, which repetition it
+      is there, and of how many; None of what is not stacked.
+    """
+    period, repetitions = len(config.pattern), num_repetitions(config)
+    layer = layer_of(path)
+    if layer is None or layer[0] >= period * repetitions:
+        return None
+    return f"layers/{layer[0] % period}/{layer[1]}", layer[0] // period, repetitions
 
 
 class _DecoderModule(nn.Module):

@@ -6,19 +6,23 @@ families' knowledge, as for any other model. As there, what changes the result i
 refused by name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_from_hf
 from jpaged.models.families import FAMILIES
 from jpaged.models.families.base import Source, layer_of
+from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
 from jpaged.models.generation_config import GenerationConfig
-from jpaged.models.gguf_file import GgufFile, PackedTensor
+from jpaged.models.gguf_file import GgufFile
 from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
+from jpaged.models.safetensors_files import DTYPES
+from jpaged.models.safetensors_weights import is_finite, not_finite
 
 # What general.architecture says, and the family that it is.
 _FAMILIES = MappingProxyType(
@@ -105,12 +109,59 @@ def config_of(file: GgufFile) -> ModelConfig:
         raise ModelConfigError(f"{file.path}: {e}") from e
 
 
-def weights_of(file: GgufFile) -> dict[str, PackedTensor]:
-    """The tensors of a file that are weights, by name."""
-    return {name: tensor for name, tensor in file.tensors.items() if name != _ROPE_FACTORS}
+class GgufWeights:
+    """The parameters of a GGUF file, unread.
+
+    Attributes:
+      shapes: of the parameters that are there, by path.
+      dtypes: in which they are stored; what is quantised is dequantised to float32.
+    """
+
+    def __init__(self, file: GgufFile, config: ModelConfig):
+        """Holds the tensors of a file against its model.
+
+        Raises:
+          CheckpointError: if they are not this model's.
+        """
+        stored = {name: t for name, t in file.tensors.items() if name != _ROPE_FACTORS}
+        name, asking = str(file.path), "its metadata"
+        check_size(name, config, stored, asking)
+        self.shapes = wanted_shapes(config, stored, _source_of)
+        self._sources = {path: _source_of(path, s, config) for path, s in self.shapes.items()}
+        wanted = {source.names[0]: source.shape for source in self._sources.values()}
+        check_tensors(name, wanted, stored, asking)
+        self._file = file
+        self.dtypes = {
+            path: DTYPES.get(stored[source.names[0]].dtype, np.dtype(np.float32))
+            for path, source in self._sources.items()
+        }
+
+    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+        """Reads parameters, one at a time, and dequantises each whole.
+
+        Args:
+          targets: dtype and sharding of each that is wanted, by path.
+
+        Yields:
+          Paths and arrays, in the order of the targets.
+
+        Raises:
+          CheckpointError: if the file is damaged, or a number is not finite.
+        """
+        for path, target in targets.items():
+            source = self._sources[path]
+            whole = self._file.read(source.names[0], target.dtype)
+            if not is_finite(whole):
+                what = f"{self._file.path}: tensor {shown(source.names[0])}"
+                raise not_finite(what, self.dtypes[path], target.dtype)
+            if source.view is not None:
+                whole = source.view(whole)
+            assert target.sharding is not None
+            array = jax.make_array_from_callback(target.shape, target.sharding, whole.__getitem__)
+            yield path, array.block_until_ready()
 
 
-def source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:
+def _source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:
     """Where a GGUF file has a parameter; see `families.source_of`."""
     layer = layer_of(path)
     if layer is None:

@@ -7,9 +7,10 @@ import logging
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -18,9 +19,14 @@ from jpaged.models.json_fields import ModelConfigError, read_json, shown, typed
 
 logger = logging.getLogger(__name__)
 
-_MOST_MAPPED_BYTES = 2**27
-# What weights may be stored as.
-DTYPES = ("F32", "F16", "BF16")
+DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(jnp.bfloat16),
+    }
+)
+"""What weights may be stored as."""
 
 _SAFETENSORS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -144,7 +150,7 @@ def reading(file: pathlib.Path) -> Iterator[Any]:
     """Opens a file for its tensors, and says in one line if it is damaged."""
     if not os.path.isfile(file):
         raise CheckpointError(f"{file} is not a file that can be read")
-    with damage(file), safetensors.safe_open(file, framework="flax") as reader:
+    with damage(file), safetensors.safe_open(file, framework="numpy") as reader:
         yield reader
 
 
@@ -159,66 +165,12 @@ def damage(file: pathlib.Path) -> Iterator[None]:
         ) from e
 
 
-class TensorReader:
-    """Reads tensors, and gives the memory that files take back as it goes.
-
-    A file is mapped into memory, and what was read of it counts as the process's until it is
-    closed: files are opened anew each time so much has been read.
-    """
-
-    def __init__(self, stored: Mapping[str, StoredTensor]):
-        """Opens nothing yet.
-
-        Args:
-          stored: the tensors, as `stored_tensors` finds them.
-        """
-        self._stored = stored
-        self._stack = contextlib.ExitStack()
-        self._readers: dict[pathlib.Path, Any] = {}
-        self._num_bytes = 0
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._close()
-
-    def read(self, name: str, part: slice | None = None) -> jax.Array:
-        """A tensor, in its own dtype.
-
-        Args:
-          name: its name.
-          part: which of its rows; None reads all.
-
-        Raises:
-          CheckpointError: if its file is damaged.
-        """
-        file = self._stored[name].file
-        if file not in self._readers:
-            self._readers[file] = self._stack.enter_context(reading(file))
-        with damage(file):
-            reader = self._readers[file]
-            found = reader.get_tensor(name) if part is None else reader.get_slice(name)[part]
-        self._num_bytes += found.nbytes
-        if self._num_bytes > _MOST_MAPPED_BYTES:
-            found.block_until_ready()
-            self._close()
-        return found
-
-    def _close(self) -> None:
-        self._stack.close()
-        self._readers, self._num_bytes = {}, 0
-
-
 def _check_same(name: str, one: StoredTensor, other: StoredTensor) -> None:
     """Raises if two files hold different tensors of one name."""
     same = (one.shape, one.dtype) == (other.shape, other.dtype)
     if same and one.dtype in DTYPES:
         with reading(one.file) as left, reading(other.file) as right:
-            same = (
-                np.asarray(left.get_tensor(name)).tobytes()
-                == np.asarray(right.get_tensor(name)).tobytes()
-            )
+            same = left.get_tensor(name).tobytes() == right.get_tensor(name).tobytes()
     if not same:
         raise CheckpointError(
             f"{one.file.name!r} and {other.file.name!r} hold different tensors {shown(name)}, and "

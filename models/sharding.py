@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a decoder is laid over a tensor-parallel mesh: a device has some heads and their pages."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,23 +63,31 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     Returns:
       A tree of the same structure.
     """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: param_sharding([entry.key for entry in path], leaf.ndim, mesh), params
+    )
 
-    def sharding(path, leaf) -> NamedSharding:
-        names = [entry.key for entry in path]
-        split = next((_SPLIT_AXIS[name] for name in names if name in _SPLIT_AXIS), None)
-        spec: list[str | None] = [None] * leaf.ndim
-        if names[-1] == "sinks":
+
+def param_sharding(names: Sequence[str], ndim: int, mesh: Mesh) -> NamedSharding:
+    """The sharding of one parameter.
+
+    Args:
+      names: its path, such as "layers_3", "mlp", "up_proj", "weight".
+      ndim: how many axes it has.
+      mesh: as in `Decoder.mesh`.
+    """
+    split = next((_SPLIT_AXIS[name] for name in names if name in _SPLIT_AXIS), None)
+    spec: list[str | None] = [None] * ndim
+    if names[-1] == "sinks":
+        spec[-1] = axis_of(mesh)
+    elif split is not None and names[-1] == "bias":
+        # What is added to a sum over devices is on each of them.
+        if split == 0:
             spec[-1] = axis_of(mesh)
-        elif split is not None and names[-1] == "bias":
-            # What is added to a sum over devices is on each of them.
-            if split == 0:
-                spec[-1] = axis_of(mesh)
-        elif split is not None:
-            # Stacked layers, and experts, come before the weight's own two axes.
-            spec[leaf.ndim - 2 + split] = axis_of(mesh)
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree_util.tree_map_with_path(sharding, params)
+    elif split is not None:
+        # Stacked layers, and experts, come before the weight's own two axes.
+        spec[ndim - 2 + split] = axis_of(mesh)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def placements(params: Any, shardings: Any) -> Any:

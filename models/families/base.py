@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.families.fields import Fields
@@ -112,18 +113,20 @@ class Source:
       shape: of each of them, as it is stored.
       stacked: whether they are stacked along a new first axis; otherwise there is one.
       part: which of their rows; None takes all.
-      view: makes the parameter of what was read; None leaves it as it is.
+      view: of what was read, the parameter, as a view in NumPy's sense with the same first axis:
+        what is written to it is written to the tensor. None is all of it.
       scales: of packed weights, the tensor of their scales and its shape; both are of bytes.
-      unpack: makes the parameter of packed weights and their scales, in a dtype.
+      unpack: makes the parameter of packed weights and their scales, in a dtype; of some along the
+        first axis, as much of the parameter.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     stacked: bool = False
     part: slice | None = None
-    view: Callable[[jax.Array], jax.Array] | None = None
+    view: Callable[[np.ndarray], np.ndarray] | None = None
     scales: tuple[str, tuple[int, ...]] | None = None
-    unpack: Callable[[jax.Array, jax.Array, jnp.dtype], jax.Array] | None = None
+    unpack: Callable[[np.ndarray, np.ndarray, jnp.dtype], jax.Array] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

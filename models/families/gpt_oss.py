@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.models.config import AttentionSpec, ExpertsSpec, LayerSpec, ModelConfig, NormSpec
 from jpaged.models.families.base import (
@@ -117,7 +118,7 @@ def _source(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:
         )
     blocks = (experts, both * features, size // BLOCK_VALUES)
 
-    def unpack(values: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def unpack(values: np.ndarray, scales: np.ndarray, dtype: jnp.dtype) -> jax.Array:
         return dequantised(values[:, first::both], scales[:, first::both], dtype)
 
     return Source(

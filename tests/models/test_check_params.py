@@ -65,7 +65,32 @@ def test_missing(path):
 def test_what_the_model_has_no_use_of():
     refused(tiny_params() | {"lm_head": tiny_params()["embedding"]}, "unexpected 'lm_head'")
     refused(tiny_params(), "missing 'lm_head'", config=UNTIED)
-    refused(stack_layers(tiny_params(), TINY), "missing 'layers_0/")
+
+
+def test_stacked_layers_are_known_by_what_each_has():
+    stacked = stack_layers(tiny_params(), TINY)
+    check_params(TINY, stacked)
+    one_more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1]]), stacked["layers"])
+    refused(stacked | {"layers": one_more}, "unexpected 'layers_2/")
+    one_less = jax.tree.map(lambda leaf: leaf[:1], stacked["layers"])
+    refused(stacked | {"layers": one_less}, "missing 'layers_1/")
+    other = dataclasses.replace(TINY, num_layers=3)
+    refused(stacked, "missing 'layers_2/", config=other)
+    down = stacked["layers"]["0"]["mlp"]["down_proj"]
+    down["weight"] = down["weight"].swapaxes(1, 2)
+    refused(stacked, rf"'{DOWN}' has shape \(48, 32\)")
+
+
+def test_an_engine_takes_layers_stacked_or_not():
+    config = EngineConfig(max_model_len=64, num_pages=8)
+    stacked = stack_layers(tiny_params(), TINY)
+    outputs = [
+        Engine(TINY, given, config).generate([[5, 6]], SamplingParams(max_tokens=4, temperature=0))
+        for given in (tiny_params(), stacked)
+    ]
+    assert token_ids(outputs[0]) == token_ids(outputs[1])
+    with pytest.raises(ValueError, match="scan_layers=False must be True, or None: params has"):
+        Engine(TINY, stacked, dataclasses.replace(config, scan_layers=False))
 
 
 def test_shape():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config asks of the tensors that there are: which, of which shapes, and how many in all."""
+"""Whether the tensors of a checkpoint are those of a model: names, shapes, dtypes and number."""
 
 import dataclasses
 import difflib
@@ -17,12 +17,17 @@ from jpaged.models.families.base import Source, layer_of
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import CheckpointError, StoredTensor
 
-_TIED = ("embedding", "lm_head")
-_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_|blk\.)(\d{1,9})[./].*")
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+"""What weights may be, by NumPy's names."""
+
+TIED = ("embedding", "lm_head")
+"""Parameters that may be one."""
+
+_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
 
 
 def check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:
-    """Raises CheckpointError, naming tensor and file, if one has another dtype."""
+    """Raises CheckpointError where a tensor is stored in a dtype that is not supported."""
     for name, tensor in stored.items():
         if tensor.dtype not in supported:
             raise CheckpointError(
@@ -79,7 +84,7 @@ def wanted_shapes(
     one = dataclasses.replace(config, num_layers=period, tie_word_embeddings=False)
     shapes: dict[str, tuple[int, ...]] = {}
     layers: list[dict[str, tuple[int, ...]]] = [{} for _ in range(period)]
-    for path, leaf in flatten(Decoder(one).abstract_params()):
+    for path, leaf in flat(Decoder(one).abstract_params()):
         layer = layer_of(path)
         if layer is None:
             shapes[path] = leaf.shape
@@ -91,7 +96,7 @@ def wanted_shapes(
     if config.tie_word_embeddings:
         has = {
             path: path in stored or find(path, shapes[path], config).names[0] in stored
-            for path in _TIED
+            for path in TIED
         }
         if not has["lm_head"]:
             del shapes["lm_head"]
@@ -135,7 +140,21 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     return difflib.get_close_matches(name[:200], short[:2000], n=3)
 
 
-def flatten(tree: Params) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
-    """The leaves of a tree of parameters by their paths, such as `layers_3/mlp/up_proj/weight`."""
+def flat(tree: Params) -> Iterator[tuple[str, Any]]:
+    """The leaves of a tree of dictionaries by path, such as `layers_3/mlp/up_proj/weight`."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield "/".join(key.key for key in path), leaf
+
+
+def insert(params: Params, path: str, leaf: Any) -> None:
+    """Puts a leaf into a tree of dictionaries, as `layers_3/mlp/up_proj/weight`."""
+    parent, name = parent_of(params, path)
+    parent[name] = leaf
+
+
+def parent_of(params: Params, path: str) -> tuple[Params, str]:
+    """The dictionary that a leaf of a tree lies in, made where it is missing, and its key."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        params = params.setdefault(parent, {})
+    return params, name

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads parameters out of safetensors, block by block, each device the part that it has."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged.models.config import ModelConfig
+from jpaged.models.families import source_of
+from jpaged.models.families.base import Source
+from jpaged.models.fitting import check_dtypes, check_size, check_tensors, wanted_shapes
+from jpaged.models.json_fields import shown
+from jpaged.models.safetensors_files import (
+    DTYPES,
+    CheckpointError,
+    StoredTensor,
+    damage,
+    reading,
+    stored_tensors,
+)
+
+# Of a file, what is read, converted and checked at once: what a core's cache holds.
+_BLOCK_BYTES = 2**20
+_MOST_MAPPED_BYTES = 2**24
+# What XLA asks of memory that it takes over without a copy.
+_ALIGNMENT = 64
+
+
+class SafetensorsWeights:
+    """The parameters of a directory of safetensors, unread.
+
+    Attributes:
+      shapes: of the parameters that are there, by path.
+      dtypes: in which they are stored; what is packed is unpacked to bfloat16, exactly.
+    """
+
+    def __init__(self, directory: pathlib.Path, config: ModelConfig):
+        """Finds the tensors and holds them against the model.
+
+        Raises:
+          FileNotFoundError: if there are none, or a file that is named is missing.
+          CheckpointError: if they are not this model's, or a file is damaged.
+        """
+        stored = stored_tensors(directory)
+        check_size(str(directory), config, stored)
+        # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
+        self.shapes = wanted_shapes(config, stored)
+        self._sources = {
+            path: source_of(path, shape, config) for path, shape in self.shapes.items()
+        }
+        packed = {name for s in self._sources.values() if s.scales for name in s.shapes}
+        check_dtypes({k: v for k, v in stored.items() if k in packed}, ("U8",))
+        check_dtypes({k: v for k, v in stored.items() if k not in packed}, tuple(DTYPES))
+        wanted = {name: shape for s in self._sources.values() for name, shape in s.shapes.items()}
+        check_tensors(str(directory), wanted, stored)
+        self._stored = stored
+        self.dtypes = {path: self._dtype_of(source) for path, source in self._sources.items()}
+
+    def _dtype_of(self, source: Source) -> np.dtype:
+        """The smallest dtype that holds all of a parameter's tensors."""
+        if source.scales is not None:
+            return np.dtype(jnp.bfloat16)
+        dtypes = {DTYPES[self._stored[name].dtype] for name in source.names}
+        return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+        """Reads parameters, one at a time.
+
+        Args:
+          targets: dtype and sharding of each that is wanted, by path. Of a parameter that is split
+            over devices, each device's part is read by itself.
+
+        Yields:
+          Paths and arrays, in the order of the targets.
+
+        Raises:
+          CheckpointError: if a file is damaged, or a number is not finite.
+        """
+        with _TensorReader(self._stored) as reader:
+            for path, target in targets.items():
+                part = functools.partial(self._part, reader, path, target.shape, target.dtype)
+                assert target.sharding is not None
+                # Waited for, or a slow device would have the host hold all that was read.
+                array = jax.make_array_from_callback(target.shape, target.sharding, part)
+                yield path, array.block_until_ready()
+
+    def _part(
+        self,
+        reader: "_TensorReader",
+        path: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        index: tuple[slice, ...] | None,
+    ) -> np.ndarray:
+        assert index is not None
+        bounds = tuple(
+            slice(*axis.indices(size)[:2]) for axis, size in zip(index, shape, strict=True)
+        )
+        out = _aligned(tuple(axis.stop - axis.start for axis in bounds), dtype)
+        self._fill(out, reader, self._sources[path], bounds)
+        return out
+
+    def _fill(
+        self, out: np.ndarray, reader: "_TensorReader", source: Source, index: tuple[slice, ...]
+    ) -> None:
+        """Reads the part of a parameter that an index names into an array of its shape."""
+        rows, rest = index[0], index[1:]
+        if source.stacked:
+            for place, number in enumerate(range(rows.start, rows.stop)):
+                one = dataclasses.replace(source, names=(source.names[number],), stacked=False)
+                self._fill(out[place], reader, one, rest)
+            return
+        (name,) = source.names
+        row_bytes = math.prod(source.shape[1:]) * reader.itemsize(name)
+        step = max(1, _BLOCK_BYTES // max(row_bytes, 1))
+        first = 0 if source.part is None else source.part.start
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            block = slice(first + start, first + stop)
+            if source.unpack is not None and source.scales is not None:
+                scales = reader.read(source.scales[0], (block,))
+                unpacked = source.unpack(reader.read(name, (block,)), scales, out.dtype)
+                found = np.asarray(unpacked)[:, *rest]
+            elif source.view is not None:
+                found = source.view(reader.read(name, (block,)))[:, *rest]
+            else:
+                found = reader.read(name, (block, *rest))
+            part = out[start - rows.start : stop - rows.start]
+            with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
+                part[...] = found
+            if not is_finite(part):
+                what = f"{self._stored[name].file}: tensor {shown(name)}"
+                raise not_finite(what, found.dtype, part.dtype)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether every number of an array of float32, float16 or bfloat16 is finite."""
+    if not array.size:
+        return True
+    if array.dtype == np.float32:
+        return math.isfinite(array.max()) and math.isfinite(array.min())  # which NaN is then
+    # By the exponent: NumPy is slow with numbers of 16 bits.
+    exponent = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
+    return bool((array.view(np.uint16) & exponent).max() != exponent)
+
+
+def not_finite(what: str, stored: np.dtype, loaded: np.dtype) -> CheckpointError:
+    """The error of a tensor that is not finite in the dtype that it was loaded in."""
+    most = float(jnp.finfo(loaded).max)
+    if 2 * most < float(jnp.finfo(stored).max):  # bfloat16 holds all but a few of float32
+        return CheckpointError(
+            f"{what} holds numbers beyond {most:.5g}, the largest of {loaded.name}, or NaN; load "
+            "it in another dtype"
+        )
+    return CheckpointError(
+        f"{what} holds NaN or infinity, which no weight is; download or copy it again"
+    )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that XLA takes over on CPU, so that there is no second copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+class _TensorReader:
+    """Reads parts of tensors, and gives the memory that files take back as it goes.
+
+    A file is mapped into memory, and what was read of it counts as the process's until it is
+    closed: files are opened anew each time so much has been read.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor]):
+        self._stored = stored
+        self._stack = contextlib.ExitStack()
+        self._readers: dict[pathlib.Path, Any] = {}
+        self._num_bytes = 0
+
+    def __enter__(self) -> "_TensorReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of a number of a tensor."""
+        dtype = DTYPES.get(self._stored[name].dtype)
+        return 1 if dtype is None else dtype.itemsize
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Part of a tensor, in its own dtype.
+
+        Raises:
+          CheckpointError: if its file is damaged.
+        """
+        file = self._stored[name].file
+        if file not in self._readers:
+            self._readers[file] = self._stack.enter_context(reading(file))
+        with damage(file):
+            found = self._readers[file].get_slice(name)[index]
+        self._num_bytes += found.nbytes
+        if self._num_bytes > _MOST_MAPPED_BYTES:
+            self._close()
+        return found
+
+    def _close(self) -> None:
+        self._stack.close()
+        self._readers, self._num_bytes = {}, 0
