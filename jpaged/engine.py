@@ -194,17 +194,28 @@ class Engine(ChatMethods):
             outputs = [done.get(r.request_id) or results.partial(r) for r in requests]
             raise GenerationInterrupted(outputs) from None
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> RequestStream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> RequestStream:
         """Answers one prompt; the stream yields its output each time it has grown.
 
         The request is checked and queued at once. Closing or forgetting the stream aborts it.
+
+        Args:
+          prompt: text, or token ids.
+          params: how to sample and when to stop.
+          on_step: called after each step that the stream runs, as in `generate`.
 
         Raises:
           ValueError: if the prompt or the parameters cannot be served; nothing has changed then.
         """
         self._live.enter()
         request = self._maker.make(prompt, params, self._live.next_id(), stream=True)
-        stream = RequestStream(request, self._live.abandoned, self._live.drive)
+        stream = RequestStream(request, self._live.abandoned, self._live.drive, on_step)
         self._live.add([request], stream.owner)
         return stream
 

@@ -84,6 +84,7 @@ class RequestStream(Consumer, Iterator[RequestOutput]):
         request: Request,
         abandoned: collections.deque[Owner],
         drive: Callable[[Request], bool],
+        on_step: Callable[[], object],
     ):
         """See `Consumer`.
 
@@ -91,11 +92,16 @@ class RequestStream(Consumer, Iterator[RequestOutput]):
           request: not queued yet.
           abandoned: where it is left when the stream goes.
           drive: runs a step if the request is live, and returns whether it was.
+          on_step: as in `Engine.stream`.
+
+        Raises:
+          ValueError: if the last is of a wrong type.
         """
+        function("on_step", on_step)
         super().__init__([request], abandoned)
         self.request_id = request.request_id
         self._request = request
-        self._drive = drive
+        self._drive, self._on_step = drive, on_step
 
     def __next__(self) -> RequestOutput:
         """Returns the next output.
@@ -105,7 +111,7 @@ class RequestStream(Consumer, Iterator[RequestOutput]):
           BaseException: what interrupts the step, as in `Engine.step`.
         """
         while not self.mailbox and self._drive(self._request):
-            pass
+            self._on_step()
         if not self.mailbox:
             raise StopIteration
         output = self.mailbox[self.request_id]

@@ -51,6 +51,18 @@ def cpu_converts_bfloat16() -> bool:
     return jax.__version_info__ < (0, 11)
 
 
+def quick_to_compile() -> str:
+    """Flags of XLA with which programs for the CPU compile in the least time, and run slower.
+
+    LLVM's optimisations are a third of the time. Of jax 0.10, the emitters that build fusions in
+    MLIR are half of the rest; later versions have no others.
+    """
+    emitters = jax.__version_info__ < (0, 11)
+    return "--xla_backend_optimization_level=0" + (
+        " --xla_cpu_use_fusion_emitters=false" if emitters else ""
+    )
+
+
 def interprets_mosaic() -> bool:
     """Whether jax interprets what Mosaic GPU's kernels multiply with: from 0.11 on."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

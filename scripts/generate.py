@@ -61,7 +61,7 @@ from jpaged.scripts.flags import (
     usage_errors,
 )
 from jpaged.scripts.json_prompts import read_json_prompts
-from jpaged.scripts.output import ResultWriter
+from jpaged.scripts.output import EndingSamples, GrowingSample, ResultWriter
 from jpaged.scripts.prompts import parse_token_ids, read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
@@ -122,8 +122,7 @@ def main(argv: list[str]) -> None:
     first = params[0]
     streams = first.num_samples == first.n and first.beam_width is None
     if len(prompts) == 1 and streams and not as_json:
-        stream = _stream if first.n == 1 else _stream_samples
-        interrupted = stream(engine, prompts[0], first, writer, fullest)
+        interrupted = _stream(engine, prompts[0], first, writer, fullest)
     else:
         try:
             with _prompt_errors():
@@ -236,58 +235,19 @@ def _stream(
     writer: ResultWriter,
     fullest: _Fullest,
 ) -> bool:
-    """Prints one sample as it grows. Returns: whether Ctrl-C ended it."""
-    last: RequestOutput | None = None
-    shown, interrupted = 0, False
+    """Prints the samples of one prompt as they come. Returns: whether Ctrl-C ended it."""
     with _prompt_errors():
-        engine.add_request(prompt, params, stream=True)
-    try:
-        writer.text(writer.prompt_text(0))
-        while engine.has_unfinished_requests:
-            grown = engine.step()
-            fullest.look()
-            for last in grown:
-                text = writer.completion_text(last.outputs[0])
-                writer.text(text[shown:])
-                shown = len(text)
-    except KeyboardInterrupt:
-        interrupts.handled()
-        interrupted = True
-    writer.text("\n")
-    if last is not None:
-        writer.write_logprobs(last.outputs[0])
-    writer.count(0, last)
-    return interrupted
-
-
-def _stream_samples(
-    engine: Engine,
-    prompt: str | list[int],
-    params: SamplingParams,
-    writer: ResultWriter,
-    fullest: _Fullest,
-) -> bool:
-    """Prints samples as they end; at Ctrl-C, the others too. Returns: as `_stream` does."""
+        stream = engine.stream(prompt, params, on_step=fullest.look)
     last: RequestOutput | None = None
-    shown: set[int] = set()
     interrupted = False
-    with _prompt_errors():
-        engine.add_request(prompt, params, stream=True)
+    shown = GrowingSample(writer) if params.n == 1 else EndingSamples(writer)
     try:
-        while engine.has_unfinished_requests:
-            grown = engine.step()
-            fullest.look()
-            for last in grown:
-                for index, completion in enumerate(last.outputs):
-                    if completion.finish_reason is not None and index not in shown:
-                        shown.add(index)
-                        writer.write_sample(0, completion, index)
+        for last in stream:
+            shown.grow(last)
     except KeyboardInterrupt:
         interrupts.handled()
         interrupted = True
-    for index, completion in enumerate(last.outputs if last else ()):
-        if index not in shown:
-            writer.write_sample(0, completion, index)
+    shown.end(last)
     writer.count(0, last)
     return interrupted
 

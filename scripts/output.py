@@ -146,6 +146,52 @@ class ResultWriter:
         return json.dumps(text, ensure_ascii=False)
 
 
+class GrowingSample:
+    """Writes the one sample of the first prompt as it grows."""
+
+    def __init__(self, writer: ResultWriter):
+        """Writes the prompt."""
+        self._writer, self._shown = writer, 0
+        writer.text(writer.prompt_text(0))
+
+    def grow(self, output: RequestOutput) -> None:
+        """Writes what has come since."""
+        text = self._writer.completion_text(output.outputs[0])
+        self._writer.text(text[self._shown :])
+        self._shown = len(text)
+
+    def end(self, output: RequestOutput | None) -> None:
+        """Writes what comes at the end; None if nothing has come."""
+        self._writer.text("\n")
+        if output is not None:
+            self._writer.write_logprobs(output.outputs[0])
+
+
+class EndingSamples:
+    """Writes each sample of the first prompt when it has ended."""
+
+    def __init__(self, writer: ResultWriter):
+        """Writes nothing yet."""
+        self._writer = writer
+        self._shown: set[int] = set()
+
+    def grow(self, output: RequestOutput) -> None:
+        """Writes those that have ended since."""
+        for index, completion in enumerate(output.outputs):
+            if completion.finish_reason is not None:
+                self._write(index, completion)
+
+    def end(self, output: RequestOutput | None) -> None:
+        """Writes the others, as far as they came; None if nothing has come."""
+        for index, completion in enumerate(output.outputs if output else ()):
+            self._write(index, completion)
+
+    def _write(self, index: int, completion: Completion) -> None:
+        if index not in self._shown:
+            self._shown.add(index)
+            self._writer.write_sample(0, completion, index)
+
+
 def _is_aborted(output: RequestOutput) -> bool:
     return not output.outputs or any(c.finish_reason in (None, "abort") for c in output.outputs)
 

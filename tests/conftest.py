@@ -13,6 +13,7 @@ os.environ.setdefault("PJRT_NPROC", "8")
 import jax
 
 from jpaged.pallas_kernels.aot import TpuCompiler, find_libtpu
+from jpaged.pallas_kernels.versions import quick_to_compile
 
 # To share a model between.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -20,13 +21,12 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compilation is most of the suite's time, and LLVM's optimisations are a third of it. The flags are
-# read once, with the first device: the compilers of other chips, and programs that tests start,
-# optimise as they do for users.
+# Compilation is most of the suite's time. The flags are read once, with the first device: the
+# compilers of other chips, and programs that tests start, optimise as they do for users.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     with pytest.MonkeyPatch.context() as _patch:
         _flags = os.environ.get("XLA_FLAGS", "")
-        _patch.setenv("XLA_FLAGS", f"--xla_backend_optimization_level=0 {_flags}")
+        _patch.setenv("XLA_FLAGS", f"{quick_to_compile()} {_flags}")
         jax.devices()
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import jpaged
 from jpaged import cli
+from tests.scripts.programs import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = ("jpaged", "models", "pallas_kernels", "scripts")
@@ -64,7 +65,7 @@ def run(project):
         return subprocess.run(
             [project / "env" / "bin" / command[0], *command[1:]],
             cwd=project, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "HOME": str(project)} | env,
+            env=environment(PYTHONPATH=os.pathsep.join(path), HOME=str(project)) | env,
         )  # fmt: skip
 
     return run

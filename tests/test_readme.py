@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What README.md says is so: its snippet runs, its tree is the tree, its commands exist."""
 
-import pathlib
 import re
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from tests.scripts.programs import ROOT, environment
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_python_snippet_runs():
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-c", snippet],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment(),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len([line for line in lines if line.startswith(("length ", "stop "))]) == 4
@@ -75,8 +76,9 @@ def test_the_tree_search_runs():
     text = (ROOT / "docs" / "tree_search.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment(),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     saved = int(done.stdout.splitlines()[-1].partition("%")[0])
     assert 10 <= saved < 100

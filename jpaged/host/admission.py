@@ -187,7 +187,7 @@ class Admission:
                 # that wait for this one are not planned again before it starts.
                 together = seq.request.growth.num_rows > 1
                 for other in seq.request.sequences if together else ():
-                    if other.table_id is not None:
+                    if other.table_id is not None and not step.has_row(other):
                         self._cache.address_pages(table, other, other.num_computed_tokens)
                 found = self._cache.match(root, seq.token_ids[:], size)
                 # At least one token is computed, for what comes after it. If it is in a page that
@@ -235,6 +235,9 @@ class Admission:
             )
             needed += pages * self._table.num_groups
         if needed > self._table.pool.num_free_pages:
+            return []
+        if self._table.pool.has_free(src for src, _ in step.copies):
+            # Copies come after what is swapped in, which must not take a page that they read.
             return []
         table_ids, copies = self._space.swap_in(self._table, swapped)
         step.swap_ins += copies

@@ -128,6 +128,13 @@ class PagePool:
                 "free a sequence first or make the pool larger (num_pages)"
             )
 
+    def has_free(self, pages: Iterable[int]) -> bool:
+        """Whether one of these pages is free, whichever of its bundle it is."""
+        unsure = {page for page in pages if not self._refcounts[page]}
+        if not unsure:
+            return False
+        return not (unsure.isdisjoint(self._free) and unsure.isdisjoint(self.cached_pages()))
+
     def bundle(self, page: int) -> tuple[int, ...]:
         """The pages of a bundle that is in use or cached, by its first page."""
         return self._bundles.get(page) or (page,)

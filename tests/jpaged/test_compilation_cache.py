@@ -12,6 +12,7 @@ import pytest
 
 from jpaged.device import compilation_cache
 from jpaged.device.compilation_cache import keep_programs
+from tests.scripts.programs import environment
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Prints cache misses and hits of an engine's first answer.
@@ -30,7 +31,7 @@ print(*(sum(e.endswith(what) for e in seen) for what in ("cache_misses", "cache_
 
 
 def answer(home, *arguments, **env):
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPIL", "JAX_PERSIS"))}
+    own = {k: v for k, v in environment().items() if not k.startswith(("JAX_COMPIL", "JAX_PERSIS"))}
     done = subprocess.run(
         [sys.executable, "-c", ANSWER, *arguments], cwd=ROOT, capture_output=True, text=True,
         timeout=300, env=own | {"HOME": str(home)} | env,

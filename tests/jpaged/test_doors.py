@@ -384,7 +384,7 @@ class TestRequests:
                 assert refused(lambda k=kwargs: worded.warm_up(**k), [name]) is None, value
         assert run_steps(worded)[good].outputs[0].finish_reason == "length"
 
-    def test_how_generate_reports(self, worded):
+    def test_how_generate_and_stream_report(self, worded):
         for name, values in {
             "progress": ["false", 1, None, []],
             "on_step": [5, None, "x"],
@@ -394,6 +394,9 @@ class TestRequests:
                 kwargs = {name: value}
                 call = functools.partial(worded.generate, [[1]], self.GOOD, **kwargs)
                 assert refused(call, [f"{name}="]) is None, value
+        for value in (5, None, "x"):
+            call = functools.partial(worded.stream, [1], self.GOOD, on_step=value)
+            assert refused(call, ["on_step="]) is None, value
         assert not worded.has_unfinished_requests
 
     def test_what_an_engine_is_made_of(self):

@@ -160,7 +160,7 @@ def interrupt_at(engine, want, name, line):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_at_some_lines_of_a_call(engine, want, name):
-    lines = {"step": 53, "generate": 397}.get(name, 11)
+    lines = {"step": 79, "generate": 797}.get(name, 23)
     for line in range(1, 100_000, lines):
         if interrupt_at(engine, want, name, line):
             return

@@ -12,6 +12,7 @@ from jpaged.host.page_table import PageTable
 from jpaged.host.params import SamplingParams
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Request, Status
+from jpaged.host.step_builder import StepBuilder
 
 
 def make_scheduler(num_usable_pages=32, page_size=4, **config):
@@ -22,9 +23,9 @@ def make_scheduler(num_usable_pages=32, page_size=4, **config):
     return Scheduler(config, PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq))
 
 
-def add(scheduler, request_id, prompt_len, max_tokens=8, **params):
+def add(scheduler, request_id, prompt_len, max_tokens=8, first=0, **params):
     params = SamplingParams(max_tokens=max_tokens, **params).resolve()
-    prompt, max_model_len = list(range(prompt_len)), scheduler.config.max_model_len
+    prompt, max_model_len = list(range(first, first + prompt_len)), scheduler.config.max_model_len
     growth = growth_of(params, prompt, min(max_tokens, max_model_len - prompt_len), ())
     request = Request(
         request_id, prompt, params, seed=0, max_model_len=max_model_len, growth=growth
@@ -249,6 +250,32 @@ def test_a_preempted_sequence_goes_before_those_that_have_not_started():
     assert scheduler.num_waiting == 2
     scheduler.finish(first, "stop")
     assert plan(scheduler.schedule()) == "b:5 c:1"
+
+
+def test_what_is_swapped_in_takes_no_page_that_a_copy_of_the_step_reads():
+    scheduler = make_scheduler(6, prefix_cache=True, preemption="swap", num_host_pages=3)
+    for first in (0, 100):
+        seq = add(scheduler, "before", 4, max_tokens=1, first=first)
+        read(scheduler.schedule())
+        scheduler.finish(seq, "length")
+    swapped = add(scheduler, "swapped", 11, first=200)
+    read(scheduler.schedule())
+    scheduler._preempt([swapped], swapped.request, StepBuilder())
+    for request_id, first in (("a", 0), ("b", 100)):
+        add(scheduler, request_id, 4, first=first)
+    scheduler._queues.waiting.rotate(-1)
+    # Both compute their last token again, in copies of the cached pages, which are free again then:
+    # with the two that are left there are pages enough, but the device copies last.
+    step = scheduler.schedule()
+    assert plan(step) == "a:1 b:1"
+    assert len(step.plan.copies) == 2 and not step.plan.swap_ins
+    assert scheduler.table.pool.num_free_pages == 4
+    read(step)
+    for seq in step.samples:
+        scheduler.finish(seq, "stop")
+    step = scheduler.schedule()
+    assert plan(step) == "swapped:1" and len(step.plan.swap_ins) == 3
+    scheduler.check_invariants()
 
 
 def test_the_pages_of_a_sequence_that_ends_by_length_are_free_one_step_later():

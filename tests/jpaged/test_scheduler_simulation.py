@@ -91,23 +91,37 @@ def test_every_sample_gets_its_tokens_whatever_the_schedule(simulation):
     event(f"found in the cache: {simulation.num_hits > 0}")
 
 
+def job(prompt_len, max_tokens, n=1, family=0, beam_width=None, early_stopping=False):
+    return Job(
+        prompt_len=prompt_len, max_tokens=max_tokens, n=n, arrival=0, stops=(None,) * n,
+        aborted_at=None, family=family, beam_width=beam_width, early_stopping=early_stopping,
+        length_penalty=1.0,
+    )  # fmt: skip
+
+
+BEAMS = dict(
+    reservation="paged", prefix_cache=False, preemption="recompute", num_host_pages=0,
+    costs=PreemptionCosts(1.0, 0.1),
+)  # fmt: skip
+
+
 def test_beams_with_windows_in_the_least_pool():
     """Of two beams one was preempted, and must find the pages of the prompt that the other has."""
-
-    def job(prompt_len, max_tokens, n=1, family=0, beam_width=None):
-        return Job(
-            prompt_len=prompt_len, max_tokens=max_tokens, n=n, arrival=0, stops=(None,) * n,
-            aborted_at=None, family=family, beam_width=beam_width, early_stopping=False,
-            length_penalty=1.0,
-        )  # fmt: skip
-
     jobs = [job(1, 3), job(1, 1), job(3, 4, family=2, beam_width=2), job(1, 1, n=3)]
     Simulation(
         [*jobs, job(10, 2, beam_width=2)],
         num_usable_pages=8, page_size=5, kinds=(GroupKind(None, 1), GroupKind(3, 1)),
-        max_num_batched_tokens=10, max_num_seqs=4, max_model_len=12, reservation="paged",
-        prefix_cache=False, preemption="recompute", num_host_pages=0,
-        costs=PreemptionCosts(1.0, 0.1),
+        max_num_batched_tokens=10, max_num_seqs=4, max_model_len=12, **BEAMS,
+    ).run()  # fmt: skip
+
+
+def test_a_beam_that_starts_again_leaves_the_pages_of_this_step():
+    """What another one writes in the step that is planned must not be written to known pages."""
+    first = job(1, 5, beam_width=2), job(1, 5, beam_width=1, early_stopping="never")
+    Simulation(
+        [*first, job(15, 3, beam_width=3)],
+        num_usable_pages=48, page_size=3, kinds=(GroupKind(None, 1), GroupKind(6, 5)),
+        max_num_batched_tokens=8, max_num_seqs=6, max_model_len=18, **BEAMS,
     ).run()  # fmt: skip
 
 

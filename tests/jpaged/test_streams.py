@@ -62,6 +62,15 @@ class TestStream:
         assert [len(tokens(output)) for output in stream] == [1, 2, 3, 4, 5]
         assert list(stream) == [] and next(stream, None) is None
 
+    def test_each_step_of_its_own_is_told(self, engine):
+        used = []
+        stream = engine.stream(
+            PROMPTS[0], params_of(0, 3), on_step=lambda: used.append(engine.stats().num_used_pages)
+        )
+        # The first step is read by the second; after the last one nothing is in use.
+        seen = [len(used) for _ in stream]
+        assert seen == [2, 3, 4] and all(used[:3]) and used[3] == 0
+
     def test_two_side_by_side(self, engine):
         streams = [engine.stream(PROMPTS[i], params_of(i, 9)) for i in range(2)]
         seen = [[], []]

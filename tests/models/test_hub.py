@@ -12,6 +12,7 @@ import pytest
 from jpaged.models import DEMO, find, hub
 from tests.models.hub_server import COMMIT
 from tests.models.hub_server import hub as serving
+from tests.scripts.programs import environment
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HF_CASE = ROOT / "tests" / "fixtures" / "hf" / "llama_gqa5_hd48_untied"
@@ -159,7 +160,7 @@ def test_the_program_takes_a_name(tmp_path):
         for name in ("org/name", str(HF_CASE), "org/other"):
             done = subprocess.run(
                 [*command, name], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint},
+                env=environment(HF_HOME=str(tmp_path / "hf"), HF_ENDPOINT=endpoint),
             )  # fmt: skip
             outputs.append(done)
     assert outputs[0].returncode == outputs[1].returncode == 0, outputs[0].stderr

@@ -6,22 +6,79 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import MappingProxyType
+
+from jpaged.pallas_kernels.versions import quick_to_compile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def run(*command, code=0):
-    """Runs `python -m *command`; gives its output, or what it said where it must fail."""
-    done = subprocess.run(
+def environment(**changes):
+    """What programs are started with: they compile as fast as tests do, and keep it for others."""
+    quick = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_to_compile()}
+    return os.environ | quick | changes
+
+
+def ended(*command, stdin="", **changes):
+    """Runs `python -m *command` to its end.
+
+    Args:
+      command: a module and its arguments.
+      stdin: text or bytes, as what it prints is then; not a terminal, so it is never waited for.
+      changes: of its environment.
+    """
+    return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
+        input=stdin,
         capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        text=isinstance(stdin, str),
+        env=environment(**changes),
         timeout=600,
     )
+
+
+def run(*command, code=0):
+    """Runs `python -m *command`; gives its output, or what it said where it must fail."""
+    done = ended(*command)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
+
+
+# A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
+_WITH_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def start(*command, options=(), changes=MappingProxyType({}), **streams):
+    """Starts `python -m *command` as from a terminal.
+
+    Args:
+      command: a module and its arguments.
+      options: of Python.
+      changes: of its environment.
+      streams: of `subprocess.Popen`, in place of nothing to read and pipes to write to.
+    """
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, "-c", _WITH_CTRL_C, *options, "-m", *command],
+        cwd=ROOT,
+        env=environment(**changes),
+        **pipes | streams,
+    )
+
+
+def read_until(pipe, sign):
+    """Reads until bytes have come, and returns all that came."""
+    seen = b""
+    while sign not in seen:
+        piece = os.read(pipe.fileno(), 2**16)
+        assert piece, f"the process ended after {seen.decode()!r}"
+        seen += piece
+    return seen
 
 
 def run_report(*command):

@@ -3,21 +3,19 @@
 
 import json
 import os
-import pathlib
 import pty
 import re
 import select
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
 from tests.chatting import TEMPLATE, chatty_model
+from tests.scripts.programs import ended, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 GREEDY = ("--temperature=0", "--max_tokens=12", "--num_pages=200", "--page_size=4")
 STATS = re.compile(
     r"^\[(\d+) tokens(, stopped|, cut by the length limit|), first after [\d.]+ s(?:, [\d.]+ "
@@ -38,15 +36,11 @@ def engine(model):
 
 
 @pytest.fixture(scope="module")
-def run(model, cache):
+def run(model):
     def run(program, *args, stdin="", code=0):
-        command = [sys.executable, "-m", "jpaged", program, f"--compilation_cache_dir={cache}"]
-        if not any(arg.startswith("--model") for arg in args):
-            command.append(f"--model={model}")
+        own = () if any(arg.startswith("--model") for arg in args) else (f"--model={model}",)
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
-        done = subprocess.run(
-            [*command, *args], cwd=ROOT, input=data, capture_output=True, timeout=300
-        )
+        done = ended("jpaged", program, *own, *args, stdin=data)
         assert done.returncode == code, done.stderr.decode()
         return done.stdout.decode(), done.stderr.decode()
 
@@ -130,10 +124,9 @@ class Terminal:
 
     def __init__(self, *args):
         self.terminal, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jpaged", "chat", *args], cwd=ROOT, stdin=slave, stdout=slave,
-            stderr=subprocess.PIPE, env=os.environ | {"TERM": "dumb"},
-        )  # fmt: skip
+        self.process = start(
+            "jpaged", "chat", *args, changes={"TERM": "dumb"}, stdin=slave, stdout=slave
+        )
         os.close(slave)
         self.seen = {self.terminal: "", self.process.stderr.fileno(): ""}
 
@@ -174,11 +167,10 @@ class Terminal:
 
 
 @pytest.fixture
-def chat(model, cache):
+def chat(model):
     chat = Terminal(
-        f"--model={model}", f"--compilation_cache_dir={cache}", "--temperature=0", "--stop=zzz",
-        "--num_pages=80", "--page_size=4",
-    )  # fmt: skip
+        f"--model={model}", "--temperature=0", "--stop=zzz", "--num_pages=80", "--page_size=4"
+    )
     yield chat
     chat.process.kill()
     chat.end()
@@ -220,12 +212,8 @@ def test_a_terminal(chat):
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_pipe_that_waits(model, cache):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jpaged", "chat", f"--model={model}", *GREEDY,
-         f"--compilation_cache_dir={cache}"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def test_ctrl_c_in_a_pipe_that_waits(model):
+    process = start("jpaged", "chat", f"--model={model}", *GREEDY, stdin=subprocess.PIPE)
     try:
         process.stdin.write(b"Once\n")
         process.stdin.flush()

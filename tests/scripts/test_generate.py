@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """scripts/generate.py as a user runs it: a process with flags, streams and an exit code."""
 
+import functools
 import json
 import os
-import pathlib
 import pty
 import signal
 import subprocess
@@ -11,34 +11,15 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tests.scripts.programs import ROOT, ended, environment, read_until, start
+
 HF_CASE = ROOT / "tests" / "fixtures" / "hf" / "llama_gqa5_hd48_untied"
 
 
-@pytest.fixture(scope="module")
-def run(cache):
-    def run(*args, stdin=None):
-        # A closed standard input is not a terminal, so it is never waited for.
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "jpaged",
-                "generate",
-                f"--compilation_cache_dir={cache}",
-                *args,
-            ],
-            cwd=ROOT,
-            input=stdin if stdin is not None else "",
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
+run = functools.partial(ended, "jpaged", "generate")
 
 
-def test_one_prompt_streams_readable_text(run):
+def test_one_prompt_streams_readable_text():
     args = ("--prompt=Once upon a time", "--max_tokens=40", "--seed=1", "--temperature=0")
     done = run(*args)
     assert done.returncode == 0, done.stderr
@@ -52,7 +33,7 @@ def test_one_prompt_streams_readable_text(run):
     assert run(*args).stdout == done.stdout
 
 
-def test_json_of_a_prompts_file(run, tmp_path):
+def test_json_of_a_prompts_file(tmp_path):
     prompts = ["The old fisherman", "In the garden, Émile", "My dog"]
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
@@ -71,7 +52,7 @@ def test_json_of_a_prompts_file(run, tmp_path):
     assert "3/3" in done.stderr  # the progress bar
 
 
-def test_prompts_with_parameters_of_their_own(run, tmp_path):
+def test_prompts_with_parameters_of_their_own(tmp_path):
     file = tmp_path / "prompts.jsonl"
     objects = [
         {"prompt": "The old fisherman", "max_tokens": 3, "seed": 7},
@@ -106,7 +87,7 @@ def test_prompts_with_parameters_of_their_own(run, tmp_path):
         ('{"prompt": [99999]}', "line 2: token id 99999 is outside the vocabulary, [0, "),
     ],
 )
-def test_what_is_wrong_in_a_file_is_named_by_its_line(run, tmp_path, line, message):
+def test_what_is_wrong_in_a_file_is_named_by_its_line(tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "good"}\n' + line + "\n", encoding="utf-8")
     done = run(f"--prompts_file={file}", "--max_tokens=2")
@@ -115,7 +96,7 @@ def test_what_is_wrong_in_a_file_is_named_by_its_line(run, tmp_path, line, messa
     assert f"jpaged generate: {file}: {message}" in last, done.stderr
 
 
-def test_show_pages_draws_the_fullest_step(run):
+def test_show_pages_draws_the_fullest_step():
     # 5 tokens of prompt and 4 of the 5 sampled ones are written: 3 pages a sample, of which all
     # share the first; the second is copied by the first two that write to it.
     args = (
@@ -147,12 +128,12 @@ def test_show_pages_draws_the_fullest_step(run):
 
 
 @pytest.mark.parametrize(("no_color", "page"), [("", "\x1b[32ma\x1b[0m"), ("1", "a")])
-def test_show_pages_on_a_terminal(cache, no_color, page):
+def test_show_pages_on_a_terminal(no_color, page):
     terminal, stderr = pty.openpty()
     args = ("--prompt=Once", "--max_tokens=1", "--show_pages", "--num_pages=9")
     done = subprocess.run(
-        [sys.executable, "-m", "jpaged", "generate", f"--compilation_cache_dir={cache}", *args],
-        cwd=ROOT, env=os.environ | {"NO_COLOR": no_color}, stdin=subprocess.DEVNULL,
+        [sys.executable, "-m", "jpaged", "generate", *args],
+        cwd=ROOT, env=environment(NO_COLOR=no_color), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=stderr, timeout=300,
     )  # fmt: skip
     os.close(stderr)
@@ -165,41 +146,22 @@ def test_show_pages_on_a_terminal(cache, no_color, page):
     assert done.stdout.startswith(b"Once")
 
 
-def test_standard_input_and_stop_string(run):
+def test_standard_input_and_stop_string():
     done = run("--max_tokens=60", "--seed=1", "--stop=.", stdin="The old fisherman\nOnce\n")
     assert done.returncode == 0, done.stderr
     assert "=== prompt 2, sample 1\nOnce" in done.stdout
     assert "." not in done.stdout
 
 
-def test_a_form_feed_is_part_of_a_prompt(run):
+def test_a_form_feed_is_part_of_a_prompt():
     done = run("--max_tokens=1", "--output=json", stdin="The old\x0cfisherman\n\n")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
 
 
-# A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
-WITH_CTRL_C = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, "-m", "jpaged", "generate", *sys.argv[1:]])
-"""
-
-
-def start(*args):
-    """Starts generate as from a terminal."""
-    return subprocess.Popen(
-        [sys.executable, "-c", WITH_CTRL_C, *args],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def test_a_reader_that_leaves_early_causes_no_traceback(cache):
+def test_a_reader_that_leaves_early_causes_no_traceback():
     args = ("--prompt=Once", "--max_tokens=400", "--ignore_eos", "--seed=1")
-    with start(*args, f"--compilation_cache_dir={cache}") as process:
+    with start("jpaged", "generate", *args) as process:
         process.stdout.read(10)
         process.stdout.close()
         errors = process.stderr.read()
@@ -207,7 +169,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback(cache):
     assert b"Traceback" not in errors and b"BrokenPipe" not in errors
 
 
-def test_model_without_tokenizer_takes_token_ids(run):
+def test_model_without_tokenizer_takes_token_ids():
     expected = json.loads((HF_CASE / "expected.json").read_text())
     prompt, continuation = expected["prompts"][3], expected["continuations"][3]
     args = (f"--model={HF_CASE}", "--max_tokens=24", "--temperature=0")
@@ -245,7 +207,7 @@ def test_model_without_tokenizer_takes_token_ids(run):
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:40] or "nothing",
 )
-def test_bad_input_is_one_line_and_exit_code_2(run, args, message):
+def test_bad_input_is_one_line_and_exit_code_2(args, message):
     done = run(*args)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr.splitlines()[-1]
@@ -253,24 +215,16 @@ def test_bad_input_is_one_line_and_exit_code_2(run, args, message):
     assert done.stdout.strip() in ("", "x")
 
 
-def read_until(pipe, enough):
-    seen = b""
-    while not enough(seen):
-        piece = os.read(pipe.fileno(), 1)
-        assert piece, f"the process ended after {seen.decode()!r}"
-        seen += piece
-    return seen
-
-
-def test_interrupt_prints_what_was_produced(cache):
+def test_interrupt_prints_what_was_produced():
     process = start(
+        "jpaged",
+        "generate",
         "--prompt=Once upon a time",
         "--ignore_eos",
         "--max_tokens=1000",
-        f"--compilation_cache_dir={cache}",
     )
     # The prompt comes at once, the first word after it with the first tokens.
-    first = read_until(process.stdout, lambda seen: len(seen) > len("Once upon a time"))
+    first = read_until(process.stdout, b"Once upon a time") + process.stdout.read1(1)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=120)
     assert process.returncode == 130, err.decode()
@@ -278,18 +232,19 @@ def test_interrupt_prints_what_was_produced(cache):
     assert b"tokens/s" in err and b"Traceback" not in err
 
 
-def test_interrupt_of_many_prints_them_all(cache, tmp_path):
+def test_interrupt_of_many_prints_them_all(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Once upon a time\n" * 3)
     process = start(
+        "jpaged",
+        "generate",
         f"--prompts_file={prompts}",
         "--ignore_eos",
         "--max_tokens=1000",
         "--output=json",
-        f"--compilation_cache_dir={cache}",
     )
     # The progress bar tells that it generates.
-    seen = read_until(process.stderr, lambda seen: b"3 running" in seen)
+    seen = read_until(process.stderr, b"3 running")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, (seen + err).decode()

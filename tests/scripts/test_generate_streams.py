@@ -5,8 +5,6 @@ Nothing that was computed is lost, and what goes wrong is said in one line.
 """
 
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,36 +13,31 @@ import threading
 import pytest
 
 from jpaged.text import load_tokenizer
+from tests.scripts.programs import ROOT, environment, read_until, start
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
-SHELL = '"$PYTHON" -m jpaged generate --compilation_cache_dir="$CACHE" --num_pages=256 --seed=1 '
-PROGRAM = [sys.executable, "-m", "jpaged", "generate"]
+SHELL = '"$PYTHON" -m jpaged generate --num_pages=256 --seed=1 '
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def shell(cache):
-    def shell(command, **env):
-        """Runs generate in a shell, where streams can be closed. Returns: code, output, errors."""
-        done = subprocess.run(
-            ["bash", "-c", "set -o pipefail; " + command.replace("generate ", SHELL)],
-            cwd=ROOT, capture_output=True, timeout=300, stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHON": sys.executable, "CACHE": cache} | env,
-        )  # fmt: skip
-        errors = done.stderr.decode()
-        assert "Traceback" not in errors and "Exception ignored" not in errors, errors
-        return done.returncode, done.stdout, errors
-
-    return shell
+def shell(command, **changes):
+    """Runs generate in a shell, where streams can be closed. Returns: code, output, errors."""
+    done = subprocess.run(
+        ["bash", "-c", "set -o pipefail; " + command.replace("generate ", SHELL)],
+        cwd=ROOT, capture_output=True, timeout=300, stdin=subprocess.DEVNULL,
+        env=environment(PYTHON=sys.executable, **changes),
+    )  # fmt: skip
+    errors = done.stderr.decode()
+    assert "Traceback" not in errors and "Exception ignored" not in errors, errors
+    return done.returncode, done.stdout, errors
 
 
 TWO = "--prompt=Once --prompt='The old' --max_tokens=3 "
 
 
 @pytest.mark.parametrize("flags", [TWO + "--output=json", "--prompt=Once --max_tokens=3"])
-def test_a_full_disk(shell, flags):
+def test_a_full_disk(flags):
     code, _, errors = shell(f"generate {flags} > /dev/full")
     assert code == 74
     assert errors.splitlines()[-1] == (
@@ -52,30 +45,30 @@ def test_a_full_disk(shell, flags):
     )
 
 
-def test_closed_standard_output(shell):
+def test_closed_standard_output():
     code, _, errors = shell(f"generate {TWO} >&-")
     assert code == 2 and len(errors.splitlines()) == 1
     assert "standard output is closed" in errors
 
 
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
-def test_standard_error_that_takes_nothing(shell, stderr):
+def test_standard_error_that_takes_nothing(stderr):
     code, output, _ = shell(f"generate {TWO} {stderr}")
     assert code == 0 and output.count(b"=== prompt ") == 2
 
 
-def test_closed_standard_input(shell):
+def test_closed_standard_input():
     code, _, errors = shell("generate <&-")
     assert code == 2 and len(errors.splitlines()) == 1
     assert "standard input is closed" in errors
 
 
-def test_help_that_nobody_reads(shell):
+def test_help_that_nobody_reads():
     assert shell("generate --help > /dev/full")[0] == 74
     assert shell("generate --help | true")[0] == 141
 
 
-def test_a_reader_that_has_enough_stops_the_run(shell, tmp_path):
+def test_a_reader_that_has_enough_stops_the_run(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Once\n" * 300)
     code, output, errors = shell(
@@ -88,7 +81,7 @@ def test_a_reader_that_has_enough_stops_the_run(shell, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_output_that_is_not_utf_8(shell, encoding):
+def test_output_that_is_not_utf_8(encoding):
     args = "--prompt='Émile 你好' --prompt=Once --max_tokens=3"
     code, output, _ = shell(f"generate {args}", PYTHONIOENCODING=encoding)
     assert code == 0 and b"mile \\u4f60\\u597d" in output and output.count(b"=== prompt ") == 2
@@ -98,7 +91,7 @@ def test_output_that_is_not_utf_8(shell, encoding):
     )
 
 
-def test_bytes_that_are_no_text(shell):
+def test_bytes_that_are_no_text():
     for command in (
         "generate --prompt=$'\\xff\\xfe'",
         "printf '\\xff\\xff\\n' | generate --n=1",
@@ -109,7 +102,7 @@ def test_bytes_that_are_no_text(shell):
         assert "is not UTF-8 (byte 0xff at position 1)" in errors
 
 
-def test_utf_8_whatever_the_locale(shell):
+def test_utf_8_whatever_the_locale():
     code, output, _ = shell(
         "generate --prompt='Émile 你好' --max_tokens=1 --output=json",
         LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0",
@@ -118,36 +111,12 @@ def test_utf_8_whatever_the_locale(shell):
     assert code == 0 and load_tokenizer(DEMO).decode(ids) == "Émile 你好"
 
 
-# A job in the background of a shell inherits that Ctrl-C is ignored; this takes it back.
-WITH_CTRL_C = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-"""
 MANY = ("--prompt=Once", "--prompt=The old", "--num_pages=256", "--ignore_eos", "--seed=1")
 
 
-def start(cache, *args, options=()):
-    """Starts generate as from a terminal, on two prompts."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-c", WITH_CTRL_C, *options, "-m", "jpaged", "generate"),
-            *(f"--compilation_cache_dir={cache}", *MANY, *args),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def wait_for(pipe, sign):
-    seen = b""
-    while sign not in seen:
-        piece = os.read(pipe.fileno(), 1)
-        assert piece, f"the process ended after {seen.decode()!r}"
-        seen += piece
-    return seen
+def generate(*args, options=()):
+    """Starts generate on two prompts."""
+    return start("jpaged", "generate", *MANY, *args, options=options)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +133,10 @@ def wait_for(pipe, sign):
     ],
     ids=lambda value: value.decode() if isinstance(value, bytes) else str(value),
 )
-def test_ctrl_c_at_any_time(cache, moment, times):
+def test_ctrl_c_at_any_time(moment, times):
     """While it imports (Python reports each import), loads, compiles and generates."""
-    with start(cache, "--max_tokens=1000", options=("-X", "importtime")) as process:
-        seen = [wait_for(process.stderr, moment)]
+    with generate("--max_tokens=1000", options=("-X", "importtime")) as process:
+        seen = [read_until(process.stderr, moment)]
         reader = threading.Thread(target=lambda: seen.append(process.stderr.read()))
         reader.start()
         for _ in range(times):
@@ -183,8 +152,8 @@ def test_ctrl_c_at_any_time(cache, moment, times):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_has_ended_is_there_when_it_is_killed(cache, number):
-    with start(cache, "--max_tokens=300", "--output=json", "--max_num_seqs=1") as process:
+def test_what_has_ended_is_there_when_it_is_killed(number):
+    with generate("--max_tokens=300", "--output=json", "--max_num_seqs=1") as process:
         reader = threading.Thread(target=process.stderr.read)
         reader.start()
         first = process.stdout.readline()

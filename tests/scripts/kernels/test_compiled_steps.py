@@ -65,6 +65,7 @@ def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
     assert abs(more.temp_bytes - few.temp_bytes) < 0.01 * few.pool_bytes
 
 
+@pytest.mark.nightly
 def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatch):
     """What `models.sharding.placements` is for; where this fails, it may go."""
     monkeypatch.setattr("jpaged.models.sharding.placements", lambda params, shardings: shardings)

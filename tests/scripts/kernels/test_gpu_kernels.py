@@ -25,7 +25,7 @@ compiles = [
 # One for each target, and every kind of case nightly, for some target; all: `gpu_kernels`.
 ALWAYS = {
     "a100": ["head_dim 64, int8 pages"],
-    "h100": ["head_dim 256, int8 pages", "sinks"],
+    "h100": ["sinks"],
     "b200": ["head_dim 64, page_size 64"],
 }
 NIGHTLY = {
@@ -37,6 +37,7 @@ NIGHTLY = {
         "131,072 tokens",
     ],
     "h100": [
+        "head_dim 256, int8 pages",
         "head_dim 64, page_size 8",
         "9 query heads, 3 KV heads",
         "head_dim 96, page_size 256",
