@@ -59,6 +59,14 @@ _OTHERS = frozenset(
         "vocab_size",
     }
 )
+# Those that change nothing at this value, and would at any other.
+_NEUTRAL = MappingProxyType(
+    {
+        "attention.causal": True,
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_attn_factor": 1.0,
+    }
+)
 _ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _MODEL_WEIGHTS = MappingProxyType(
@@ -218,12 +226,12 @@ def _fields(file: GgufFile) -> dict[str, Any]:
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
-    if own.get("attention.causal") is True:
-        del own["attention.causal"]
     if unknown := {
         f"{prefix}{key}": value
         for key, value in own.items()
-        if value and key not in _FIELDS and key not in _OTHERS
+        if (value != _NEUTRAL[key] if key in _NEUTRAL else value)
+        and key not in _FIELDS
+        and key not in _OTHERS
     }:
         raise ModelConfigError(
             f"{listed(unknown)}: not supported in GGUF files. They could change what the model "

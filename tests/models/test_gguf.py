@@ -134,6 +134,16 @@ def test_half_precision(tmp_path, kind):
     check_equal(params, rounded)
 
 
+def test_what_changes_nothing_is_passed_over(tmp_path):
+    more = {
+        "llama.attention.causal": True, "llama.rope.scaling.attn_factor": 1.0,
+        "llama.expert_count": 0, "llama.logit_scale": 0.0, "llama.tensor_data_layout": "Meta",
+        "general.name": "A name", "general.file_type": 2, "other.key": 7,
+    }  # fmt: skip
+    plain = config_of(GgufFile(file_of(tmp_path)))
+    assert config_of(GgufFile(file_of(tmp_path, more=more))) == plain
+
+
 def test_what_the_file_says_of_ends_and_of_sampling(tmp_path):
     more = {
         "tokenizer.ggml.bos_token_id": 3, "tokenizer.ggml.eos_token_id": 5,
@@ -189,6 +199,8 @@ def refusal(path):
         ({"split.count": 3, "split.no": 1}, r"part 2 of 3 .*llama-gguf-split --merge"),
         ({"llama.expert_count": 8}, "llama.expert_count=8: not supported"),
         ({"llama.attention.sliding_window": 64}, "sliding_window=64: not supported"),
+        ({"llama.attention.causal": False}, "attention.causal=False: not supported"),
+        ({"llama.rope.scaling.attn_factor": 2.0}, "attn_factor=2.0: not supported"),
         ({"llama.rope.scaling.type": "longrope"}, "type='longrope' is not supported"),
         ({"llama.rope.dimension_count": 8}, "dimension_count=8 must be the heads' size, 16"),
         ({"llama.block_count": 4}, "missing 'blk.3.attn_k.weight'"),
