@@ -329,12 +329,15 @@ def test_every_chip_can_be_planned_for():
 
 
 @pytest.mark.slow
-def test_the_compiler_finds_what_is_planned(tpu_compiler):
+@pytest.mark.parametrize("single", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_the_compiler_finds_what_is_planned(tpu_compiler, single):
     small = dataclasses.replace(SHAPES["llama-3.2-1b"], num_layers=2, vocab_size=2048)
-    config = EngineConfig(max_num_seqs=8, max_num_batched_tokens=32, max_model_len=512)
+    config = EngineConfig(
+        max_num_seqs=8, max_num_batched_tokens=32, max_model_len=512, deterministic=single
+    )
     found = make_plan(small, config, device=memory_of("v5e"))
     steps = compile_steps(small, config, device=memory_of("v5e"))
-    assert steps.keys() == {"decode", "prefill"}
+    assert list(steps) == (["prefill"] if single else ["decode", "prefill"])
     for facts in steps.values():
         assert facts.error is None
         assert facts.pool_bytes == facts.alias_bytes == found.pool_bytes
@@ -342,4 +345,3 @@ def test_the_compiler_finds_what_is_planned(tpu_compiler):
         assert 0 <= facts.argument_bytes - found.weight_bytes - found.pool_bytes < 2**17
         assert facts.total_bytes < 1.02 * (found.weight_bytes + found.pool_bytes)
         assert facts.pool_ops == ()
-    assert steps["prefill"].temp_bytes > steps["decode"].temp_bytes
