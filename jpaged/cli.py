@@ -16,6 +16,7 @@ PROGRAMS = {
     "convert": "Converts a model between safetensors and Orbax, and to another dtype.",
     "benchmark": "Measures throughput, latency and how well the page pool is used.",
     "conformance": "Holds an implementation of the paged-attention contract to dense float64.",
+    "plan": "Says what a model and its pages take of a chip's memory, without weights or device.",
     "simulate": "Serves requests without a model, with pages and without, by a cost model.",
 }
 

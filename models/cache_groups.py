@@ -11,6 +11,7 @@ Source: Zhang et al. 2025 (Jenga, arXiv:2503.18292), and the hybrid cache manage
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 from jpaged.models.config import ModelConfig
@@ -55,6 +56,7 @@ def one_group(num_layers: int, window: int | None = None) -> CacheGroups:
     return CacheGroups(num_layers, (window,), tuple((0, layer) for layer in range(num_layers)))
 
 
+@functools.lru_cache(maxsize=8)
 def cache_groups(config: ModelConfig) -> CacheGroups:
     """Puts the layers of a model into groups: `group_layers` by what they see.
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the Hugging Face hub by their name, org/name: downloads what is read of them."""
 
+import contextlib
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 # What is read beside weights, and the indices that say which files hold those.
@@ -41,7 +43,7 @@ def download(name: str) -> pathlib.Path:
     Raises:
       FileNotFoundError: if the model cannot be had; one line that says why, and what else to do.
     """
-    try:
+    with _told(name):
         from huggingface_hub import snapshot_download
 
         folder = pathlib.Path(
@@ -55,12 +57,30 @@ def download(name: str) -> pathlib.Path:
             allow_patterns=[*_SMALL, *(named or ["*.safetensors"])],
             ignore_patterns=_NOT_READ[:1] if named else _NOT_READ,
         )
+        return folder
+
+
+def download_config(name: str) -> pathlib.Path:
+    """Returns a directory with the config.json of a model, which alone is downloaded.
+
+    Args, Raises: as `download`.
+    """
+    with _told(name):
+        from huggingface_hub import hf_hub_download
+
+        return pathlib.Path(hf_hub_download(name, "config.json")).parent
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turns what goes wrong with a download into one line."""
+    try:
+        yield
     except Exception as e:  # of HTTP, of the hub's library, of a disk that is full
         raise FileNotFoundError(
             f"{name!r} is no directory here, and could not be had from the Hugging Face hub: "
             f"{_reason(name, e)}. To load a model from a directory, pass the directory's path"
         ) from e
-    return folder
 
 
 def _weights(folder: pathlib.Path) -> list[str]:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a decoder is laid over a tensor-parallel mesh: a device has some heads and their pages."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jpaged.models.config import ModelConfig
 from jpaged.pallas_kernels import layout
@@ -27,7 +28,7 @@ _SPLIT_AXIS = {
 }
 
 
-def axis_of(mesh: Mesh) -> str:
+def axis_of(mesh: Mesh | AbstractMesh) -> str:
     """The one axis of a tensor-parallel mesh.
 
     Raises:
@@ -38,7 +39,7 @@ def axis_of(mesh: Mesh) -> str:
     return mesh.axis_names[0]
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+def check_mesh(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ValueError unless heads, MLP and vocabulary split evenly over the devices."""
     axis_of(mesh)
     sizes = [("num_kv_heads", config.num_kv_heads), ("vocab_size", config.vocab_size)]
@@ -53,7 +54,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each parameter.
 
     Args:
@@ -88,6 +89,15 @@ def param_sharding(names: Sequence[str], ndim: int, mesh: Mesh) -> NamedSharding
         # Stacked layers, and experts, come before the weight's own two axes.
         spec[ndim - 2 + split] = axis_of(mesh)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def shard_sizes(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """How many numbers of each parameter a device holds; see `param_shardings`."""
+
+    def size(leaf, where: NamedSharding) -> int:
+        return math.prod(where.shard_shape(leaf.shape))
+
+    return jax.tree.map(size, params, param_shardings(params, mesh))
 
 
 def placements(params: Any, shardings: Any) -> Any:

@@ -3,7 +3,8 @@
 
 The floors are scripts, jpaged, models, pallas_kernels. On jpaged's, the front (the engine and what
 it reads and writes) stands on two rooms that do not know each other: `host`, which needs no jax,
-and `device`. `simulation` is the host's side without a device. `measure` stands on the front,
+and `device`. `simulation` is the host's side without a device, and `planning` says what an engine
+would take of one. `measure` stands on the front,
 as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either.
 """
 
@@ -27,10 +28,11 @@ MAY_IMPORT = {
     "jpaged/simulation": {"jpaged/host"},
     "jpaged/device": {"jpaged/host", "models", "pallas_kernels"},
     "jpaged": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
+    "jpaged/planning": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/measure": {"jpaged", "jpaged/host", "jpaged/simulation"},
     "scripts": {
         *("jpaged", "jpaged/host", "jpaged/device", "jpaged/simulation", "jpaged/measure"),
-        *("models", "pallas_kernels"),
+        *("jpaged/planning", "models", "pallas_kernels"),
     },
 }
 FLOORS = ("pallas_kernels", "models", "jpaged", "scripts")

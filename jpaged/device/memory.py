@@ -2,7 +2,6 @@
 """How large a page pool is, before it is allocated."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,35 @@ import psutil
 
 from jpaged.host.checks import INT32_MAX
 from jpaged.host.config import EngineConfig
-from jpaged.host.groups import ONE_GROUP, GroupKind, most_pages, num_groups
+from jpaged.host.groups import ONE_GROUP, GroupKind, num_groups, pages_of
 from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.pallas_kernels import layout
 
 _MAX_DEFAULT_SWAP_BYTES = 2**30
+
+
+class DoesNotFitError(ValueError):
+    """Memory that does not hold what is asked for; the message has both numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FreeMemory:
+    """What a pool can be allocated in.
+
+    Attributes:
+      num_bytes: that can still be allocated on each device.
+      name: what they are called in messages.
+      platform: the devices', as jax names it.
+      num_devices: over which the heads of a page are split.
+      host_bytes: available on the host; None if that is not known, and nothing is held to it.
+    """
+
+    num_bytes: int
+    name: str
+    platform: str
+    num_devices: int = 1
+    host_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +89,24 @@ class PoolPlan:
         return f"{self.num_pages} pages of {page_kib:.1f} KiB ({pool_mib:.1f} MiB): {self.reason}"
 
 
-def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> PoolPlan:
-    """Sizes the pool: as asked, or from free memory of the default device, but not beyond use.
+def plan_pool(
+    config: EngineConfig, model_config: ModelConfig, backend: str, free: FreeMemory | None = None
+) -> PoolPlan:
+    """Sizes the pool: as asked, or from free memory, but not beyond use.
 
     Args:
       config: gives num_pages, or memory_fraction and max_num_seqs.
       model_config: gives the size of a page.
       backend: whose layout the pool has.
+      free: the memory; None takes that of the default device and of this host.
 
     Returns:
       The plan; nothing is allocated.
 
     Raises:
-      ValueError: if max_model_len exceeds what the model was made for, or free memory does not hold
-        what is asked for: the pool, even one page of it, swapped pages, or the largest step.
+      ValueError: if max_model_len exceeds what the model was made for.
+      DoesNotFitError: if free memory does not hold what is asked for: the pool, even one page of
+        it, swapped pages, or the largest step.
     """
     max_model_len = config.max_model_len or model_config.max_position_embeddings
     if max_model_len > model_config.max_position_embeddings:
@@ -92,6 +118,9 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
     groups = cache_groups(model_config)
     kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
 
+    free = free or _free_memory()
+    dtype = _pool_dtype(config, free.platform)
+
     def plan(num_pages: int, reason: str) -> PoolPlan:
         shape = layout.kv_pages_shape(
             groups.size,
@@ -101,61 +130,58 @@ def plan_pool(config: EngineConfig, model_config: ModelConfig, backend: str) -> 
             model_config.head_dim,
             backend=backend,
         )
-        return PoolPlan(shape, _pool_dtype(config), max_model_len, pages_per_seq, reason, kinds)
+        return PoolPlan(shape, dtype, max_model_len, pages_per_seq, reason, kinds)
 
-    free_bytes, source = _free_memory()
     table_pages = pages_per_seq * groups.num_groups
-    _check_step(config, model_config, max_model_len, table_pages, free_bytes, source)
+    _check_step(config, model_config, max_model_len, table_pages, free)
     if config.num_pages is not None:
         asked = plan(config.num_pages, "as asked (num_pages)")
-        _check_pool(config, asked, free_bytes, source)
+        _check_pool(config, asked, free)
         return asked
-    most = 1 + config.max_num_seqs * _pages_of_longest(config, kinds, max_model_len)
-    page_bytes = plan(1, "").page_bytes
-    fits = int(free_bytes * config.memory_fraction) // page_bytes
-    share = f"{config.memory_fraction:.0%} of {free_bytes / 2**30:.1f} GiB of {source}"
+    most = 1 + config.max_num_seqs * pages_of_longest(config, kinds, max_model_len)
+    page_bytes = plan(1, "").page_bytes // free.num_devices
+    fits = int(free.num_bytes * config.memory_fraction) // page_bytes
+    share = f"{config.memory_fraction:.0%} of {free.num_bytes / 2**30:.1f} GiB of {free.name}"
     if fits >= most:
         needed = f"{config.max_num_seqs} sequences of {max_model_len} tokens need no more"
         found = plan(most, f"{needed}; within {share}")
     elif fits >= 2:
         found = plan(fits, share)
     else:
-        raise ValueError(
+        raise DoesNotFitError(
             f"{share} holds {fits} pages of {page_bytes} bytes, and 2 are the least; lower "
             "page_size or raise memory_fraction"
         )
-    _check_pool(config, found, free_bytes, source)
+    _check_pool(config, found, free)
     return found
 
 
-def _pages_of_longest(config: EngineConfig, kinds: Sequence[GroupKind], max_model_len: int) -> int:
-    """Pages that the longest sequence holds at most at once."""
-    chunk = config.max_num_batched_tokens
-    if config.reservation == "max":
-        chunk = max_model_len
-    size = config.page_size
-    return sum(k.num_groups * most_pages(k, size, max_model_len, chunk) for k in kinds)
+def pages_of_longest(config: EngineConfig, kinds: tuple[GroupKind, ...], num_tokens: int) -> int:
+    """Pages that a sequence of so many tokens, the longest, holds at most at once."""
+    chunk = num_tokens if config.reservation == "max" else config.max_num_batched_tokens
+    return pages_of(kinds, config.page_size, num_tokens, chunk)
 
 
-def _check_pool(config: EngineConfig, plan: PoolPlan, free_bytes: int, source: str) -> None:
+def _check_pool(config: EngineConfig, plan: PoolPlan, free: FreeMemory) -> None:
     """Refuses a pool, or host memory for swapped pages, that could not be allocated."""
-    pool_bytes = plan.num_pages * plan.page_bytes
-    if pool_bytes > free_bytes:
-        raise ValueError(
-            f"num_pages={plan.num_pages} pages of {plan.page_bytes} bytes take {_gib(pool_bytes)}, "
-            f"more than the {_gib(free_bytes)} of {source}; lower num_pages or page_size"
+    page_bytes = plan.page_bytes // free.num_devices
+    pool_bytes = plan.num_pages * page_bytes
+    if pool_bytes > free.num_bytes:
+        raise DoesNotFitError(
+            f"num_pages={plan.num_pages} pages of {page_bytes} bytes take {_gib(pool_bytes)}, "
+            f"more than the {_gib(free.num_bytes)} of {free.name}; lower num_pages or page_size"
         )
     if plan.num_pages * config.page_size > INT32_MAX:
-        raise ValueError(
+        raise DoesNotFitError(
             f"num_pages={plan.num_pages} pages of page_size={config.page_size} tokens have "
             f"{plan.num_pages * config.page_size} cells, and 32-bit indices reach {INT32_MAX}; "
             "lower one of them"
         )
-    host_bytes = psutil.virtual_memory().available
-    if jax.default_backend() == "cpu":
-        host_bytes -= pool_bytes
-    if config.swap_bytes is not None and config.swap_bytes > host_bytes:
-        raise ValueError(
+    if free.host_bytes is None or config.swap_bytes is None:
+        return
+    host_bytes = free.host_bytes - (pool_bytes if free.platform == "cpu" else 0)
+    if config.swap_bytes > host_bytes:
+        raise DoesNotFitError(
             f"swap_bytes={config.swap_bytes} exceeds the {_gib(host_bytes)} of host memory that "
             "are available beside the pool; lower it"
         )
@@ -166,8 +192,7 @@ def _check_step(
     model_config: ModelConfig,
     max_model_len: int,
     table_pages: int,
-    free_bytes: int,
-    source: str,
+    free: FreeMemory,
 ) -> None:
     """Refuses budgets of which the largest step could not be run, by the least that it takes."""
     seqs, tokens = config.max_num_seqs, config.max_num_batched_tokens
@@ -179,13 +204,13 @@ def _check_step(
         (
             f"the hidden states of max_num_batched_tokens={config.max_num_batched_tokens} tokens",
             tokens,
-            default_dtype(config).itemsize * model_config.hidden_size,
+            default_dtype(config, free.platform).itemsize * model_config.hidden_size,
         ),
     ):
-        if count * bytes_each > free_bytes:
-            raise ValueError(
-                f"{what} take {_gib(count * bytes_each)}, more than the {_gib(free_bytes)} of "
-                f"{source}; lower it"
+        if count * bytes_each > free.num_bytes:
+            raise DoesNotFitError(
+                f"{what} take {_gib(count * bytes_each)}, more than the {_gib(free.num_bytes)} of "
+                f"{free.name}; lower it"
             )
 
 
@@ -193,27 +218,36 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB"
 
 
-def default_dtype(config: EngineConfig) -> np.dtype:
-    """The dtype of weights: as asked, else float32 on CPU and bfloat16 elsewhere."""
-    return jnp.dtype(config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+def default_dtype(config: EngineConfig, platform: str | None = None) -> np.dtype:
+    """The dtype of weights: as asked, else float32 on CPU and bfloat16 elsewhere.
+
+    Args:
+      config: what is asked.
+      platform: of the device; None takes the default one's.
+    """
+    is_cpu = (platform or jax.default_backend()) == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if is_cpu else "bfloat16"))
 
 
-def _pool_dtype(config: EngineConfig) -> np.dtype:
+def _pool_dtype(config: EngineConfig, platform: str) -> np.dtype:
     """The dtype of pages: that of the weights, but float32 for bfloat16 weights on CPU.
 
     XLA's CPU compiler computes bfloat16 gathers and updates in float32 and converts the whole pool
     around each of them (measured: docs/decisions.md).
     """
-    dtype = default_dtype(config)
-    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    dtype = default_dtype(config, platform)
+    if dtype == jnp.bfloat16 and platform == "cpu":
         return np.dtype(np.float32)
     return dtype
 
 
-def _free_memory() -> tuple[int, str]:
-    """Bytes that can still be allocated, and what they are called."""
-    device = jax.devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
+def _free_memory() -> FreeMemory:
+    """What can still be allocated on the default device and on this host."""
+    device, platform = jax.devices()[0], jax.default_backend()
+    host_bytes = psutil.virtual_memory().available
+    stats = device.memory_stats() if platform != "cpu" else None
+    num_bytes, name = host_bytes, "available host memory"
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0), "free device memory"
-    return psutil.virtual_memory().available, "available host memory"
+        num_bytes = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        name = "free device memory"
+    return FreeMemory(num_bytes=num_bytes, name=name, platform=platform, host_bytes=host_bytes)

@@ -71,6 +71,18 @@ class StepResult:
         return Outcome(tokens, logprobs, likeliest, candidates)
 
 
+def step_function(apply: ApplyFn) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A step as it is compiled: tokens that the step before has sampled stand in the inputs."""
+
+    def step(params, kv_pages, inputs, previous_slots, previous_tokens):
+        # Slot -1 indexes the last sample, and is then not used.
+        sampled = previous_tokens[previous_slots]
+        token_ids = jnp.where(previous_slots < 0, inputs.token_ids, sampled)
+        return apply(params, dataclasses.replace(inputs, token_ids=token_ids), kv_pages)
+
+    return step
+
+
 class ModelRunner:
     """The device side of an engine, and the only owner of the page pool.
 
@@ -121,12 +133,6 @@ class ModelRunner:
         self._kv_pages, self._tokens = self._new_pages(), self._new_tokens()
         self._host_pages = HostPages(num_host_pages, plan)
 
-        def step(params, kv_pages, inputs, previous_slots, previous_tokens):
-            # Slot -1 indexes the last sample, and is then not used.
-            sampled = previous_tokens[previous_slots]
-            token_ids = jnp.where(previous_slots < 0, inputs.token_ids, sampled)
-            return apply(params, dataclasses.replace(inputs, token_ids=token_ids), kv_pages)
-
         def sample(logits, rows):
             tokens, logprobs = sampling.sample(logits, rows)
             logprobs = sampling.mark_not_finite(logits, logprobs)
@@ -134,7 +140,7 @@ class ModelRunner:
             return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
 
         copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
-        self._step = jax.jit(self._counted("step", step), donate_argnums=1)
+        self._step = jax.jit(self._counted("step", step_function(apply)), donate_argnums=1)
         self._sample = jax.jit(self._counted("sample", sample))
         self._copy_pages = jax.jit(self._counted("copy_pages", copy_pages), donate_argnums=0)
         self._top_logprobs = jax.jit(
@@ -171,7 +177,7 @@ class ModelRunner:
         if copies := list(copies):
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
         logits, self._kv_pages = self._step(
-            self.params, self._kv_pages, _inputs(batch), batch.previous_slots, self._tokens
+            self.params, self._kv_pages, inputs_of(batch), batch.previous_slots, self._tokens
         )
         if not self.is_compiled(batch):
             # What is compiled next would hide what the step takes, and compete with it.
@@ -345,7 +351,7 @@ class ModelRunner:
         return traced
 
 
-def _inputs(batch: Batch) -> PagedInputs:
+def inputs_of(batch: Batch) -> PagedInputs:
     """What the model consumes of a batch."""
     arrays: Any = batch  # of NumPy, which jit takes for its own
     return PagedInputs(

@@ -55,3 +55,8 @@ def most_pages(kind: GroupKind, page_size: int, num_tokens: int, chunk: int) -> 
     # page.
     span = kind.window - 1 + chunk
     return min(pages, -(-(span - 1) // page_size) + 1)
+
+
+def pages_of(kinds: Iterable[GroupKind], page_size: int, num_tokens: int, chunk: int) -> int:
+    """Pages of all groups that a sequence holds at most while it grows; see `most_pages`."""
+    return sum(kind.num_groups * most_pages(kind, page_size, num_tokens, chunk) for kind in kinds)

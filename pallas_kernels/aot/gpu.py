@@ -2,6 +2,8 @@
 """NVIDIA GPUs and their compiler."""
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -72,6 +74,18 @@ GPU_TARGETS: Mapping[str, GpuTarget] = MappingProxyType(
             l2_bytes=50 * 2**20,
             memory_bytes=80 * 10**9,
             memory_bytes_per_s=3352e9,
+            clock_ghz=1.98,
+        ),
+        "h200": GpuTarget(
+            name="NVIDIA H200",
+            capability=(9, 0),
+            num_sms=132,
+            fpus_per_sm=128,
+            smem_per_sm=228 * 1024,
+            smem_per_block=227 * 1024,
+            l2_bytes=50 * 2**20,
+            memory_bytes=141 * 10**9,
+            memory_bytes_per_s=4800e9,
             clock_ghz=1.98,
         ),
         "b200": GpuTarget(
@@ -162,12 +176,19 @@ class GpuCompiler:
             features="ACCELERATED_FEATURES" if gpu.capability[0] >= 9 else "NONE",
             bandwidth=int(gpu.memory_bytes_per_s),
         )
-        topology = topologies.get_topology_desc(
+        describe = functools.partial(
+            topologies.get_topology_desc,
             platform="cuda",
             topology_name="",
             topology=f"1x1x{num_devices}",
             target_config=config,
         )
+        try:
+            topology = describe()
+        except NotImplementedError:
+            # jax has looked for plugins before this one could be found, and looks but once.
+            importlib.import_module("jax_plugins.xla_cuda13").initialize()
+            topology = describe()
         return Mesh(np.array(topology.devices), (axis,), axis_types=(AxisType.Auto,))
 
     def compile(

@@ -107,10 +107,19 @@ class TpuCompiler:
             self._dump = None
 
     def mesh(self, target: str, num_devices: int = 1, axis: str = "tp") -> Mesh:
-        """Some of a generation's devices, on one axis."""
+        """Some of a generation's devices, on one axis.
+
+        Raises:
+          ValueError: if the slice that libtpu is asked for has fewer.
+        """
         topology = topologies.get_topology_desc(
             topology_name=TARGETS[target].topology, platform="tpu"
         )
+        if num_devices > len(topology.devices):
+            raise ValueError(
+                f"num_devices={num_devices}: steps are compiled for at most "
+                f"{len(topology.devices)} devices of {target}, a slice {TARGETS[target].topology}"
+            )
         devices = np.array(topology.devices[:num_devices])
         return Mesh(devices, (axis,), axis_types=(AxisType.Auto,))
 

@@ -9,7 +9,8 @@ step, the token write and the page copy; and whole decode steps of the models th
 with three layers, on one GPU and on two. Nothing runs, so nothing here is a time. The last line of
 standard output is one JSON object: `target`; `facts`, by case and kernel (the fields of
 `pallas_kernels.aot.gpu_kernels.KernelFacts`); `steps`, by model and number of GPUs
-(`compiled_steps.StepFacts`). Exits with 1 if anything fails that is not refused by a rule of ours.
+(`jpaged.device.compiled_step.StepFacts`). Exits with 1 if anything fails that is not refused by a
+rule of ours.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from jpaged.pallas_kernels.aot.gpu_kernels import (
     ptxas_output,
 )
 from jpaged.scripts.flags import check_names, run
-from jpaged.scripts.kernels.compiled_steps import compile_step
+from jpaged.scripts.kernels.compiled_steps import compile_decode
 
 _TARGET = flags.DEFINE_enum("target", "h100", list(GPU_TARGETS), "What to compile for.")
 _CASES = flags.DEFINE_list("cases", [], "Names of the cases to compile; all by default.")
@@ -84,7 +85,7 @@ def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]
     for num_devices in (1, 2):
         if config.num_kv_heads % num_devices:
             continue
-        facts = compile_step(compiler, compiler.mesh(num_devices), config)
+        facts = compile_decode(compiler, compiler.mesh(num_devices), config)
         if facts.error is None and (
             facts.alias_bytes != facts.pool_bytes or not set(facts.pool_ops or ()) <= _POOL_OPS
         ):

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import tqdm
 from absl import app, flags
 
+from jpaged.device.compiled_step import StepFacts
 from jpaged.pallas_kernels.aot import TARGETS, TpuCompiler
 from jpaged.pallas_kernels.aot.cases import AttentionShape, coverage_cases
 from jpaged.pallas_kernels.aot.program import MAX_TEMP_SHARE
@@ -44,7 +45,7 @@ from jpaged.pallas_kernels.aot.tpu_kernels import (
     kv_bytes_per_token,
 )
 from jpaged.scripts.flags import check_names, run
-from jpaged.scripts.kernels.compiled_steps import STEP_CONFIGS, StepFacts, compile_step
+from jpaged.scripts.kernels.compiled_steps import STEP_CONFIGS, compile_decode
 from jpaged.scripts.kernels.shapes import ATTENTION_SHAPES
 
 _TARGETS = flags.DEFINE_list("targets", list(TARGETS), "Generations to compile for.")
@@ -106,7 +107,7 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
         step, pool_bytes = None, 0
         if _STEP_LAYERS.value:
             config = dataclasses.replace(STEP_CONFIGS[name], num_layers=_STEP_LAYERS.value)
-            step = compile_step(compiler, compiler.mesh(target), config, **options)
+            step = compile_decode(compiler, compiler.mesh(target), config, **options)
             layers = STEP_CONFIGS[name].num_layers
             pool_bytes = (step.pool_bytes or 0) // _STEP_LAYERS.value * layers
         least = kv_bytes_per_token(shape, jnp.bfloat16)

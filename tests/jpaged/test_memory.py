@@ -7,8 +7,7 @@ import psutil
 import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.device import memory
-from jpaged.device.memory import plan_pool
+from jpaged.device.memory import FreeMemory, plan_pool
 from tests.jpaged.tiny import TINY, tiny_engine, tiny_params
 
 GIB = 2**30
@@ -83,13 +82,13 @@ def test_what_just_fits_is_taken():
     assert plan_pool(config, TINY, "xla").num_host_pages(config) == GIB // PAGE_BYTES
 
 
-def test_cells_have_32_bit_indices(monkeypatch):
-    monkeypatch.setattr(memory, "_free_memory", lambda: (2**60, "a large machine"))
+def test_cells_have_32_bit_indices():
+    large = FreeMemory(num_bytes=2**60, name="a large machine", platform="cpu")
     with pytest.raises(
         ValueError, match="have 2147483648 cells, and 32-bit indices reach 2147483647"
     ):
-        plan_pool(EngineConfig(num_pages=2**27), TINY, "xla")
-    plan_pool(EngineConfig(num_pages=2**27 - 1), TINY, "xla")
+        plan_pool(EngineConfig(num_pages=2**27), TINY, "xla", large)
+    plan_pool(EngineConfig(num_pages=2**27 - 1), TINY, "xla", large)
 
 
 def test_a_model_of_any_length_is_checked_too():

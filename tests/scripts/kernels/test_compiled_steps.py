@@ -7,7 +7,7 @@ import pytest
 
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels import dispatch
-from jpaged.scripts.kernels.compiled_steps import compile_step
+from jpaged.scripts.kernels.compiled_steps import compile_decode
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ STEPS = [
     ids=lambda value: f"{value.num_q_heads}-{value.head_dim}" if hasattr(value, "head_dim") else "",
 )
 def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
-    facts = compile_step(tpu_compiler, tpu_compiler.mesh(target), config)
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh(target), config)
     assert facts.error is None
     assert facts.alias_bytes == facts.pool_bytes
     assert facts.pool_ops == ()
@@ -54,7 +54,7 @@ def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
 def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
     """So `tpu_report` compiles a few layers only."""
     few, more = (
-        compile_step(
+        compile_decode(
             tpu_compiler,
             tpu_compiler.mesh("v5e"),
             dataclasses.replace(small("llama-3.2-1b"), num_layers=n),
@@ -69,19 +69,19 @@ def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
 def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatch):
     """What `models.sharding.placements` is for; where this fails, it may go."""
     monkeypatch.setattr("jpaged.models.sharding.placements", lambda params, shardings: shardings)
-    facts = compile_step(tpu_compiler, tpu_compiler.mesh("7x"), small("llama-3.2-1b"))
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh("7x"), small("llama-3.2-1b"))
     assert facts.temp_bytes > 3 * 2 * 60e6 * 0.9  # three layers of 60 million weights
 
 
 @pytest.mark.parametrize("target", ["v5e", pytest.param("v6e", marks=pytest.mark.nightly)])
 def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target):
     config = small("llama-3.2-1b")
-    facts = compile_step(tpu_compiler, tpu_compiler.mesh(target, 4), config)
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh(target, 4), config)
     assert facts.error is None
     # After attention and MLP, in the one loop body of all layers, and after the embedding.
     assert facts.collectives == {"all-reduce": 3}
     assert facts.pool_ops == () and facts.alias_bytes == facts.pool_bytes
-    whole = compile_step(tpu_compiler, tpu_compiler.mesh(target), config)
+    whole = compile_decode(tpu_compiler, tpu_compiler.mesh(target), config)
     assert 4 * facts.pool_bytes == whole.pool_bytes
 
 
@@ -92,6 +92,6 @@ def test_a_copy_of_the_pool_would_be_seen(tpu_compiler, monkeypatch):
         "write",
         lambda pool, *rest, **options: write(pool[:, ::-1], *rest, **options),
     )
-    facts = compile_step(tpu_compiler, tpu_compiler.mesh("v5e"), small("qwen3-0.6b"))
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh("v5e"), small("qwen3-0.6b"))
     assert facts.error is None
     assert facts.pool_ops or facts.temp_bytes > 0.05 * facts.pool_bytes

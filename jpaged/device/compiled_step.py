@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole steps compiled for devices that are not there, and the facts read off them."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.device.memory import PoolPlan
+from jpaged.device.runner import inputs_of, step_function
+from jpaged.host.batch import StepShape, empty_batch
+from jpaged.models import sharding
+from jpaged.models.config import ModelConfig
+from jpaged.models.decoder import Decoder
+from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+from jpaged.pallas_kernels.aot.program import collectives, operations_giving, try_compile
+
+Struct = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+    """What the compiler says of a whole step, in bytes of each device.
+
+    Attributes:
+      argument_bytes: weights, pool and inputs, as they lie in memory.
+      output_bytes: the pool, and logits.
+      alias_bytes: arguments whose memory results take.
+      pool_bytes: of the page pool.
+      temp_bytes: device memory beside arguments and results.
+      pool_ops: operations of the compiled step that give an array of the pool's shape, but for
+        passing it on: a copy or transpose of it would be here.
+      collectives: how often each collective operation stands in the program.
+      error: why it does not compile; then the rest is None.
+    """
+
+    argument_bytes: int | None = None
+    output_bytes: int | None = None
+    alias_bytes: int | None = None
+    pool_bytes: int | None = None
+    temp_bytes: int | None = None
+    pool_ops: tuple[str, ...] | None = None
+    collectives: dict[str, int] | None = None
+    error: str | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Device memory while the step runs; 0 where it does not compile."""
+        added = (self.argument_bytes or 0) + (self.output_bytes or 0) + (self.temp_bytes or 0)
+        return added - (self.alias_bytes or 0)
+
+
+def compile_step(
+    compiler: TpuCompiler | GpuCompiler,
+    mesh: jax.sharding.Mesh,
+    config: ModelConfig,
+    pool: PoolPlan,
+    shape: StepShape,
+    *,
+    dtype: Any = jnp.bfloat16,
+    scan_layers: bool = True,
+) -> StepFacts:
+    """Compiles a runner's step of a model, the pool donated.
+
+    Args:
+      compiler: with or without schedules.
+      mesh: devices to compile for, of the compiler; heads are split over them.
+      config: the model.
+      pool: the page pool, in the layout of the compiler's backend.
+      shape: what the step is padded to.
+      dtype: of weights.
+      scan_layers: as in `Decoder`.
+    """
+    backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
+    split = mesh if mesh.devices.size > 1 else None
+    decoder = Decoder(config, scan_layers, backend, split, pool.max_model_len)
+    params = Decoder(config, scan_layers, "xla").abstract_params(dtype)
+    where = sharding.placements(params, sharding.param_shardings(params, mesh))
+    params = jax.tree.map(_placed, params, where)
+    pool_sharding = sharding.pool_sharding(mesh)
+    kv_pages = Struct(pool.shape, pool.dtype, sharding=pool_sharding)
+    batch = empty_batch(shape, pool.pages_per_seq, 0, pool.num_groups)
+    inputs = jax.tree.map(_struct, inputs_of(batch))
+    slots, tokens = _struct(batch.previous_slots), Struct((shape.num_rows,), jnp.int32)
+    arguments = params, kv_pages, inputs, slots, tokens
+    step = step_function(decoder.apply)
+    compiled = try_compile(compiler, mesh, step, *arguments, donate_argnums=(1,))
+    if isinstance(compiled, str):
+        return StepFacts(error=compiled)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    own = pool_sharding.shard_shape(pool.shape)
+    return StepFacts(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        pool_bytes=math.prod(own) * pool.dtype.itemsize,
+        temp_bytes=memory.temp_size_in_bytes,
+        pool_ops=operations_giving(compiled, own),
+        collectives=collectives(compiled),
+    )
+
+
+def _placed(struct: Struct, where: Any) -> Struct:
+    return Struct(struct.shape, struct.dtype, sharding=where)
+
+
+def _struct(array: Any) -> Struct:
+    return Struct(array.shape, array.dtype)
