@@ -69,7 +69,7 @@ def param_shardings(params: Any, mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
-def param_sharding(names: Sequence[str], ndim: int, mesh: Mesh) -> NamedSharding:
+def param_sharding(names: Sequence[str], ndim: int, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of one parameter.
 
     Args:
