@@ -298,6 +298,8 @@ def test_memory_is_that_of_the_tensor(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    taken = jnp.asarray(weights, jnp.bfloat16)
+    assert taken.unsafe_buffer_pointer() == weights.ctypes.data
     threads = min(16, os.cpu_count() or 1)
     assert weights.nbytes < peak < weights.nbytes + threads * 6 * 2**20
 
