@@ -2,7 +2,7 @@
 """GGUF files: what their header says, and their tensors, dequantised one at a time.
 
 A header is read here, within bounds, and not by the package `gguf`: its reader makes an array of
-every text, which takes a hundred times as long for a vocabulary, and follows lengths that a damaged
+every text, which takes fifty times as long for a vocabulary, and follows lengths that a damaged
 file claims. How weights are packed is that package's knowledge.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
