@@ -10,6 +10,7 @@ import tokenizers
 
 from jpaged.detokenizer import Detokenizer
 from jpaged.host.checks import shown
+from jpaged.models.paths import is_address, is_there
 
 
 def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -20,12 +21,15 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
         message is one line and names the file.
     """
     path = directory / "tokenizer.json"
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         return None
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        if is_address(path):
+            tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        else:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         # What a tokenizer was saved with for training must not cut or pad prompts in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()

@@ -50,6 +50,7 @@ from jpaged.models.fitting import (
 )
 from jpaged.models.json_fields import shown
 from jpaged.models.orbax_weights import WEIGHT_DTYPES, OrbaxWeights
+from jpaged.models.paths import is_address, path_of, resolved
 from jpaged.models.safetensors_files import CheckpointError
 from jpaged.models.safetensors_weights import SafetensorsWeights
 from jpaged.models.sharding import check_mesh, param_sharding
@@ -146,9 +147,9 @@ def _with_layer(stacked: jax.Array, leaf: jax.Array, number: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, leaf, number, 0)
 
 
-def find_weights(directory: str | pathlib.Path) -> tuple[ModelConfig, Weights]:
+def find_weights(model: str | pathlib.Path) -> tuple[ModelConfig, Weights]:
     """Reads config.json, and finds the weights of a model directory; see `load`."""
-    directory = pathlib.Path(directory).expanduser()
+    directory = path_of(model)
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
@@ -157,13 +158,18 @@ def find_weights(directory: str | pathlib.Path) -> tuple[ModelConfig, Weights]:
     config = load_config(directory)
     orbax = directory / ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
+        if is_address(directory):
+            raise CheckpointError(
+                f"{str(directory)!r} has no {ORBAX_DIR}/ (Orbax), the one form that is read from a "
+                "bucket: copy the model to a disk, or convert it (jpaged convert --format=orbax)"
+            )
         return config, SafetensorsWeights(directory, config)
     for other in sorted(directory.glob("*.safetensors"))[:1]:
         raise CheckpointError(
             f"{str(directory)!r} holds weights twice, in {ORBAX_DIR}/ (Orbax) and in "
             f"{shown(other.name)}: move one of them out"
         )
-    return config, OrbaxWeights(orbax.resolve(), config)
+    return config, OrbaxWeights(resolved(orbax), config)
 
 
 def read_with_bar(
@@ -254,10 +260,10 @@ def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Param
       params: the unstacked parameter tree of `Decoder(config)`, on whatever devices, stored in the
         dtype it has.
     """
-    directory = pathlib.Path(directory).expanduser().resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    orbax_weights.save(directory / ORBAX_DIR, params)
-    (directory / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+    path = resolved(path_of(directory))
+    path.mkdir(parents=True, exist_ok=True)
+    orbax_weights.save(path / ORBAX_DIR, params)
+    (path / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
 
 
 def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
