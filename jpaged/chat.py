@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From conversations to prompts, by the template that comes with a model."""
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -18,6 +17,7 @@ from jpaged.messages import (
     plain,
 )
 from jpaged.models.json_fields import read_json
+from jpaged.models.paths import is_there
 from jpaged.text import encode
 
 if TYPE_CHECKING:
@@ -101,15 +101,15 @@ class ChatTemplate:
           ValueError: if a file cannot be read, or holds something else.
         """
         path = directory / _CONFIG
-        config = read_json(path) if os.path.lexists(path) else {}
+        config = read_json(path) if is_there(path) else {}
         tokens = dict(config)
         extra = directory / "special_tokens_map.json"
-        if "added_tokens_decoder" not in config and os.path.lexists(extra):
+        if "added_tokens_decoder" not in config and is_there(extra):
             tokens |= read_json(extra)
         for more in (config, tokens):
             if isinstance(named := more.get("extra_special_tokens"), dict):
                 tokens |= named
-        files = {"default": directory / _FILE} if os.path.lexists(directory / _FILE) else {}
+        files = {"default": directory / _FILE} if is_there(directory / _FILE) else {}
         files |= {file.stem: file for file in sorted((directory / _FOLDER).glob("*.jinja"))}
         if files:
             templates = {name: _read(file) for name, file in files.items()}

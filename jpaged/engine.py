@@ -132,7 +132,8 @@ class Engine(ChatMethods):
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
             or a GGUF file; or a model's name on the Hugging Face hub, "org/name", where no such
-            path exists; "demo" is the shipped checkpoint.
+            path exists; or the address of an Orbax checkpoint in a bucket, as gs://bucket/model;
+            "demo" is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:

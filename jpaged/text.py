@@ -10,6 +10,7 @@ import tokenizers
 
 from jpaged.detokenizer import Detokenizer
 from jpaged.host.checks import shown
+from jpaged.models.paths import is_address, is_there
 
 
 def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
@@ -20,11 +21,13 @@ def load_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
         message is one line and names the file.
     """
     path = directory / "tokenizer.json"
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         return None
     try:
         if path.exists() and not path.is_file():
             raise ValueError("it is no regular file")
+        if is_address(path):
+            return checked_tokenizer(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
         return checked_tokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except BaseException as e:
         if not is_fault(e):

@@ -51,6 +51,7 @@ from jpaged.models.fitting import (
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import GgufWeights, config_of
 from jpaged.models.json_fields import shown
+from jpaged.models.paths import is_address, path_of, resolved
 from jpaged.models.safetensors_files import CheckpointError
 from jpaged.models.safetensors_weights import SafetensorsWeights
 from jpaged.models.sharding import check_mesh, param_sharding
@@ -147,11 +148,11 @@ def _with_layer(stacked: jax.Array, leaf: jax.Array, number: int) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, leaf, number, 0)
 
 
-def find_weights(directory: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Weights]:
+def find_weights(model: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Weights]:
     """Reads the config of a model, and finds its weights; see `load`."""
-    if not isinstance(directory, GgufFile):
-        directory = pathlib.Path(directory).expanduser()
-        directory = GgufFile(directory) if is_gguf(directory) else directory
+    directory = model if isinstance(model, GgufFile) else path_of(model)
+    if not isinstance(directory, GgufFile) and is_gguf(directory):
+        directory = GgufFile(directory)
     if isinstance(directory, GgufFile):
         config = config_of(directory)
         return config, GgufWeights(directory, config)
@@ -166,6 +167,11 @@ def find_weights(directory: str | pathlib.Path | GgufFile) -> tuple[ModelConfig,
     config = load_config(directory)
     orbax = directory / ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
+        if is_address(directory):
+            raise CheckpointError(
+                f"{str(directory)!r} has no {ORBAX_DIR}/ (Orbax), the one form that is read from a "
+                "bucket: copy the model to a disk, or convert it (jpaged convert --format=orbax)"
+            )
         return config, SafetensorsWeights(directory, config)
     for other in sorted(directory.glob("*.safetensors"))[:1]:
         raise CheckpointError(
@@ -174,7 +180,7 @@ def find_weights(directory: str | pathlib.Path | GgufFile) -> tuple[ModelConfig,
         )
     from jpaged.models.orbax_weights import OrbaxWeights  # here, as importing Orbax takes time
 
-    return config, OrbaxWeights(orbax.resolve(), config)
+    return config, OrbaxWeights(resolved(orbax), config)
 
 
 def read_with_bar(
@@ -267,10 +273,10 @@ def save_orbax(directory: str | pathlib.Path, config: ModelConfig, params: Param
     """
     from jpaged.models import orbax_weights
 
-    directory = pathlib.Path(directory).expanduser().resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    orbax_weights.save(directory / ORBAX_DIR, params)
-    (directory / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
+    path = resolved(path_of(directory))
+    path.mkdir(parents=True, exist_ok=True)
+    orbax_weights.save(path / ORBAX_DIR, params)
+    (path / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n")
 
 
 def _tie(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,6 +12,7 @@ from jpaged.models.families import FAMILIES
 from jpaged.models.families.base import Family
 from jpaged.models.families.fields import Fields, token_ids
 from jpaged.models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
+from jpaged.models.paths import is_there
 from jpaged.models.rope import LinearScaling, Llama3Scaling
 
 
@@ -30,7 +30,7 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     except ModelConfigError as e:
         raise ModelConfigError(f"{path}: {e}") from e
     generation_path = directory / generation_config.FILE
-    if not os.path.lexists(generation_path):
+    if not is_there(generation_path):
         return config
     # Chat models list more stop tokens there than in config.json, and that file wins. Where it has
     # none, or null, config.json's count: transformers would go on to the longest length then.

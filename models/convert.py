@@ -22,6 +22,7 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.families import source_of
 from jpaged.models.families.base import Source
 from jpaged.models.gguf_file import is_gguf
+from jpaged.models.paths import is_address, path_of, resolved
 
 FORMS = ("safetensors", "orbax")
 """What a model's weights may be written as."""
@@ -73,7 +74,7 @@ def convert(
     jax's CPU device. Packed weights are written as the numbers that they stand for.
 
     Args:
-      model: a directory that `checkpoint.load` reads.
+      model: a directory that `checkpoint.load` reads, or an address.
       output: a directory to be made, beside others on a disk that has room.
       form: of `FORMS`.
       dtype: float32, float16 or bfloat16, for every parameter; None keeps what is stored.
@@ -89,13 +90,15 @@ def convert(
       ValueError: if the model is not one that can be loaded (`CheckpointError`,
         `ModelConfigError`), the output lies in it or around it, or the disk has no room.
     """
-    model, output = (pathlib.Path(path).expanduser().resolve() for path in (model, output))
-    if model == output or model in output.parents or output in model.parents:
-        raise ValueError(f"output={str(output)!r} must be neither in the model nor around it")
-    _check_output(output, overwrite)
-    if is_gguf(model):
-        raise ValueError(f"model={str(model)!r} is a GGUF file: convert takes a model's directory")
-    config, weights = find_weights(model)
+    if is_address(output):
+        raise ValueError(f"output={str(output)!r} must be a directory of this machine")
+    source, target = resolved(path_of(model)), resolved(path_of(output))
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(f"output={str(target)!r} must be neither in the model nor around it")
+    _check_output(target, overwrite)
+    if is_gguf(source):
+        raise ValueError(f"model={str(source)!r} is a GGUF file: convert takes a model's directory")
+    config, weights = find_weights(source)
     where = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     targets = {
         path: jax.ShapeDtypeStruct(shape, dtype or weights.dtypes[path], sharding=where)
@@ -103,7 +106,7 @@ def convert(
     }
     num_bytes = sum(map(_num_bytes, targets.values()))
     read = functools.partial(read_with_bar, weights)
-    with _appearing(output, num_bytes) as directory:
+    with _appearing(target, num_bytes) as directory:
         if form == "orbax":
             orbax_weights.save_read(directory / ORBAX_DIR, targets, read)
         else:
@@ -112,19 +115,19 @@ def convert(
             order = {path: targets[path] for group in groups for path in group}
             _write_safetensors(directory, groups, read(order), targets, max_shard_bytes)
         for pattern in _COPIED:
-            for file in sorted(model.glob(pattern)):
-                copy = directory / file.relative_to(model)
+            for file in sorted(source.glob(pattern)):
+                copy = directory / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+                copy.write_bytes(file.read_bytes())
         # The last, so that nothing looks like a model before.
         fields = json.dumps(_config_fields(config, dtype), indent=2)
         (directory / "config.json").write_text(fields + "\n", encoding="utf-8")
         for file in directory.glob("*.safetensors"):  # which its library shows to the owner alone
             shutil.copymode(directory / "config.json", file)
     return Converted(
-        num_params=sum(math.prod(target.shape) for target in targets.values()),
+        num_params=sum(math.prod(each.shape) for each in targets.values()),
         num_bytes=num_bytes,
-        dtypes=frozenset(target.dtype.name for target in targets.values()),
+        dtypes=frozenset(each.dtype.name for each in targets.values()),
     )
 
 

@@ -8,13 +8,13 @@ Each field is what it is in transformers 5, except for do_sample and top_k where
 import dataclasses
 import logging
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from jpaged.models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
+from jpaged.models.paths import is_there
 
 logger = logging.getLogger(__name__)
 
@@ -206,13 +206,13 @@ def load_generation_config(directory: pathlib.Path) -> GenerationConfig:
         for something that is not supported and would change the text.
     """
     path = directory / FILE
-    if os.path.lexists(path):
+    if is_there(path):
         fields = read_json(path)
         if unknown := _POLICY.unknown(fields):
             logger.warning("%s: ignored, for they are not known: %s", path, listed(unknown))
     else:
         path = directory / "config.json"
-        if not os.path.lexists(path):
+        if not is_there(path):
             return GenerationConfig()
         fields = {field: value for field, value in read_json(path).items() if field in FIELDS}
     try:

@@ -14,6 +14,8 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jpaged.models.paths import is_address
+
 _MAX_JSON_BYTES = 64 * 2**20  # The index of a model of 500,000 tensors.
 _INT32_MAX = 2**31 - 1
 _FLOAT32_MAX = 3.4028234663852886e38
@@ -79,7 +81,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if os.path.lexists(path) and not os.path.isfile(path):
         raise ModelConfigError(f"{path} is not a file that can be read")
     try:
-        size = path.stat().st_size
+        content: Any = path.stat()
+        size = content.length if is_address(path) else content.st_size
         if size > _MAX_JSON_BYTES:
             raise ModelConfigError(
                 f"{path} has {size} bytes; a model's JSON file has at most {_MAX_JSON_BYTES}"

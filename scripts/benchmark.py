@@ -45,7 +45,6 @@ The report on standard output ends with a line that is one JSON object:
 
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -61,6 +60,7 @@ from jpaged.measure.machine import CompileClock
 from jpaged.measure.runs import measure_reservations
 from jpaged.models import checkpoint, find, hub
 from jpaged.models.decoder import Decoder
+from jpaged.models.paths import path_of
 from jpaged.models.shapes import SHAPES
 from jpaged.scripts.flags import (
     define_engine_flags,
@@ -184,7 +184,7 @@ def _load_model(config: EngineConfig):
         params = Decoder(model_config).init(jax.random.key(_WEIGHTS_SEED), dtype)
     else:
         given = _MODEL.value or ""
-        directory = pathlib.Path(find(given)).expanduser()
+        directory = path_of(find(given))
         model_config, params = checkpoint.load(directory, dtype)
         name = given if hub.is_name(given) else directory.name
         tokenizer = load_tokenizer(directory)

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import pathlib
 import re
 import sys
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from jpaged import Engine, RequestOutput, SamplingParams
 from jpaged.chat import ChatOptions
 from jpaged.host.stats import Counters
 from jpaged.models import find
+from jpaged.models.paths import path_of
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         if not _MODEL.value:
             raise ValueError("--model is empty; name a directory, or leave the flag out")
         try:
-            model = pathlib.Path(find(_MODEL.value)).expanduser()
+            model = path_of(find(_MODEL.value))
         except RuntimeError as e:
             raise ValueError(f"--model={_MODEL.value}: {e}") from e
         # What a template says to such a conversation it says before the weights are read.

@@ -45,6 +45,7 @@ from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
 from jpaged.models import find
+from jpaged.models.paths import path_of
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
@@ -177,7 +178,7 @@ def read_flags(argv: list[str]) -> tuple[list[SamplingParams], list[Any], pathli
         given = read_json_prompts(lines, path, params)
     try:
         # Last, as it may download one.
-        model = pathlib.Path(find(_MODEL.value)).expanduser()
+        model = path_of(find(_MODEL.value))
     except RuntimeError as e:
         raise ValueError(f"--model={_MODEL.value}: {e}") from e
     return [own for _, own in given], [prompt for prompt, _ in given], model

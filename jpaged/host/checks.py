@@ -17,7 +17,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -140,6 +140,8 @@ def directory(name: str, value: Any) -> pathlib.Path:
     try:
         if not isinstance(value, str | os.PathLike):
             raise TypeError
+        if isinstance(value, pathlib.PurePath) and not isinstance(value, pathlib.Path):
+            return cast(pathlib.Path, value)  # of a bucket, as `models.find` has it
         return pathlib.Path(value).expanduser()
     except (TypeError, RuntimeError):
         raise ValueError(f"{name}={shown(value)} must be the path of a directory") from None
