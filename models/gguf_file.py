@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jpaged.models.host_arrays import aligned
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import CheckpointError, StoredTensor
 
@@ -162,7 +163,7 @@ class GgufFile:
         """
         tensor, library = self.tensors[name], _library()
         kind = library.GGMLQuantizationType[tensor.dtype]
-        weights = _empty(math.prod(tensor.shape), dtype)
+        weights = aligned((math.prod(tensor.shape),), dtype)
 
         def read_part(first: int) -> None:
             part = weights[first : first + _CHUNK]
@@ -292,14 +293,6 @@ class _Cursor:
                     raise self.damage(f"a text of {size} bytes does not end within it")
                 texts.append(data[at - size : at].decode())
         return texts
-
-
-def _empty(size: int, dtype: np.dtype) -> np.ndarray:
-    """An array where XLA's CPU device takes it as it is, and makes no copy."""
-    size, alignment = size * np.dtype(dtype).itemsize, 64
-    room = np.empty(size + alignment, np.uint8)
-    first = -room.ctypes.data % alignment
-    return room[first : first + size].view(dtype)
 
 
 def _num_bytes(tensor: PackedTensor) -> int:

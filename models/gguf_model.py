@@ -20,9 +20,9 @@ from jpaged.models.families.base import Source, layer_of
 from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
 from jpaged.models.generation_config import GenerationConfig
 from jpaged.models.gguf_file import GgufFile
+from jpaged.models.host_arrays import is_finite, not_finite
 from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
 from jpaged.models.safetensors_files import DTYPES
-from jpaged.models.safetensors_weights import is_finite, not_finite
 
 # What general.architecture says, and the family that it is.
 _FAMILIES = MappingProxyType(

@@ -23,9 +23,9 @@ from jpaged.models.fitting import (
     insert,
     wanted_shapes,
 )
+from jpaged.models.host_arrays import is_finite, not_finite
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import CheckpointError, StoredTensor
-from jpaged.models.safetensors_weights import is_finite, not_finite
 
 # Parameters are restored in batches: a share of all, as each takes Orbax some 20 ms.
 _BATCH_SHARE = 16

@@ -17,10 +17,10 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.families import source_of
 from jpaged.models.families.base import Source
 from jpaged.models.fitting import check_dtypes, check_size, check_tensors, wanted_shapes
+from jpaged.models.host_arrays import aligned, is_finite, not_finite
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import (
     DTYPES,
-    CheckpointError,
     StoredTensor,
     damage,
     reading,
@@ -30,9 +30,6 @@ from jpaged.models.safetensors_files import (
 # Of a file, what is read, converted and checked at once: what a core's cache holds.
 _BLOCK_BYTES = 2**20
 _MOST_MAPPED_BYTES = 2**24
-_BITS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}
-# What XLA asks of memory that it takes over without a copy.
-_ALIGNMENT = 64
 
 
 class SafetensorsWeights:
@@ -105,7 +102,7 @@ class SafetensorsWeights:
         bounds = tuple(
             slice(*axis.indices(size)[:2]) for axis, size in zip(index, shape, strict=True)
         )
-        out = _aligned(tuple(axis.stop - axis.start for axis in bounds), dtype)
+        out = aligned(tuple(axis.stop - axis.start for axis in bounds), dtype)
         self._fill(out, reader, self._sources[path], bounds)
         return out
 
@@ -140,41 +137,6 @@ class SafetensorsWeights:
             if not is_finite(part):
                 what = f"{self._stored[name].file}: tensor {shown(name)}"
                 raise not_finite(what, found.dtype, part.dtype)
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether every number of an array of float32, float16 or bfloat16 is finite."""
-    if not array.size:
-        return True
-    # By their bits, in two passes at the speed of memory: as integers with a sign, infinity and NaN
-    # are above all numbers; as those without one, negative infinity and NaN are.
-    signed, unsigned = _BITS[array.dtype.itemsize]
-    infinities = np.array([np.inf, -np.inf], array.dtype)
-    return bool(
-        array.view(signed).max() < infinities.view(signed)[0]
-        and array.view(unsigned).max() < infinities.view(unsigned)[1]
-    )
-
-
-def not_finite(what: str, stored: np.dtype, loaded: np.dtype) -> CheckpointError:
-    """The error of a tensor that is not finite in the dtype that it was loaded in."""
-    most = float(jnp.finfo(loaded).max)
-    if 2 * most < float(jnp.finfo(stored).max):  # bfloat16 holds all but a few of float32
-        return CheckpointError(
-            f"{what} holds numbers beyond {most:.5g}, the largest of {loaded.name}, or NaN; load "
-            "it in another dtype"
-        )
-    return CheckpointError(
-        f"{what} holds NaN or infinity, which no weight is; download or copy it again"
-    )
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that XLA takes over on CPU, so that there is no second copy."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 class _TensorReader:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from jpaged.models import checkpoint, safetensors_weights, sharding
+from jpaged.models import checkpoint, host_arrays, safetensors_weights, sharding
 from jpaged.models.checkpoint import CheckpointError
 from jpaged.models.decoder import stack_layers
 from tests.models.test_checkpoint import FIXTURES, edit, same
@@ -167,9 +167,9 @@ class TestNumbers:
     def test_is_finite(self, dtype):
         most = ml_dtypes.finfo(dtype).max
         fine = np.array([0, -0.0, 1, -most, most, ml_dtypes.finfo(dtype).smallest_subnormal], dtype)
-        assert safetensors_weights.is_finite(fine)
+        assert host_arrays.is_finite(fine)
         for number in (np.nan, -np.nan, np.inf, -np.inf):
             for place in range(len(fine)):
                 wrong = fine.copy()
                 wrong[place] = number
-                assert not safetensors_weights.is_finite(wrong)
+                assert not host_arrays.is_finite(wrong)
