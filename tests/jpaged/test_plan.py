@@ -215,8 +215,9 @@ class TestBesideEngines:
         params = stack_layers(Decoder(model).init(jax.random.key(0)), model)
         params = jax.device_put(params, sharding.param_shardings(params, mesh))
         own = [leaf.addressable_shards[1].data.nbytes for leaf in jax.tree.leaves(params)]
-        found = plan(model, gpu(1), num_devices=2, dtype="float32")
+        found = plan(model, gpu(1), num_devices=2, dtype="float32", memory_fraction=0.001)
         assert found.weight_bytes == sum(own)
+        assert found.num_pages == (GIB - sum(own)) // 1000 // found.page_bytes
         assert 2 * found.page_bytes == plan(model, gpu(1), dtype="float32").page_bytes
 
 
