@@ -49,7 +49,8 @@ def _tpu(gib: float, target: str, source: str = "as libtpu 0.0.42.1 says") -> De
 
 
 # Of GPUs, what CUDA gives in all, which PyTorch's errors tell and NVIDIA's data sheets round; of
-# TPUs, what the compiler says of a program that takes too much ("exceeds available HBM").
+# TPUs, what the compiler says of a program that takes too much ("exceeds available HBM"). That of
+# b200 and a100-40gb nobody has read off a device.
 CHIPS: Mapping[str, DeviceMemory] = MappingProxyType(
     {
         "a100": _gpu(79.1, "a100"),
