@@ -145,6 +145,8 @@ def plan_pool(
     if fits >= most:
         needed = f"{config.max_num_seqs} sequences of {max_model_len} tokens need no more"
         found = plan(most, f"{needed}; within {share}")
+    elif fits >= 2 and free.platform == "cpu":
+        found = plan(_rounded(fits), f"no more than {share}, rounded down")
     elif fits >= 2:
         found = plan(fits, share)
     else:
@@ -154,6 +156,15 @@ def plan_pool(
         )
     _check_pool(config, found, free)
     return found
+
+
+def _rounded(num_pages: int) -> int:
+    """The number without all but its first four bits.
+
+    What is available on a host is never the same twice, and each size of the pool would have steps
+    of its own, which would be compiled at every start.
+    """
+    return num_pages >> (bits := max(num_pages.bit_length() - 4, 0)) << bits
 
 
 def pages_of_longest(config: EngineConfig, kinds: tuple[GroupKind, ...], num_tokens: int) -> int:

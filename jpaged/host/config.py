@@ -43,7 +43,7 @@ class EngineConfig:
       page_size: tokens a page holds.
       num_pages: pages of the pool; None sizes it from free memory (see `memory_fraction`).
       memory_fraction: share of free device memory, or of the host's available memory on CPU, that
-        the pool may take where num_pages is None.
+        the pool may take where num_pages is None; on CPU rounded down to one of a few sizes.
       max_num_seqs: sequences that run at once at most.
       max_num_batched_tokens: tokens a step computes at most, prefill and decode together.
       max_model_len: tokens a sequence has at most, prompt and generated together; None takes the

@@ -75,6 +75,18 @@ def test_samples_that_the_host_could_not_hold(monkeypatch):
     assert len(engine.generate([[1]], SamplingParams(max_tokens=3, ignore_eos=True))) == 1
 
 
+@pytest.mark.parametrize(
+    ("free_pages", "num_pages"),
+    [(15, 15), (17, 16), (1000, 960), (1023, 960), (1024, 1024)],
+)
+def test_a_hosts_pool_is_the_same_the_next_time(free_pages, num_pages):
+    config = EngineConfig(memory_fraction=0.5, max_num_seqs=64, dtype="float32")
+    free = FreeMemory(num_bytes=2 * free_pages * PAGE_BYTES, name="free", platform="cpu")
+    assert plan_pool(config, TINY, "xla", free).num_pages == num_pages
+    of_gpu = dataclasses.replace(free, platform="gpu")
+    assert plan_pool(config, TINY, "xla", of_gpu).num_pages == min(free_pages, 1025)
+
+
 def test_what_just_fits_is_taken():
     plan = plan_pool(EngineConfig(num_pages=4 * GIB // PAGE_BYTES), TINY, "xla")
     assert plan.num_pages * plan.page_bytes == 4 * GIB
