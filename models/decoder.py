@@ -64,25 +64,20 @@ class Decoder:
     @property
     def num_params(self) -> int:
         """Parameters, the tied head counted once."""
-        return sum(self.param_sums(lambda params: jax.tree.map(lambda leaf: leaf.size, params)))
+        return self.param_sum(lambda params: jax.tree.map(lambda leaf: leaf.size, params))
 
-    def param_sums(self, measure: Callable[[Params], Any]) -> tuple[int, int]:
-        """Sums of a number of each parameter; one pattern is traced, however many there are.
+    def param_sum(self, measure: Callable[[Params], Any]) -> int:
+        """The sum of a number of each parameter; one pattern is traced, however many there are.
 
         Args:
           measure: gives those of a tree as `abstract_params` has it, layers unstacked.
-
-        Returns:
-          The sum over parameters that `stack_layers` leaves alone, and over those that it stacks.
         """
         period = len(self.config.pattern)
         traced = Decoder(dataclasses.replace(self.config, num_layers=period)).abstract_params()
         sums = {name: sum(jax.tree.leaves(tree)) for name, tree in measure(traced).items()}
         in_layers = [sums.pop(f"layers_{i}") for i in range(period)]
-        repetitions = num_repetitions(self.config)
-        rest = self.config.num_layers - repetitions * period
-        unrolled = sum(in_layers[i % period] for i in range(rest))
-        return sum(sums.values()) + unrolled, repetitions * sum(in_layers)
+        repetitions, rest = divmod(self.config.num_layers, period)
+        return sum(sums.values()) + repetitions * sum(in_layers) + sum(in_layers[:rest])
 
     def apply(
         self, params: Params, inputs: PagedInputs, kv_pages: jax.Array

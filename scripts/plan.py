@@ -145,7 +145,7 @@ def _lines(plan: Plan, family: str, steps: Mapping[str, StepFacts] | None) -> It
         f"memory    {plan.num_devices} x {_CHIP.value}, {_size(plan.memory_bytes)}{each} for jax "
         f"({plan.memory_source})"
     )
-    yield f"weights   {_size(plan.weight_bytes)}{each}; while loading {_size(plan.loading_bytes)}"
+    yield f"weights   {_size(plan.weight_bytes)}{each}"
     yield f"KV cache  {_size(plan.token_bytes)} a token{each}, {plan.kv_dtype}"
     for kind in plan.kinds:
         yield f"          {_kind(kind)}"

@@ -41,7 +41,7 @@ def _first_that_fits(variants: Iterable[tuple[str, Asked]]) -> str | None:
 
 _LEVERS = (
     *("dtype", "memory_fraction", "max_model_len", "num_pages", "page_size", "max_num_seqs"),
-    *("max_num_batched_tokens", "scan_layers", "mem_fraction", "num_devices", "chip"),
+    *("max_num_batched_tokens", "mem_fraction", "num_devices", "chip"),
 )
 
 
@@ -73,13 +73,9 @@ def _values(asked: Asked, lever: str) -> Iterable[Any]:
     config = asked.config
     if lever == "dtype":
         return ("bfloat16",) if default_dtype(config, asked.device.platform).itemsize > 2 else ()
-    if lever == "scan_layers":
-        return (False,) if asked.scans else ()
     if lever == "memory_fraction":
-        shares = [round(0.05 * i, 2) for i in range(1, 19)]
-        # A larger pool, or one that leaves more to what is held while an engine is made.
-        larger = [share for share in shares if share > config.memory_fraction]
-        return larger + [share for share in reversed(shares) if share < config.memory_fraction]
+        shares = (round(0.05 * i, 2) for i in range(1, 19))
+        return [share for share in shares if share > config.memory_fraction]
     if lever == "num_pages":
         return () if config.num_pages is None else _halves(config.num_pages)[:-1]
     if lever == "max_model_len":

@@ -54,8 +54,6 @@ class Plan:
       memory_bytes: that jax can allocate.
       memory_source: where that number comes from.
       weight_bytes: of the weights.
-      loading_bytes: of them while an engine is made, which is when the pool is allocated too:
-        layers that are scanned over are stacked beside what was read.
       kinds: layers by how far they see.
       page_size: tokens a page holds.
       page_bytes: of a page over the layers of a group.
@@ -81,7 +79,6 @@ class Plan:
     memory_bytes: int
     memory_source: str
     weight_bytes: int
-    loading_bytes: int
     kinds: tuple[KindPlan, ...]
     page_size: int
     page_bytes: int
@@ -148,24 +145,13 @@ class Asked:
         """Whose kernels run, and whose layout the pool has."""
         return self.config.backend or {"cpu": "xla"}.get(self.device.platform, self.device.platform)
 
-    @property
-    def scans(self) -> bool:
-        """Whether layers are stacked and scanned over."""
-        scans = self.config.scan_layers
-        return self.device.platform != "cpu" if scans is None else scans
-
 
 def plan_of(asked: Asked) -> Plan:
     """The plan of what is asked, without the changes that would make it fit."""
     model, config, device = asked.model_config, asked.config, asked.device
     prompt_len, output_len = asked.lengths
     dtype = default_dtype(config, device.platform)
-    outside, stacked = num_weights(model, asked.num_devices)
-    weight_bytes = (outside + stacked) * dtype.itemsize
-    loading_bytes = weight_bytes
-    # Of several devices, each is given its part at once.
-    if asked.scans and asked.num_devices == 1:
-        loading_bytes += stacked * dtype.itemsize
+    weight_bytes = num_weights(model, asked.num_devices) * dtype.itemsize
     # Even where none fits there are pages to speak of.
     pool = plan_pool(
         dataclasses.replace(config, num_pages=2, swap_bytes=None),
@@ -174,9 +160,11 @@ def plan_of(asked: Asked) -> Plan:
         free_memory(asked, 2**62),
     )
     problems, fits = [], False
-    limit = f"the {gib(device.num_bytes)} that jax can allocate"
     if weight_bytes > device.num_bytes:
-        problems.append(f"the weights take {gib(weight_bytes)}, more than {limit}")
+        problems.append(
+            f"the weights take {gib(weight_bytes)}, more than the {gib(device.num_bytes)} that jax "
+            "can allocate"
+        )
     else:
         try:
             free = free_memory(asked, device.num_bytes - weight_bytes)
@@ -186,13 +174,6 @@ def plan_of(asked: Asked) -> Plan:
     page_bytes = pool.page_bytes // asked.num_devices
     num_pages = pool.num_pages if fits else 0
     longest = _longest(asked, pool, num_pages - 1)
-    taken = loading_bytes + num_pages * page_bytes
-    if fits and taken > device.num_bytes:
-        problems.append(
-            f"while an engine is made, weights take {gib(loading_bytes)}, of which "
-            f"{gib(stacked * dtype.itemsize)} are stacked layers beside what was read: with the "
-            f"pool {gib(taken)}, more than {limit}"
-        )
     if fits and longest < asked.max_model_len:
         needed = pages_of_longest(config, pool.kinds, asked.max_model_len)
         problems.append(
@@ -209,7 +190,6 @@ def plan_of(asked: Asked) -> Plan:
         memory_bytes=device.num_bytes,
         memory_source=device.source,
         weight_bytes=weight_bytes,
-        loading_bytes=loading_bytes,
         kinds=_kinds(model, page_bytes // config.page_size),
         page_size=config.page_size,
         page_bytes=page_bytes,
@@ -240,12 +220,12 @@ def free_memory(asked: Asked, num_bytes: int) -> FreeMemory:
 
 
 @functools.lru_cache(maxsize=64)
-def num_weights(model_config: ModelConfig, num_devices: int) -> tuple[int, int]:
-    """Numbers that a device holds: of what is no stacked layer, and of stacked layers."""
+def num_weights(model_config: ModelConfig, num_devices: int) -> int:
+    """Numbers of the parameters that a device holds."""
     mesh = jax.sharding.AbstractMesh((num_devices,), ("tp",))
     if num_devices > 1:
         sharding.check_mesh(model_config, mesh)
-    return Decoder(model_config).param_sums(lambda params: sharding.shard_sizes(params, mesh))
+    return Decoder(model_config).param_sum(lambda params: sharding.shard_sizes(params, mesh))
 
 
 def _kinds(model_config: ModelConfig, cell_bytes: int) -> tuple[KindPlan, ...]:

@@ -32,7 +32,7 @@ def make_plan(
 ) -> Plan:
     """Says what an engine would take and hold; nothing is allocated, and no device is asked.
 
-    The numbers are the engine's own: `jpaged.device.memory.plan_pool` sizes its pool too.
+    The numbers are those of `Engine.load`: `jpaged.device.memory.plan_pool` sizes its pool too.
 
     Args:
       model_config: the model's shape.
@@ -107,7 +107,7 @@ def compile_steps(
         compiler = GpuCompiler(device.target)
         mesh = compiler.mesh(num_devices)
     dtype = default_dtype(config, device.platform)
-    weights = sum(num_weights(model_config, num_devices)) * dtype.itemsize
+    weights = num_weights(model_config, num_devices) * dtype.itemsize
     pool = plan_pool(
         config, model_config, asked.backend, free_memory(asked, device.num_bytes - weights)
     )
@@ -117,9 +117,10 @@ def compile_steps(
     if config.deterministic:
         del shapes["decode"]
     bar = tqdm.tqdm(shapes.items(), desc="compiling", unit="step", disable=None, leave=False)
+    scans = config.scan_layers is not False  # by default too, as these are no CPUs
     return {
         name: compile_step(
-            compiler, mesh, model_config, pool, shape, dtype=dtype, scan_layers=asked.scans
+            compiler, mesh, model_config, pool, shape, dtype=dtype, scan_layers=scans
         )
         for name, shape in bar
     }

@@ -5,7 +5,6 @@ import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
@@ -15,8 +14,8 @@ from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.device.compiled_step import StepFacts
 from jpaged.device.runner import ModelRunner
 from jpaged.host.admission import RequestTooLongError
-from jpaged.models import sharding
-from jpaged.models.config_json import config_from_hf
+from jpaged.models import checkpoint, sharding
+from jpaged.models.config_json import config_from_hf, config_to_hf
 from jpaged.models.decoder import Decoder, stack_layers
 from jpaged.models.shapes import SHAPES
 from jpaged.planning import (
@@ -83,8 +82,6 @@ class TestByHand:
         # A quarter of what is left: (10737418240 - 2471628800) / 4 bytes, in pages of 524288.
         assert (found.page_bytes, found.num_pages) == (524_288, 3941)
         assert found.pool_bytes == 3941 * 524_288
-        # Stacked beside the original: all but the embedding and the last norm.
-        assert found.loading_bytes == 2 * found.weight_bytes - 2 * (128_256 * 2048 + 2048)
         # 1,024 cells are 64 pages, as the last token has none; 1,012 half-way are 64 too.
         assert (found.pages_at_end, found.pages_half_way) == (64, 64)
         assert found.seqs_at_end == 3940 // 64 == 61
@@ -145,10 +142,9 @@ def one_gib(monkeypatch):
 
 
 def windowed():
-    (full,) = TINY.pattern
-    variant = dataclasses.replace(full.attention.variant, sliding_window=12)
-    seen = dataclasses.replace(full, attention=dataclasses.replace(full.attention, variant=variant))
-    return dataclasses.replace(TINY, pattern=(seen, full))
+    kinds = ["sliding_attention", "full_attention"]
+    fields = {"use_sliding_window": True, "sliding_window": 12, "layer_types": kinds}
+    return config_from_hf(config_to_hf(TINY) | fields)
 
 
 class TestBesideEngines:
@@ -156,36 +152,36 @@ class TestBesideEngines:
     @pytest.mark.parametrize("share", [0.00005, 0.9])
     @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
     @pytest.mark.parametrize("model", [TINY, windowed()], ids=["alike", "windowed"])
-    def test_an_engine_allocates_what_is_planned(self, model, scan, share, one_gib, monkeypatch):
+    def test_an_engine_allocates_what_is_planned(
+        self, model, scan, share, one_gib, tmp_path, monkeypatch
+    ):
         settings = dict(
             max_model_len=None, page_size=4, memory_fraction=share, scan_layers=scan,
             swap_bytes_per_s=1e9, flops_per_s=1e9,
         )  # fmt: skip
-        held = []
-        params = jax.tree.map(jnp.copy, tiny_params())
+        checkpoint.save_orbax(tmp_path, model, tiny_params())
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny_params()))
+        before, held = jax.live_arrays(), []
         new_pages = ModelRunner._new_pages
 
         def weigh(runner):
-            leaves = jax.tree.leaves((params, runner.params))
-            own = {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in leaves}
-            held.append(sum(own.values()))
+            old = set(map(id, before))
+            new = (leaf for leaf in jax.live_arrays() if id(leaf) not in old)
+            # Of arrays that share a buffer, one.
+            held.append(sum({leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in new}.values()))
             return new_pages(runner)
 
         monkeypatch.setattr(ModelRunner, "_new_pages", weigh)
         config = EngineConfig(max_num_seqs=8, **settings)
-        engine = Engine(model, params, config)
-        # The engine was made when its weights were there already.
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        engine = Engine.load(tmp_path, config)
+        # The pool was planned when its weights were there already.
         found = make_plan(model, config, device=DeviceMemory("cpu", FREE + weights, "a test"))
         stats = engine.stats()
-        assert found.weight_bytes == weights
+        assert held == [found.weight_bytes] == [weights]
         assert found.num_pages - 1 == stats.num_usable_pages
         assert found.page_bytes == stats.page_bytes
         assert found.pool_bytes == engine._runner._kv_pages.nbytes
         assert found.host_swap_bytes == engine._runner._host_pages.num_pages * stats.page_bytes
-        # With one layer of each kind there is nothing to stack.
-        assert held == [found.loading_bytes]
-        assert (found.loading_bytes > weights) == (scan and model is TINY)
         # The longest request that it takes.
         longest = SamplingParams(max_tokens=found.longest - 5)
         engine.abort(engine.add_request([1] * 5, longest))
@@ -221,7 +217,7 @@ class TestBesideEngines:
         assert 2 * found.page_bytes == plan(model, gpu(1), dtype="float32").page_bytes
 
 
-WIDE = {"dtype": "float32", "max_model_len": 4096}
+WIDE = {"dtype": "float32", "max_model_len": 40_000}
 MANY = {"max_num_seqs": 10**6, "max_model_len": 99}
 LARGE = {"page_size": 2**17, "max_model_len": 64}
 
@@ -232,12 +228,11 @@ class TestWhatDoesNotFit:
         [
             # 141.1 GB, of which 8 devices hold 17.6 each; 4 would leave too few pages.
             ("70b", "h100", {}, "weights take 131.4 GiB, more than the 59.3", "--num_devices=8"),
-            ("8b", "l4", {"max_model_len": 4096}, "layers beside what was read", "--chip=l40s"),
+            ("8b", "l4", {"max_model_len": 4096}, "takes 256 pages", "--chip=a100-40gb"),
             ("8b", "h100", {}, "takes 8192 pages, and the pool has", "--memory_fraction=0.4"),
             ("8b", "h100", {}, "requests of more than 90849 tokens", "--max_model_len=90849"),
-            ("8b", "h100", WIDE, "stacked layers", "--dtype=bfloat16"),
-            ("8b", "h100", WIDE, "stacked layers", "--scan_layers=false"),
-            ("8b", "h100", WIDE, "stacked layers", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"),
+            ("8b", "h100", WIDE, "takes 2500 pages", "--dtype=bfloat16"),
+            ("8b", "h100", WIDE, "takes 2500 pages", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"),
             ("1b", "v5e", {"num_pages": 10**6}, "num_pages=1000000 pages", "--num_pages=15625"),
             ("1b", "v5e", MANY, "of max_num_seqs=1000000 samples take", "--max_num_seqs=15625"),
             ("1b", "v5e", LARGE, "holds 0 pages", "--page_size=32768"),
@@ -261,8 +256,6 @@ class TestWhatDoesNotFit:
                     num_devices = int(value)
                 elif name == "XLA_PYTHON_CLIENT_MEM_FRACTION":
                     device = dataclasses.replace(device, share=float(value))
-                elif name == "scan_layers":
-                    changed[name] = value == "true"
                 else:
                     kind = {"dtype": str, "memory_fraction": float}.get(name, int)
                     changed[name] = kind(value)
