@@ -23,7 +23,7 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 TIED = ("embedding", "lm_head")
 """Parameters that may be one."""
 
-_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_)(\d{1,9})[./].*")
+_LAYER_NUMBER = re.compile(r"(?:model\.layers\.|layers_|blk\.)(\d{1,9})[./].*")
 
 
 def check_dtypes(stored: Mapping[str, StoredTensor], supported: tuple[str, ...]) -> None:

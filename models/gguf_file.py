@@ -23,6 +23,7 @@ import numpy as np
 
 from jpaged.models.host_arrays import aligned
 from jpaged.models.json_fields import shown
+from jpaged.models.paths import is_address
 from jpaged.models.safetensors_files import CheckpointError, StoredTensor
 
 _MAGIC = b"GGUF"
@@ -64,8 +65,10 @@ def is_gguf(path: pathlib.Path) -> bool:
     if path.suffix.lower() == ".gguf":
         return True
     try:
+        if is_address(path) or not path.is_file():  # of a pipe, reading would wait
+            return False
         with open(path, "rb") as file:
-            return path.is_file() and file.read(len(_MAGIC)) == _MAGIC
+            return file.read(len(_MAGIC)) == _MAGIC
     except OSError:
         return False
 
@@ -88,6 +91,8 @@ class GgufFile:
             tensors are packed in a way that cannot be read. One line.
         """
         self.path = path
+        if is_address(path):
+            raise CheckpointError(f"{path}: buckets serve no GGUF files: copy it to a disk")
         if not path.exists():
             raise FileNotFoundError(f"model file {str(path)!r} does not exist")
         if not path.is_file():

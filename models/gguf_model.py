@@ -102,6 +102,10 @@ _SAMPLING = MappingProxyType(
         "penalty_repeat": ("repetition_penalty", float),
     }
 )
+# Keys that change nothing while the other is 0, or not there.
+_SWITCHES = MappingProxyType(
+    {"mirostat_eta": "mirostat", "mirostat_tau": "mirostat", "xtc_threshold": "xtc_probability"}
+)
 
 
 def config_of(file: GgufFile) -> ModelConfig:
@@ -195,7 +199,12 @@ def generation_config_of(file: GgufFile) -> GenerationConfig:
         if key.startswith("general.sampling.")
     }
     try:
-        if unknown := {key: v for key, v in found.items() if v and key not in _SAMPLING}:
+        _check_penalty(found)
+        if unknown := {
+            key: value
+            for key, value in found.items()
+            if value and key not in _SAMPLING and found.get(_SWITCHES.get(key, key))
+        }:
             raise ModelConfigError(f"general.sampling: {listed(unknown)}: not supported")
         values = {
             name: _short(typed(f"general.sampling.{key}", found[key], kind))
@@ -208,6 +217,20 @@ def generation_config_of(file: GgufFile) -> GenerationConfig:
             f'{file.path}: {e}; load with EngineConfig(generation_config="ignore") or '
             "--generation_config=ignore, without the model's sampling settings"
         ) from e
+
+
+def _check_penalty(found: dict[str, Any]) -> None:
+    """Leaves of the repetition penalty what counts: it looks at all tokens, or not at any."""
+    last = found.pop("penalty_last_n", -1)
+    if found.get("penalty_repeat", 1.0) == 1.0:
+        return
+    if last == 0:
+        del found["penalty_repeat"]
+    elif last != -1:
+        raise ModelConfigError(
+            f"general.sampling.penalty_last_n={shown(last)} must be -1, for all tokens, or 0, for "
+            f"none, beside penalty_repeat={shown(found['penalty_repeat'])}"
+        )
 
 
 def _fields(file: GgufFile) -> dict[str, Any]:
@@ -266,17 +289,18 @@ def _fields(file: GgufFile) -> dict[str, Any]:
         # Qwen2 always has those of the first kind, and no field for them.
         if name != "qwen2" and f"blk.0.{tensor}" in file.tensors:
             fields[field] = True
-    ends = (file.metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom"))
+    keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+    ends = [typed(key, file.metadata[key], int) for key in keys if key in file.metadata]
     return fields | {
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
+        "eos_token_id": list(dict.fromkeys(ends)),
     }
 
 
 def _rope(file: GgufFile, read: Callable[..., Any], longest: int) -> Mapping[str, Any]:
     rope = {"rope_theta": read("rope.freq_base", float, 10_000.0)}
     # Old files have a number that divides positions, and no word for it.
-    factor = read("rope.scale_linear", float, read("rope.scaling.factor", float, 1.0)) or 1.0
+    factor = read("rope.scaling.factor", float, read("rope.scale_linear", float, 1.0)) or 1.0
     kind = read("rope.scaling.type", str, "none" if factor == 1 else "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ModelConfigError(

@@ -107,7 +107,10 @@ def write(path, metadata, tensors, kind=F32):
         if isinstance(value, list):
             writer.add_array(key, value)
             continue
-        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        if type(value) is int:
+            (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
+            continue
+        kinds = {bool: writer.add_bool, float: writer.add_float32}
         kinds.get(type(value), writer.add_string)(key, value)
     for name, tensor in tensors.items():
         own = kind if tensor.ndim > 1 else F32

@@ -16,6 +16,7 @@ import pytest
 
 from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.models import checkpoint, find
+from jpaged.models.decoder import stack_layers
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import config_of, generation_config_of
 from tests import gguf_files
@@ -156,6 +157,29 @@ def test_what_the_file_says_of_ends_and_of_sampling(tmp_path):
     assert (found.temperature, found.top_k, found.top_p) == (0.25, 12, None)
 
 
+@pytest.mark.parametrize(("last", "penalty"), [(-1, 1.5), (0, None)])
+def test_a_penalty_looks_at_all_tokens_or_at_none(tmp_path, last, penalty):
+    more = {"penalty_repeat": 1.5, "penalty_last_n": last, "mirostat_tau": 5.0, "mirostat": 0}
+    more = {f"general.sampling.{key}": value for key, value in more.items()}
+    found = generation_config_of(GgufFile(file_of(tmp_path, more=more)))
+    assert found.repetition_penalty == penalty
+
+
+def test_stacked_as_it_is_read(tmp_path):
+    path = file_of(tmp_path)
+    config, params = checkpoint.load(path, jnp.float32)
+    check_equal(
+        checkpoint.load(path, jnp.float32, scan_layers=True)[1], stack_layers(params, config)
+    )
+
+
+def test_the_newer_name_of_a_factor_counts(tmp_path):
+    more = {"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.0}
+    (found,) = config_of(GgufFile(file_of(tmp_path, more=more))).pattern
+    (alone,) = config_of(GgufFile(file_of(tmp_path, more=dict([*more.items()][:1])))).pattern
+    assert found == alone
+
+
 def test_a_model_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
     path = file_of(tmp_path)
     monkeypatch.setattr(GgufFile, "read", lambda *_: pytest.fail("weights were read"))
@@ -173,6 +197,8 @@ def test_which_files_are_meant(tmp_path):
     assert is_gguf(tmp_path / "missing.GGUF") and not is_gguf(tmp_path)
     (tmp_path / "text.bin").write_bytes(b"PK..")
     assert not is_gguf(tmp_path / "text.bin")
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    assert not is_gguf(tmp_path / "pipe")
     assert find("folder/model.gguf") == "folder/model.gguf"  # no name of a hub
     (tmp_path / "model.bin").rename(tmp_path / "other.gguf")
     with pytest.raises(FileNotFoundError, match=r"name it itself: .*other\.gguf"):
@@ -209,7 +235,12 @@ def refusal(path):
         ({"llama.block_count": "three"}, "llama.block_count='three' must be of type int"),
         ({"llama.embedding_length": 32}, r"has shape \(.*\), its metadata asks for"),
         ({"llama.context_length": None}, "llama.context_length is missing"),
-        ({"general.sampling.mirostat": 2}, None),
+        ({"general.sampling.mirostat": 2}, "mirostat=2.*generation_config=ignore"),
+        (
+            {"general.sampling.penalty_repeat": 1.5, "general.sampling.penalty_last_n": 64},
+            r"penalty_last_n=64 must be -1, .* or 0, .* beside penalty_repeat=1\.5.*=ignore",
+        ),
+        ({"tokenizer.ggml.eos_token_id": [1]}, "eos_token_id=.1. must be of type int"),
         ({"general.alignment": 24}, "general.alignment=24 is no power of two"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -220,13 +251,9 @@ def test_what_is_not_supported_is_named(tmp_path, more, message):
     metadata = {key: value for key, value in metadata.items() if value is not None}
     path = tmp_path / "model.gguf"
     gguf_files.write(path, metadata, gguf_files.tensors_of(config, tensors))
-    if message is None:
-        with pytest.raises(ValueError, match=r"mirostat=2.*generation_config=ignore") as error:
-            generation_config_of(GgufFile(path))
-        one_line(error)
-        return
     with pytest.raises(ValueError, match=message) as error:
         checkpoint.load(path, jnp.float32)
+        generation_config_of(GgufFile(path))
     assert str(path) in one_line(error)
 
 
