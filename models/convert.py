@@ -21,6 +21,7 @@ from jpaged.models.checkpoint import ORBAX_DIR, find_weights, read_with_bar
 from jpaged.models.config import ModelConfig
 from jpaged.models.families import source_of
 from jpaged.models.families.base import Source
+from jpaged.models.fitting import WEIGHT_DTYPES
 from jpaged.models.gguf_file import is_gguf
 from jpaged.models.paths import is_address, path_of, resolved
 
@@ -90,6 +91,10 @@ def convert(
       ValueError: if the model is not one that can be loaded (`CheckpointError`,
         `ModelConfigError`), the output lies in it or around it, or the disk has no room.
     """
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} must be one of {', '.join(FORMS)}")
+    if dtype is not None and np.dtype(dtype).name not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype={np.dtype(dtype)} must be one of {', '.join(WEIGHT_DTYPES)}")
     if is_address(output):
         raise ValueError(f"output={str(output)!r} must be a directory of this machine")
     source, target = resolved(path_of(model)), resolved(path_of(output))
@@ -116,6 +121,8 @@ def convert(
             _write_safetensors(directory, groups, read(order), targets, max_shard_bytes)
         for pattern in _COPIED:
             for file in sorted(source.glob(pattern)):
+                if not file.is_file():
+                    continue
                 copy = directory / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 copy.write_bytes(file.read_bytes())
@@ -219,6 +226,11 @@ def _check_output(output: pathlib.Path, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise FileExistsError(f"output={str(output)!r} is there, and is no directory")
+    if os.path.ismount(output):
+        raise FileExistsError(
+            f"output={str(output)!r} is a disk of its own, which cannot be replaced: name a "
+            "directory on it"
+        )
     if not any(output.iterdir()):
         return
     if not overwrite:
@@ -248,19 +260,17 @@ def _appearing(output: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
     try:
         try:
             yield partial
-        except (OSError, ValueError, AssertionError):
-            raise
-        except Exception as e:  # of safetensors or Orbax, where the disk is full after all
+        except (safetensors.SafetensorError, RuntimeError) as e:  # where the disk is full after all
             reason = " ".join(str(e).split())[:200]
             raise OSError(f"output={str(output)!r} cannot be written: {reason}") from e
-        if os.path.lexists(output):
-            output.rename(replaced)
         try:
+            if os.path.lexists(output):
+                output.rename(replaced)
             partial.rename(output)
         except BaseException:
-            if replaced.exists():
+            if replaced.exists() and not os.path.lexists(output):
                 replaced.rename(output)
             raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        for left in (partial, replaced):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

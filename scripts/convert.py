@@ -10,14 +10,13 @@ most, for other programs too; MXFP4 becomes the bfloat16 that it stands for. Mem
 file at a time. NEW is there when it is whole: what is cut short leaves nothing of that name.
 """
 
-import os
-
+import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from jpaged.models import find
 from jpaged.models.convert import FORMS, convert
-from jpaged.scripts.flags import require_device, run, usage_errors
+from jpaged.models.fitting import WEIGHT_DTYPES
+from jpaged.scripts.flags import model_path, require_device, run, usage_errors
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -30,7 +29,7 @@ _FORMAT = flags.DEFINE_enum("format", FORMS[0], FORMS, "Of the weights.")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    ["float32", "float16", "bfloat16"],
+    WEIGHT_DTYPES,
     "Of every parameter; without it they keep theirs.",
 )
 _OVERWRITE = flags.DEFINE_bool(
@@ -46,12 +45,12 @@ def main(argv: list[str]) -> None:
         if not flag.value:
             raise app.UsageError(f"--{flag.name} must be given")
     assert _MODEL.value is not None and _OUTPUT.value is not None
-    # Arrays are the host's throughout.
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Arrays are the host's throughout; where there is a device, it stays to whoever uses it.
+    jax.config.update("jax_platforms", "cpu")
     require_device()
     with usage_errors():
         written = convert(
-            find(_MODEL.value),
+            model_path(_MODEL.value),
             _OUTPUT.value,
             form=_FORMAT.value,
             dtype=None if _DTYPE.value is None else jnp.dtype(_DTYPE.value),

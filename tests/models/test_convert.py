@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -184,6 +185,29 @@ class TestOutput:
             convert(FIXTURES / FUSED, tmp_path / "file", overwrite=True)
         assert (tmp_path / "mine" / "thesis.tex").exists()
 
+    def test_a_disk_of_its_own_is_not_replaced(self, tmp_path, monkeypatch):
+        (tmp_path / "disk").mkdir()
+        monkeypatch.setattr(converting.os.path, "ismount", lambda path: path.name == "disk")
+        with pytest.raises(FileExistsError, match=r"a disk of its own, .* a directory on it"):
+            convert(FIXTURES / FUSED, tmp_path / "disk")
+
+    def test_an_old_model_comes_back_if_the_new_one_cannot_take_its_place(
+        self, tmp_path, monkeypatch
+    ):
+        new, rename = tmp_path / "new", pathlib.Path.rename
+        convert(FIXTURES / VIEWS, new)
+
+        def fail(path, target):
+            if path.name.endswith(".partial"):
+                raise OSError("busy")
+            return rename(path, target)
+
+        monkeypatch.setattr(pathlib.Path, "rename", fail)
+        with pytest.raises(OSError, match="busy"):
+            convert(FIXTURES / FUSED, new, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+        equal_tensors(new, FIXTURES / VIEWS)
+
     @pytest.mark.parametrize("place", [".", "new", ".."])
     def test_not_in_the_model_nor_around_it(self, place, tmp_path):
         model = tmp_path / "around" / "model"
@@ -233,6 +257,29 @@ class TestOutput:
         with pytest.raises(raised, match=says):
             convert(FIXTURES / FUSED, tmp_path / "new")
         assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"form": "gguf"}, "form='gguf' must be one of safetensors, orbax"),
+        ({"dtype": np.float64}, "dtype=float64 must be one of float32, float16, bfloat16"),
+        ({"dtype": np.int8}, "dtype=int8 must be"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_first(tmp_path, options, says):
+    with pytest.raises(ValueError, match=says):
+        convert(tmp_path / "no model", tmp_path / "new", **options)
+
+
+def test_folders_are_not_copied(tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(FIXTURES / FUSED, model)
+    (model / "LICENSES").mkdir()
+    (model / "LICENSE").write_text("free")
+    convert(model, tmp_path / "new")
+    assert (tmp_path / "new" / "LICENSE").read_text() == "free"
+    assert not (tmp_path / "new" / "LICENSES").exists()
 
 
 def test_a_head_beside_a_tied_config_stays(tmp_path):
