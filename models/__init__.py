@@ -21,9 +21,12 @@ def find(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
     Raises:
       FileNotFoundError: if a name of the hub cannot be had (see `hub.download`), or an address
         cannot be reached.
+      ValueError: if it looks like an address, and is of no known kind.
     """
-    if not isinstance(model, str | os.PathLike) or os.path.lexists(model):
+    if not isinstance(model, str | os.PathLike):
         return model
+    if os.path.lexists(model):
+        return pathlib.Path(model) if paths.is_address(model) else model
     if paths.is_address(model):
         return paths.find_address(os.fspath(model))
     if model == "demo":

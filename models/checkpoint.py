@@ -100,8 +100,8 @@ def load(
       dtype: every parameter is converted to it as it is read.
       before_reading: called when config.json and the files have been found to fit each other, to
         refuse the model before it takes time and memory.
-      mesh: whose devices get a part each, as `models.sharding` has it, and read no more than that;
-        None loads onto the first device.
+      mesh: whose devices get a part each, as `models.sharding` has it, and read no more than that,
+        but for interleaved and packed weights and GGUF files; None loads onto the first device.
       scan_layers: as `Decoder` has it: whether the parameters are stacked.
 
     Returns:

@@ -12,11 +12,19 @@ def path_of(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path that is meant, with its "~" expanded; an address is a path of etils.epath's.
 
     Raises:
-      RuntimeError: if there is no home directory to stand for "~".
+      ValueError: if there is no home directory to stand for "~", or no such kind of address.
     """
-    if is_address(path):
-        return cast(pathlib.Path, epath.Path(path))  # whose methods have pathlib's names
-    return pathlib.Path(path).expanduser()
+    try:
+        if is_address(path):
+            return cast(pathlib.Path, epath.Path(path))  # whose methods have pathlib's names
+        return pathlib.Path(path).expanduser()
+    except KeyError:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no address that is known: those of buckets begin with gs://, "
+            "s3:// or az://"
+        ) from None
+    except RuntimeError as e:
+        raise ValueError(f"{os.fspath(path)!r}: {e}") from None
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -39,6 +47,7 @@ def find_address(address: str) -> pathlib.Path:
 
     Raises:
       FileNotFoundError: if it cannot be: one line that says why.
+      ValueError: if it is of no known kind.
     """
     path = path_of(address)
     try:

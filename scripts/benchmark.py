@@ -58,14 +58,14 @@ from jpaged.host.params import SamplingParams
 from jpaged.measure import machine
 from jpaged.measure.machine import CompileClock
 from jpaged.measure.runs import measure_reservations
-from jpaged.models import checkpoint, find, hub
+from jpaged.models import checkpoint, hub
 from jpaged.models.decoder import Decoder
-from jpaged.models.paths import path_of
 from jpaged.models.shapes import SHAPES
 from jpaged.scripts.flags import (
     define_engine_flags,
     enable_compilation_cache,
     engine_config_from_flags,
+    model_path,
     require_device,
     run,
 )
@@ -184,7 +184,7 @@ def _load_model(config: EngineConfig):
         params = Decoder(model_config).init(jax.random.key(_WEIGHTS_SEED), dtype)
     else:
         given = _MODEL.value or ""
-        directory = path_of(find(given))
+        directory = model_path(given)
         model_config, params = checkpoint.load(directory, dtype)
         name = given if hub.is_name(given) else directory.name
         tokenizer = load_tokenizer(directory)

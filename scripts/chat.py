@@ -33,8 +33,6 @@ from absl import app, flags
 from jpaged import Engine, RequestOutput, SamplingParams
 from jpaged.chat import ChatOptions
 from jpaged.host.stats import Counters
-from jpaged.models import find
-from jpaged.models.paths import path_of
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
@@ -44,6 +42,7 @@ from jpaged.scripts.flags import (
     define_engine_flags,
     engine_config_from_flags,
     log_to_stderr,
+    model_path,
     run,
     usage_errors,
 )
@@ -83,10 +82,7 @@ def main(argv: list[str]) -> None:
         system = [] if _SYSTEM.value is None else [_message("system", "--system", _SYSTEM.value)]
         if not _MODEL.value:
             raise ValueError("--model is empty; name a directory, or leave the flag out")
-        try:
-            model = path_of(find(_MODEL.value))
-        except RuntimeError as e:
-            raise ValueError(f"--model={_MODEL.value}: {e}") from e
+        model = model_path(_MODEL.value)
         # What a template says to such a conversation it says before the weights are read.
         probe = [*system, {"role": "user", "content": "Hello"}]
         chat_template_of(model).render(probe, **options, add_generation_prompt=True)

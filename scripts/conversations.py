@@ -13,6 +13,7 @@ from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.host.checks import shown
 from jpaged.host.params import SamplingParams
 from jpaged.models.gguf_file import GgufFile, is_gguf
+from jpaged.models.paths import is_there
 from jpaged.scripts.json_prompts import own_params, parse_json
 from jpaged.scripts.prompts import decode_flag
 
@@ -76,7 +77,7 @@ def chat_template_of(directory: pathlib.Path) -> ChatTemplate:
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
-    if not os.path.lexists(directory / "tokenizer.json"):
+    if not is_there(directory / "tokenizer.json"):
         raise ValueError(f"{str(directory)!r} has no tokenizer.json, so it cannot be talked to")
     return ChatTemplate.load(directory)
 

@@ -18,6 +18,8 @@ from typing import Any
 from absl import app, flags, logging
 
 from jpaged.host.config import CHOICES, EngineConfig
+from jpaged.models import find
+from jpaged.models.paths import path_of
 from jpaged.scripts import interrupts
 
 # A flag defined by a call of `define_engine_flags` belongs to the script that calls it, so that
@@ -141,6 +143,19 @@ def log_to_stderr() -> None:
     # --verbosity=1 also logs every compilation with its shapes.
     verbose = flags.FLAGS.verbosity > 0
     logger.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
+
+
+def model_path(given: str) -> pathlib.Path:
+    """The directory or file that --model names, downloaded where it is a model of a hub.
+
+    Raises:
+      FileNotFoundError: if it cannot be had.
+      ValueError: if there is no such home directory, or kind of address.
+    """
+    try:
+        return path_of(find(given))
+    except ValueError as e:
+        raise ValueError(f"--model={given}: {e}") from e
 
 
 def run(main: Callable[[list[str]], Any]) -> None:

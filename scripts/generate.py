@@ -44,8 +44,6 @@ from jpaged import Engine, RequestOutput, SamplingParams
 from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
-from jpaged.models import find
-from jpaged.models.paths import path_of
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
@@ -57,6 +55,7 @@ from jpaged.scripts.flags import (
     define_engine_flags,
     engine_config_from_flags,
     log_to_stderr,
+    model_path,
     require_device,
     run,
     usage_errors,
@@ -176,11 +175,8 @@ def read_flags(argv: list[str]) -> tuple[list[SamplingParams], list[Any], pathli
         given = read_conversations(lines, params)
     elif path is not None and _has_json_lines():
         given = read_json_prompts(lines, path, params)
-    try:
-        # Last, as it may download one.
-        model = path_of(find(_MODEL.value))
-    except RuntimeError as e:
-        raise ValueError(f"--model={_MODEL.value}: {e}") from e
+    # Last, as it may download one.
+    model = model_path(_MODEL.value)
     return [own for _, own in given], [prompt for prompt, _ in given], model
 
 

@@ -24,7 +24,6 @@ fits, with 1 if something does not, and with 2 for bad usage.
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -32,9 +31,12 @@ import jax
 from absl import app, flags
 
 from jpaged.device.compiled_step import StepFacts
-from jpaged.models import find, hub
+from jpaged.models import hub
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import load_config
+from jpaged.models.gguf_file import GgufFile, is_gguf
+from jpaged.models.gguf_model import config_of
+from jpaged.models.paths import is_address, path_of
 from jpaged.models.shapes import SHAPES
 from jpaged.planning import (
     CHIPS,
@@ -48,6 +50,7 @@ from jpaged.planning import (
 from jpaged.scripts.flags import (
     define_engine_flags,
     engine_config_from_flags,
+    model_path,
     run,
     usage_errors,
 )
@@ -116,11 +119,13 @@ def main(argv: list[str]) -> None:
 
 
 def _read_config(name: str) -> ModelConfig:
-    path = pathlib.Path(name).expanduser()
-    if not os.path.lexists(path):
+    path = path_of(name)
+    if is_address(name) or not os.path.lexists(path):
         if name in SHAPES:
             return SHAPES[name]
-        path = hub.download_config(name) if hub.is_name(name) else pathlib.Path(find(name))
+        path = hub.download_config(name) if hub.is_name(name) else model_path(name)
+    if is_gguf(path):
+        return config_of(GgufFile(path))
     return load_config(path.parent if path.name == "config.json" else path)
 
 

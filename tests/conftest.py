@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation is most of the suite's time. The flags are read once, with the first device: the
-# compilers of other chips, and programs that tests start, optimise as they do for users.
+# compilers of other chips optimise as they do for users.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     with pytest.MonkeyPatch.context() as _patch:
         _flags = os.environ.get("XLA_FLAGS", "")

@@ -179,8 +179,8 @@ def _check_pool(config: EngineConfig, plan: PoolPlan, free: FreeMemory) -> None:
     pool_bytes = plan.num_pages * page_bytes
     if pool_bytes > free.num_bytes:
         raise DoesNotFitError(
-            f"num_pages={plan.num_pages} pages of {page_bytes} bytes take {_gib(pool_bytes)}, "
-            f"more than the {_gib(free.num_bytes)} of {free.name}; lower num_pages or page_size"
+            f"num_pages={plan.num_pages} pages of {page_bytes} bytes take {gib(pool_bytes)}, "
+            f"more than the {gib(free.num_bytes)} of {free.name}; lower num_pages or page_size"
         )
     if plan.num_pages * config.page_size > INT32_MAX:
         raise DoesNotFitError(
@@ -193,7 +193,7 @@ def _check_pool(config: EngineConfig, plan: PoolPlan, free: FreeMemory) -> None:
     host_bytes = free.host_bytes - (pool_bytes if free.platform == "cpu" else 0)
     if config.swap_bytes > host_bytes:
         raise DoesNotFitError(
-            f"swap_bytes={config.swap_bytes} exceeds the {_gib(host_bytes)} of host memory that "
+            f"swap_bytes={config.swap_bytes} exceeds the {gib(host_bytes)} of host memory that "
             "are available beside the pool; lower it"
         )
 
@@ -220,12 +220,13 @@ def _check_step(
     ):
         if count * bytes_each > free.num_bytes:
             raise DoesNotFitError(
-                f"{what} take {_gib(count * bytes_each)}, more than the {_gib(free.num_bytes)} of "
+                f"{what} take {gib(count * bytes_each)}, more than the {gib(free.num_bytes)} of "
                 f"{free.name}; lower it"
             )
 
 
-def _gib(num_bytes: int) -> str:
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
     return f"{num_bytes / 2**30:.1f} GiB"
 
 

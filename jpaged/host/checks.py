@@ -140,8 +140,9 @@ def directory(name: str, value: Any) -> pathlib.Path:
     try:
         if not isinstance(value, str | os.PathLike):
             raise TypeError
-        if isinstance(value, pathlib.PurePath) and not isinstance(value, pathlib.Path):
-            return cast(pathlib.Path, value)  # of a bucket, as `models.find` has it
+        if isinstance(value, pathlib.PurePath) and hasattr(value, "exists"):
+            value = cast(pathlib.Path, value)  # maybe of a bucket, as `models.find` has it
+            return value.expanduser()
         return pathlib.Path(value).expanduser()
     except (TypeError, RuntimeError):
         raise ValueError(f"{name}={shown(value)} must be the path of a directory") from None

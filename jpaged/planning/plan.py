@@ -12,6 +12,7 @@ from jpaged.device.memory import (
     FreeMemory,
     PoolPlan,
     default_dtype,
+    gib,
     pages_of_longest,
     plan_pool,
 )
@@ -249,7 +250,7 @@ def _longest(asked: Asked, pool: PoolPlan, usable: int) -> int:
         length = asked.max_model_len if asked.config.reservation == "max" else num_tokens
         return pages_of_longest(asked.config, pool.kinds, length) > usable
 
-    return max(bisect.bisect_left(range(asked.max_model_len), True, key=exceeds), 0)
+    return bisect.bisect_left(range(asked.max_model_len), True, key=exceeds)
 
 
 def _pages(asked: Asked, pool: PoolPlan, num_tokens: int) -> int:
@@ -257,8 +258,3 @@ def _pages(asked: Asked, pool: PoolPlan, num_tokens: int) -> int:
     if asked.config.reservation == "max":
         return pages_of_longest(asked.config, pool.kinds, asked.max_model_len)
     return pages_of(pool.kinds, asked.config.page_size, num_tokens, 1)
-
-
-def gib(num_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / 2**30:.1f} GiB"

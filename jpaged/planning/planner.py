@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import tqdm
 
 from jpaged.device.compiled_step import StepFacts, compile_step
-from jpaged.device.memory import default_dtype, plan_pool
+from jpaged.device.memory import default_dtype, gib, plan_pool
 from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.checks import at_least, checked
 from jpaged.host.config import EngineConfig, engine_config
@@ -15,7 +15,7 @@ from jpaged.models.config import ModelConfig
 from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
 from jpaged.planning.changes import changes_of
 from jpaged.planning.chips import CHIPS, DeviceMemory
-from jpaged.planning.plan import Asked, Plan, free_memory, gib, num_weights, plan_of
+from jpaged.planning.plan import Asked, Plan, free_memory, num_weights, plan_of
 
 # A config.json may ask for any number, with no weights beside it that would refuse it.
 _MOST_LAYERS = 4096

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models in a bucket: gs://bucket/... is a folder here, for etils and for TensorStore alike."""
 
-import sys
+import importlib.util
+import pathlib
 
 import jax.numpy as jnp
 import pytest
@@ -9,8 +10,11 @@ from etils import epath
 from orbax.checkpoint._src.path import gcs_utils
 
 from jpaged import Engine, EngineConfig
+from jpaged.host.checks import directory
 from jpaged.models import DEMO, checkpoint, find
 from jpaged.models.convert import convert
+from jpaged.models.paths import path_of
+from jpaged.scripts.conversations import chat_template_of
 from tests.models.test_checkpoint import same
 
 ADDRESS = "gs://bucket/model"
@@ -53,7 +57,9 @@ def test_an_orbax_checkpoint_is_served_from_a_bucket(bucket):
     assert engine.defaults.params.temperature == 0.5
     tokenizer = Engine.load(DEMO, EngineConfig(max_model_len=64, num_pages=16)).tokenizer
     ids = tokenizer.encode("Hello", add_special_tokens=False).ids
-    assert engine.chat_prompt([{"role": "user", "content": "Hello"}]) == ids
+    conversation = [{"role": "user", "content": "Hello"}]
+    assert engine.chat_prompt(conversation) == ids
+    assert chat_template_of(find(ADDRESS)).render(conversation) == "Hello"
 
 
 def test_what_is_saved_to_a_bucket(bucket):
@@ -84,7 +90,7 @@ def test_what_a_bucket_does_not_serve(bucket):
         Engine.load(ADDRESS)
 
 
-@pytest.mark.skipif("gcsfs" in sys.modules, reason="gcsfs is there")
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is there")
 def test_what_is_missing_is_named():
     with pytest.raises(FileNotFoundError) as raised:
         find(ADDRESS)
@@ -92,6 +98,29 @@ def test_what_is_missing_is_named():
         f"{ADDRESS}: Please install gcsfs to access Google Storage: pip install gcsfs for gs://"
     )
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["file:///tmp/x", "C://models/x", "http://x/y", "://x"])
+def test_other_addresses_are_refused(address, tmp_path):
+    with pytest.raises(ValueError, match="is no address that is known: those of buckets begin"):
+        find(address)
+    with pytest.raises(ValueError, match="is no address that is known"):
+        checkpoint.load(address, jnp.float32)
+
+
+def test_a_folder_that_looks_like_an_address_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd:" / "model").mkdir(parents=True)
+    assert path_of(find("odd://model")).is_dir()
+
+
+def test_a_path_that_cannot_look_at_disks_is_taken():
+    assert isinstance(directory("x", pathlib.PurePosixPath("a/b")), pathlib.Path)
+
+
+def test_a_bucket_serves_no_gguf(bucket):
+    with pytest.raises(ValueError, match="buckets serve no GGUF files: copy it to a disk"):
+        checkpoint.load("gs://bucket/model.gguf", jnp.float32)
 
 
 def test_a_bucket_that_cannot_be_reached():
