@@ -181,9 +181,12 @@ class GgufFile:
                 part[:] = library.dequantize(packed[None], kind).reshape(-1)
 
         try:
-            with open(self.path, "rb") as file, ThreadPoolExecutor(_MOST_THREADS) as pool:
-                descriptor = file.fileno()
-                list(pool.map(read_part, range(0, weights.size, _CHUNK)))
+            with open(self.path, "rb") as file, contextlib.ExitStack() as stack:
+                descriptor, parts = file.fileno(), range(0, weights.size, _CHUNK)
+                each = map  # for one part, threads cost more than it does
+                if len(parts) > 1:
+                    each = stack.enter_context(ThreadPoolExecutor(_MOST_THREADS)).map
+                list(each(read_part, parts))
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.path}: tensor {shown(name)} cannot be read: {e}") from e
         return weights.reshape(tensor.shape)
