@@ -41,20 +41,18 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import config_to_hf, load_config
 from jpaged.models.decoder import Params, stacked_place
 from jpaged.models.fitting import (
-    WEIGHT_DTYPES,
     check_size,
     check_tensors,
-    insert,
-    parent_of,
     wanted_shapes,
 )
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import GgufWeights, config_of
 from jpaged.models.json_fields import shown
+from jpaged.models.param_trees import insert, parent_of
 from jpaged.models.paths import is_address, path_of, resolved
-from jpaged.models.safetensors_files import CheckpointError
 from jpaged.models.safetensors_weights import SafetensorsWeights
 from jpaged.models.sharding import check_mesh, param_sharding
+from jpaged.models.stored_tensor import WEIGHT_DTYPES, CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from jpaged.models.checkpoint import ORBAX_DIR, find_weights, read_with_bar
 from jpaged.models.config import ModelConfig
 from jpaged.models.families import source_of
 from jpaged.models.families.base import Source
-from jpaged.models.fitting import WEIGHT_DTYPES
 from jpaged.models.gguf_file import is_gguf
 from jpaged.models.paths import is_address, path_of, resolved
+from jpaged.models.stored_tensor import WEIGHT_DTYPES
 
 FORMS = ("safetensors", "orbax")
 """What a model's weights may be written as."""

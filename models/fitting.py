@@ -5,20 +5,16 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from jpaged.models.config import ModelConfig
-from jpaged.models.decoder import Decoder, Params
+from jpaged.models.decoder import Decoder
 from jpaged.models.families import source_of
 from jpaged.models.families.base import Source, layer_of
 from jpaged.models.json_fields import shown
-from jpaged.models.safetensors_files import CheckpointError, StoredTensor
-
-WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
-"""What weights may be, by NumPy's names."""
+from jpaged.models.param_trees import flat
+from jpaged.models.stored_tensor import CheckpointError, StoredTensor
 
 TIED = ("embedding", "lm_head")
 """Parameters that may be one."""
@@ -138,23 +134,3 @@ def _nearest(name: str, names: list[str]) -> list[str]:
     """Names that may have been meant, looked for among so many only that it takes no time."""
     short = [other for other in names if len(other) <= 200]
     return difflib.get_close_matches(name[:200], short[:2000], n=3)
-
-
-def flat(tree: Params) -> Iterator[tuple[str, Any]]:
-    """The leaves of a tree of dictionaries by path, such as `layers_3/mlp/up_proj/weight`."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join(key.key for key in path), leaf
-
-
-def insert(params: Params, path: str, leaf: Any) -> None:
-    """Puts a leaf into a tree of dictionaries, as `layers_3/mlp/up_proj/weight`."""
-    parent, name = parent_of(params, path)
-    parent[name] = leaf
-
-
-def parent_of(params: Params, path: str) -> tuple[Params, str]:
-    """The dictionary that a leaf of a tree lies in, made where it is missing, and its key."""
-    *parents, name = path.split("/")
-    for parent in parents:
-        params = params.setdefault(parent, {})
-    return params, name

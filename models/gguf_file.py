@@ -24,7 +24,7 @@ import numpy as np
 from jpaged.models.host_arrays import aligned
 from jpaged.models.json_fields import shown
 from jpaged.models.paths import is_address
-from jpaged.models.safetensors_files import CheckpointError, StoredTensor
+from jpaged.models.stored_tensor import CheckpointError, StoredTensor
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jpaged.models.safetensors_files import CheckpointError
+from jpaged.models.stored_tensor import CheckpointError
 
 _BITS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}
 # What XLA asks of memory that it takes over without a copy.

@@ -15,17 +15,15 @@ import orbax.checkpoint as ocp
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Params
 from jpaged.models.fitting import (
-    WEIGHT_DTYPES,
     check_dtypes,
     check_size,
     check_tensors,
-    flat,
-    insert,
     wanted_shapes,
 )
 from jpaged.models.host_arrays import is_finite, not_finite
 from jpaged.models.json_fields import shown
-from jpaged.models.safetensors_files import CheckpointError, StoredTensor
+from jpaged.models.param_trees import flat, insert
+from jpaged.models.stored_tensor import WEIGHT_DTYPES, CheckpointError, StoredTensor
 
 # Parameters are restored in batches: a share of all, as each takes Orbax some 20 ms.
 _BATCH_SHARE = 16

@@ -2,7 +2,6 @@
 """Which file of a directory of safetensors holds which tensor: see `models.checkpoint`'s rule."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pathlib
@@ -16,6 +15,7 @@ import safetensors
 
 from jpaged.models.families.base import IGNORED_TENSORS
 from jpaged.models.json_fields import ModelConfigError, read_json, shown, typed
+from jpaged.models.stored_tensor import CheckpointError, StoredTensor
 
 logger = logging.getLogger(__name__)
 
@@ -29,24 +29,6 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 """What weights may be stored as."""
 
 _SAFETENSORS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold this model; the message names file, tensor and remedy."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """A tensor of a checkpoint, unread.
-
-    Attributes:
-      file: where it lies.
-      shape, dtype: as its header says; the dtype in the words of the format.
-    """
-
-    file: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def stored_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:

@@ -21,11 +21,11 @@ from jpaged.models.host_arrays import aligned, is_finite, not_finite
 from jpaged.models.json_fields import shown
 from jpaged.models.safetensors_files import (
     DTYPES,
-    StoredTensor,
     damage,
     reading,
     stored_tensors,
 )
+from jpaged.models.stored_tensor import StoredTensor
 
 # Of a file, what is read, converted and checked at once: what a core's cache holds.
 _BLOCK_BYTES = 2**20

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from jpaged.models.convert import FORMS, convert
-from jpaged.models.fitting import WEIGHT_DTYPES
+from jpaged.models.stored_tensor import WEIGHT_DTYPES
 from jpaged.scripts.flags import model_path, require_device, run, usage_errors
 
 _MODEL = flags.DEFINE_string(

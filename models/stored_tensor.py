@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of checkpoints of any form, unread, and the error of those that are not a model's."""
+
+import dataclasses
+import pathlib
+
+WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
+"""What weights may be, by NumPy's names."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold this model; the message names file, tensor and remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a checkpoint, unread.
+
+    Attributes:
+      file: where it lies.
+      shape, dtype: as its header says; the dtype in the words of the format.
+    """
+
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str
