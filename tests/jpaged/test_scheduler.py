@@ -1,67 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small schedules, worked out by hand."""
 
-import re
-
 import pytest
 
-from jpaged.host.admission import RequestTooLongError, SchedulerConfig, check_fits
-from jpaged.host.growth import growth_of
-from jpaged.host.page_pool import PagePool
-from jpaged.host.page_table import PageTable
-from jpaged.host.params import SamplingParams
-from jpaged.host.scheduler import Scheduler
-from jpaged.host.sequence import Request, Status
+from jpaged.host.sequence import Status
 from jpaged.host.step_builder import StepBuilder
-
-
-def make_scheduler(num_usable_pages=32, page_size=4, **config):
-    defaults = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "max_model_len": 32}
-    defaults |= {"prefix_cache": False}
-    config = SchedulerConfig(**(defaults | config))
-    pages_per_seq = -(-config.max_model_len // page_size)
-    return Scheduler(config, PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq))
-
-
-def add(scheduler, request_id, prompt_len, max_tokens=8, first=0, **params):
-    params = SamplingParams(max_tokens=max_tokens, **params).resolve()
-    prompt, max_model_len = list(range(first, first + prompt_len)), scheduler.config.max_model_len
-    growth = growth_of(params, prompt, min(max_tokens, max_model_len - prompt_len), ())
-    request = Request(
-        request_id, prompt, params, seed=0, max_model_len=max_model_len, growth=growth
-    )
-    check_fits(request, scheduler.config, scheduler.table)
-    scheduler.add(request)
-    return request.sequences[0]
-
-
-def read(step):
-    """Reads a step's samples."""
-    for seq in step.samples:
-        if seq.status is not Status.FINISHED:
-            seq.num_inflight_tokens -= 1
-            seq.token_ids.append(0)
-
-
-def plan(step):
-    """Rows and how many tokens each computes; a1 is sample 1 of request a."""
-    return " ".join(f"{named(*row.key)}:{row.num_tokens}" for row in step.plan.rows.each())
-
-
-def sampled(step):
-    return [name(seq) for seq in step.samples]
-
-
-def name(seq):
-    return named(*seq.key)
-
-
-def named(request_id, sample_index):
-    return f"{request_id}{sample_index or ''}"
-
-
-def sources(step):
-    return list(step.plan.rows.sources)
+from tests.jpaged.schedules import add, make_scheduler, plan, read, sampled, sources
 
 
 def test_an_idle_scheduler_plans_an_empty_step():
@@ -389,46 +333,6 @@ def test_an_aborted_waiting_sequence_is_never_scheduled():
     assert set(rows) == {"a", "c"}
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
-    scheduler = make_scheduler(max_model_len=8)
-    message = (
-        "request 'a': a prompt of 8 tokens leaves no room for an answer in max_model_len=8; "
-        "shorten the prompt or raise max_model_len"
-    )
-    with pytest.raises(RequestTooLongError, match=re.escape(message)):
-        add(scheduler, "a", 8)
-    assert not scheduler.has_work
-    add(scheduler, "b", 7)
-    assert scheduler.num_waiting == 1
-
-
-def test_a_request_larger_than_the_pool_is_refused():
-    scheduler = make_scheduler(num_usable_pages=2)
-    message = (
-        "request 'a': 5 prompt tokens and up to 5 more need 3 pages of 4 tokens, but the pool has "
-        "2; lower max_tokens or raise num_pages"
-    )
-    with pytest.raises(RequestTooLongError, match=re.escape(message)):
-        add(scheduler, "a", 5, max_tokens=5)
-    assert not scheduler.has_work
-    # Of 9 tokens, 8 need a cell: the last is never attended to.
-    seq = add(scheduler, "b", 5, max_tokens=4)
-    while scheduler.has_work:
-        read(scheduler.schedule())
-    assert len(seq.token_ids) == 9
-
-
-def test_max_model_len_bounds_what_a_request_can_need():
-    scheduler = make_scheduler(num_usable_pages=2, max_model_len=9)
-    assert add(scheduler, "a", 5, max_tokens=1000).max_total_tokens == 9
-
-
-def test_a_reservation_larger_than_the_pool_is_refused():
-    scheduler = make_scheduler(num_usable_pages=2, max_model_len=9, reservation="max")
-    with pytest.raises(RequestTooLongError, match="need 3 pages of 4 tokens, but the pool has 2"):
-        add(scheduler, "a", 1, max_tokens=1)
-
-
 def test_more_samples_than_places_start_as_places_become_free():
     scheduler = make_scheduler(max_num_seqs=3)
     request = add(scheduler, "a", 5, n=7, max_tokens=2).request
@@ -446,19 +350,6 @@ def test_more_samples_than_places_start_as_places_become_free():
     scheduler.check_invariants()
 
 
-def test_more_beams_than_a_step_computes_are_refused():
-    for budgets in ({"max_num_seqs": 3}, {"max_num_batched_tokens": 3}):
-        scheduler = make_scheduler(**budgets)
-        message = (
-            "request 'a': beam_width=4 exceeds the 3 beams that a step computes: lower it, or "
-            "raise max_num_seqs and max_num_batched_tokens"
-        )
-        with pytest.raises(ValueError, match=re.escape(message)):
-            add(scheduler, "a", 2, beam_width=4)
-        assert not scheduler.has_work
-        add(scheduler, "b", 2, beam_width=3)
-
-
 def test_a_fork_waits_behind_those_whose_request_runs():
     """Else it would stand between the samples of one request."""
     scheduler = make_scheduler(max_num_seqs=3, prefix_cache=True)
@@ -473,37 +364,3 @@ def test_a_fork_waits_behind_those_whose_request_runs():
         read(scheduler.schedule())
         scheduler.check_invariants()
     assert child.sequences[0].num_computed_tokens > 0
-
-
-def test_beams_that_could_outgrow_the_pool_are_refused():
-    # The full page of the prompt is shared; each beam may need two more.
-    scheduler = make_scheduler(num_usable_pages=6)
-    message = (
-        "request 'a': 5 prompt tokens and up to 8 more for each of 3 beams need 7 pages of 4 "
-        "tokens, but the pool has 6; lower max_tokens or raise num_pages"
-    )
-    with pytest.raises(RequestTooLongError, match=re.escape(message)):
-        add(scheduler, "a", 5, max_tokens=8, beam_width=3)
-    add(scheduler, "b", 5, max_tokens=8, beam_width=2)
-
-
-def test_several_samples_cannot_share_what_max_reserves():
-    scheduler = make_scheduler(reservation="max")
-    message = (
-        "request 'a': samples and beams need shared pages, which reservation='max' does not have; "
-        "use n=1 or reservation='paged'"
-    )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        add(scheduler, "a", 2, n=2)
-    assert not scheduler.has_work
-
-
-@pytest.mark.parametrize("budget", ["max_num_batched_tokens", "max_num_seqs", "max_model_len"])
-def test_budgets_below_one_are_refused(budget):
-    with pytest.raises(ValueError, match=f"{budget}=0 must be at least 1"):
-        make_scheduler(**{budget: 0})
-
-
-def test_an_unknown_reservation_is_refused():
-    with pytest.raises(ValueError, match=re.escape("reservation='none' must be 'paged' or 'max'")):
-        make_scheduler(reservation="none")
