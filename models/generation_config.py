@@ -5,11 +5,12 @@ Each field is what it is in transformers 5, except for do_sample and top_k where
 (see `jpaged.defaults`) and for eos_token_id (see `models.config_json.load_config`).
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -215,8 +216,15 @@ def load_generation_config(directory: pathlib.Path) -> GenerationConfig:
         if not is_there(path):
             return GenerationConfig()
         fields = {field: value for field, value in read_json(path).items() if field in FIELDS}
-    try:
+    with faults_of(path):
         return _from_fields(fields)
+
+
+@contextlib.contextmanager
+def faults_of(path: pathlib.Path) -> Iterator[None]:
+    """Says of what is wrong with sampling settings in which file it is, and how to go without."""
+    try:
+        yield
     except ModelConfigError as e:
         raise ModelConfigError(
             f'{path}: {e}; correct the file, or load with EngineConfig(generation_config="ignore") '

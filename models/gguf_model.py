@@ -18,7 +18,7 @@ from jpaged.models.config_json import config_from_hf
 from jpaged.models.families import FAMILIES
 from jpaged.models.families.base import Source, layer_of
 from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
-from jpaged.models.generation_config import GenerationConfig
+from jpaged.models.generation_config import GenerationConfig, faults_of
 from jpaged.models.gguf_file import GgufFile
 from jpaged.models.host_arrays import is_finite, not_finite
 from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
@@ -198,7 +198,7 @@ def generation_config_of(file: GgufFile) -> GenerationConfig:
         for key, value in file.metadata.items()
         if key.startswith("general.sampling.")
     }
-    try:
+    with faults_of(file.path):
         _check_penalty(found)
         if unknown := {
             key: value
@@ -212,11 +212,6 @@ def generation_config_of(file: GgufFile) -> GenerationConfig:
             if key in found
         }
         return GenerationConfig(**values)
-    except ModelConfigError as e:
-        raise ModelConfigError(
-            f'{file.path}: {e}; load with EngineConfig(generation_config="ignore") or '
-            "--generation_config=ignore, without the model's sampling settings"
-        ) from e
 
 
 def _check_penalty(found: dict[str, Any]) -> None:
