@@ -2,6 +2,8 @@
 """Chooses the backend of each public function; never falls back in silence."""
 
 import importlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol, cast
 
 import jax
@@ -12,7 +14,10 @@ from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
 BACKENDS = ("tpu", "gpu", "xla")
-_BACKEND_OF_PLATFORM = {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+BACKEND_OF_PLATFORM: Mapping[str, str] = MappingProxyType(
+    {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+)
+"""Whose kernels run on a platform, as jax names those, unless told."""
 
 
 class Backend(Protocol):
@@ -62,7 +67,7 @@ def resolve_backend(backend: str | None) -> str:
     Raises:
       ValueError: for a name that is no backend, or a backend that cannot be used here.
     """
-    asked = backend if backend is not None else _BACKEND_OF_PLATFORM.get(jax.default_backend())
+    asked = backend if backend is not None else BACKEND_OF_PLATFORM.get(jax.default_backend())
     if asked not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} on platform {jax.default_backend()!r}: choose one of {BACKENDS}"

@@ -140,10 +140,10 @@ def directory(name: str, value: Any) -> pathlib.Path:
     try:
         if not isinstance(value, str | os.PathLike):
             raise TypeError
-        if isinstance(value, pathlib.PurePath) and hasattr(value, "exists"):
-            value = cast(pathlib.Path, value)  # maybe of a bucket, as `models.find` has it
-            return value.expanduser()
-        return pathlib.Path(value).expanduser()
+        # What can be looked at stays what it is: the path may be of a bucket (`models.find`).
+        usable = isinstance(value, pathlib.PurePath) and hasattr(value, "exists")
+        path = cast(pathlib.Path, value) if usable else pathlib.Path(value)
+        return path.expanduser()
     except (TypeError, RuntimeError):
         raise ValueError(f"{name}={shown(value)} must be the path of a directory") from None
 

@@ -22,6 +22,7 @@ from jpaged.models import sharding
 from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
+from jpaged.pallas_kernels.dispatch import BACKEND_OF_PLATFORM
 from jpaged.planning.chips import DeviceMemory
 
 
@@ -144,7 +145,7 @@ class Asked:
     @property
     def backend(self) -> str:
         """Whose kernels run, and whose layout the pool has."""
-        return self.config.backend or {"cpu": "xla"}.get(self.device.platform, self.device.platform)
+        return self.config.backend or BACKEND_OF_PLATFORM[self.device.platform]
 
 
 def plan_of(asked: Asked) -> Plan:

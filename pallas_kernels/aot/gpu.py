@@ -49,6 +49,18 @@ class GpuTarget:
     clock_ghz: float
 
 
+_H100 = GpuTarget(
+    name="NVIDIA H100",
+    capability=(9, 0),
+    num_sms=132,
+    fpus_per_sm=128,
+    smem_per_sm=228 * 1024,
+    smem_per_block=227 * 1024,
+    l2_bytes=50 * 2**20,
+    memory_bytes=80 * 10**9,
+    memory_bytes_per_s=3352e9,
+    clock_ghz=1.98,
+)
 # Source: NVIDIA's data sheets, and OpenXLA's specs of the same chips (xla/tools/hlo_opt/gpu_specs).
 GPU_TARGETS: Mapping[str, GpuTarget] = MappingProxyType(
     {
@@ -64,29 +76,10 @@ GPU_TARGETS: Mapping[str, GpuTarget] = MappingProxyType(
             memory_bytes_per_s=2039e9,
             clock_ghz=1.41,
         ),
-        "h100": GpuTarget(
-            name="NVIDIA H100",
-            capability=(9, 0),
-            num_sms=132,
-            fpus_per_sm=128,
-            smem_per_sm=228 * 1024,
-            smem_per_block=227 * 1024,
-            l2_bytes=50 * 2**20,
-            memory_bytes=80 * 10**9,
-            memory_bytes_per_s=3352e9,
-            clock_ghz=1.98,
-        ),
-        "h200": GpuTarget(
-            name="NVIDIA H200",
-            capability=(9, 0),
-            num_sms=132,
-            fpus_per_sm=128,
-            smem_per_sm=228 * 1024,
-            smem_per_block=227 * 1024,
-            l2_bytes=50 * 2**20,
-            memory_bytes=141 * 10**9,
-            memory_bytes_per_s=4800e9,
-            clock_ghz=1.98,
+        "h100": _H100,
+        # The same chip with other memory.
+        "h200": dataclasses.replace(
+            _H100, name="NVIDIA H200", memory_bytes=141 * 10**9, memory_bytes_per_s=4800e9
         ),
         "b200": GpuTarget(
             name="NVIDIA B200",
