@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import tokenizers
 
 from jpaged.chat import ChatTemplate
+from jpaged.device.burst import default_decode_steps
 from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
@@ -97,6 +98,7 @@ def runner_of(
         vocab_size=model_config.vocab_size,
         backend=backend,
         num_host_pages=num_host_pages,
+        decode_steps=default_decode_steps(config),
     )
 
 

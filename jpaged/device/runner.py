@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any
@@ -15,10 +14,12 @@ import numpy as np
 
 from jpaged import pallas_kernels
 from jpaged.device import sampling
+from jpaged.device.burst import burst_function
 from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
+from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
-from jpaged.host.growth.base import Candidate, Outcome
+from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
@@ -32,43 +33,6 @@ _SWAP_PAGES = 16
 
 # apply(params, inputs, kv_pages) -> (logits, kv_pages)
 ApplyFn = Callable[[Any, PagedInputs, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """One step's samples, still on the device until they are read.
-
-    Attributes:
-      tokens: i32[max_num_seqs], the first `num_samples` live.
-      logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
-      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
-      beams: for each beam search of the step, what `sampling.beam_candidates`, or
-        `processed_beam_candidates`, returned.
-      num_samples: live samples.
-      compile_s: seconds that compiling took before the step was on its way; 0 mostly.
-    """
-
-    tokens: jax.Array
-    logprobs: jax.Array
-    top: tuple[jax.Array, jax.Array] | None
-    beams: list[tuple[jax.Array, ...]]
-    num_samples: int
-    compile_s: float = 0.0
-
-    def read(self) -> Outcome:
-        """Waits for the step and returns what it found."""
-        tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
-        logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
-        likeliest = None
-        if self.top is not None:
-            ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
-            pairs = zip(ids, values, strict=True)
-            likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
-        candidates = []
-        for parts in self.beams:
-            found = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
-            candidates.append([Candidate(*each) for each in found if each[0] > -math.inf])
-        return Outcome(tokens, logprobs, likeliest, candidates)
 
 
 def step_function(apply: ApplyFn) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -92,6 +56,7 @@ class ModelRunner:
     Attributes:
       num_compilations: programs compiled so far.
       num_unplanned_compilations: those of them after `warm_up`; each is logged with its shape.
+      decode_steps: most steps of a burst; with 1 there are none.
     """
 
     def __init__(
@@ -104,6 +69,7 @@ class ModelRunner:
         vocab_size: int,
         backend: str,
         num_host_pages: int = 0,
+        decode_steps: int = 1,
     ):
         """Allocates the pool.
 
@@ -115,6 +81,7 @@ class ModelRunner:
           vocab_size: of the logits.
           backend: which kernels copy pages.
           num_host_pages: pages that host memory has room for.
+          decode_steps: most steps of a burst.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
@@ -123,6 +90,7 @@ class ModelRunner:
         self.params = jax.device_put(params, where)
         self.num_compilations = 0
         self.num_unplanned_compilations = 0
+        self.decode_steps = decode_steps
         self._warm = False
         self._programs_run: set[Hashable] = set()
         self._plan = plan
@@ -142,6 +110,8 @@ class ModelRunner:
         copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
         self._step = jax.jit(self._counted("step", step_function(apply)), donate_argnums=1)
         self._sample = jax.jit(self._counted("sample", sample))
+        burst = burst_function(apply, decode_steps, max_num_samples)
+        self._burst = jax.jit(self._counted("burst", burst), donate_argnums=1)
         self._copy_pages = jax.jit(self._counted("copy_pages", copy_pages), donate_argnums=0)
         self._top_logprobs = jax.jit(
             self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
@@ -162,8 +132,8 @@ class ModelRunner:
         """Whether `run` would start at once: all that it calls ran before, but for page copies."""
         return self._programs_run.issuperset(self._programs(batch))
 
-    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult:
-        """Dispatches a step and returns without waiting for it.
+    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult | BurstResult:
+        """Dispatches a step, or those of a burst, and returns without waiting for it.
 
         Args:
           batch: what to compute.
@@ -173,9 +143,39 @@ class ModelRunner:
           The samples, to be read when they are needed.
         """
         start, compiled = time.perf_counter(), self.num_compilations
-        waited_s = 0.0
         if copies := list(copies):
             self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+        result, waited_s = self._run_step(batch) if batch.burst is None else self._run_burst(batch)
+        self._programs_run |= self._programs(batch)
+        took_s = time.perf_counter() - start - waited_s
+        compile_s = took_s if self.num_compilations > compiled else 0.0
+        if self._warm and self.num_compilations > compiled:
+            logger.warning(
+                "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
+                self.num_compilations - compiled,
+                batch.shape,
+                len(copies),
+                took_s,
+            )
+            self.num_unplanned_compilations += self.num_compilations - compiled
+        return dataclasses.replace(result, compile_s=compile_s)
+
+    def _run_burst(self, batch: Batch) -> tuple[BurstResult, float]:
+        assert batch.burst is not None
+        self._kv_pages, self._tokens, tokens, logprobs = self._burst(
+            self.params,
+            self._kv_pages,
+            inputs_of(batch),
+            batch.previous_slots,
+            self._tokens,
+            batch.sampling,
+            batch.burst.rows,
+        )
+        return BurstResult(tokens, logprobs, batch.burst.samples), 0.0
+
+    def _run_step(self, batch: Batch) -> tuple[StepResult, float]:
+        """Dispatches a step by itself. Returns: its samples, and seconds that it was waited for."""
+        waited_s = 0.0
         logits, self._kv_pages = self._step(
             self.params, self._kv_pages, inputs_of(batch), batch.previous_slots, self._tokens
         )
@@ -201,19 +201,7 @@ class ModelRunner:
         top = None
         if batch.num_logprobs:
             top = self._top_logprobs(logits, self._num_likeliest(batch))
-        self._programs_run |= self._programs(batch)
-        took_s = time.perf_counter() - start - waited_s
-        compile_s = took_s if self.num_compilations > compiled else 0.0
-        if self._warm and self.num_compilations > compiled:
-            logger.warning(
-                "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
-                self.num_compilations - compiled,
-                batch.shape,
-                len(copies),
-                took_s,
-            )
-            self.num_unplanned_compilations += self.num_compilations - compiled
-        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, compile_s)
+        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples), waited_s
 
     def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
         """Copies pages to host memory, and others back; after the steps before, before the next.
@@ -244,6 +232,7 @@ class ModelRunner:
     def warm_up(
         self,
         shapes: Iterable[StepShape],
+        bursts: Iterable[StepShape] = (),
         num_logprobs: int = 0,
         beams: Iterable[BeamBatch] = (),
         processors: Collection[int] = (),
@@ -252,6 +241,7 @@ class ModelRunner:
 
         Args:
           shapes: what to compile; later steps of other shapes count as unplanned.
+          bursts: also compile bursts of these shapes, where there are any.
           num_logprobs: also compile the report of this many likeliest tokens.
           beams: also compile beam searches of these widths and numbers of candidates.
           processors: also compile what changes logits before tokens are chosen, with lists of these
@@ -266,6 +256,9 @@ class ModelRunner:
                 rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)
                 processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
                 self.run(dataclasses.replace(batch, beams=processed, processors=rows))
+        for shape in bursts if self.decode_steps > 1 else ():
+            batch = empty_batch(shape, self._plan.pages_per_seq, 0, self._plan.num_groups)
+            self.run(dataclasses.replace(batch, burst=idle_burst(shape.num_rows)))
         self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count, most = 1, self._max_num_samples * self._plan.num_groups
@@ -321,6 +314,8 @@ class ModelRunner:
 
     def _programs(self, batch: Batch) -> set[Hashable]:
         """What `run` calls for a batch, as keys; the step and the sampler have the same."""
+        if batch.burst is not None:
+            return {(batch.shape, "burst")}
         rows, processors = batch.shape.num_rows, batch.processors
         programs: set[Hashable] = {batch.shape}
         if batch.num_logprobs:
