@@ -20,10 +20,10 @@ MAX_FOLDER_LINES = {
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
-    # Steps compiled ahead of time, and memory that is not this machine's.
-    "jpaged/device": 1350,
+    # Steps compiled ahead of time, memory that is not this machine's, and bursts of steps.
+    "jpaged/device": 1600,
     "jpaged/planning": 700,
-    "jpaged/simulation": 1350,
+    "jpaged/simulation": 1500,
     "jpaged/measure": 300,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
