@@ -375,7 +375,7 @@ class Engine(ChatMethods):
             self._live.pipeline.scheduler,
             self._totals,
             page_bytes=self._plan.page_bytes,
-            num_compilations=self._runner.num_compilations,
+            num_compilations=self._runner.programs.num_compilations,
             num_unplanned_compilations=self._runner.num_unplanned_compilations,
         )
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jpaged.device.memory import PoolPlan
-from jpaged.device.runner import inputs_of, step_function
+from jpaged.device.programs import step_function
+from jpaged.device.runner import inputs_of
 from jpaged.host.batch import StepShape, empty_batch
 from jpaged.models import sharding
 from jpaged.models.config import ModelConfig

@@ -88,13 +88,13 @@ def _run(runner: ModelRunner, buckets: ShapeBuckets) -> dict[str, float]:
         steps = replay(read_steps(_STEPS.value), runner, buckets)
         bar = tqdm.tqdm(unit="step", disable=None)
         while True:
-            start, compiled = time.perf_counter(), runner.num_compilations
+            start, compiled = time.perf_counter(), runner.programs.num_compilations
             found = next(steps, None)
             if found is None:
                 break
             took = time.perf_counter() - start
             seconds += took
-            compile_seconds += took if runner.num_compilations > compiled else 0.0
+            compile_seconds += took if runner.programs.num_compilations > compiled else 0.0
             plan, outcome = found
             num_steps += 1
             num_tokens += plan.num_tokens
@@ -115,7 +115,7 @@ def _run(runner: ModelRunner, buckets: ShapeBuckets) -> dict[str, float]:
         "num_samples": num_samples,
         "seconds": seconds,
         "compile_seconds": compile_seconds,
-        "num_compilations": runner.num_compilations,
+        "num_compilations": runner.programs.num_compilations,
     }
 
 
