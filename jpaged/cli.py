@@ -17,6 +17,7 @@ PROGRAMS = {
     "benchmark": "Measures throughput, latency and how well the page pool is used.",
     "conformance": "Holds an implementation of the paged-attention contract to dense float64.",
     "plan": "Says what a model and its pages take of a chip's memory, without weights or device.",
+    "warmup": "Compiles what a job will run, before it runs, and says what that takes.",
     "simulate": "Serves requests without a model, with pages and without, by a cost model.",
 }
 

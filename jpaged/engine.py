@@ -91,9 +91,7 @@ class Engine(ChatMethods):
         self.tokenizer = tokenizer
         self._plan = plan
         self._scheduler_config = scheduler_config_of(config, model_config, plan)
-        self._buckets = ShapeBuckets(
-            config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
-        )
+        self._buckets = ShapeBuckets.of(config)
         self._log = open_log(
             config.record_steps,
             self._scheduler_config,
@@ -108,6 +106,8 @@ class Engine(ChatMethods):
         )
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
+        if config.strict_shapes:
+            self.warm_up()
 
     def _new_pipeline(self) -> Pipeline:
         """Makes an empty pool, page table and queues, and what holds requests against them."""

@@ -4,6 +4,7 @@
 import logging
 import pathlib
 import time
+import typing
 from typing import Any
 
 import jax
@@ -11,21 +12,59 @@ import jax.numpy as jnp
 import tokenizers
 
 from jpaged.chat import ChatTemplate
+from jpaged.device.ahead import AheadCompiler
 from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
+from jpaged.device.programs import Programs
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
 from jpaged.host.checks import directory
 from jpaged.host.config import EngineConfig
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
+from jpaged.models.config_json import load_config
 from jpaged.models.decoder import Decoder, stack_layers
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
 from jpaged.models.gguf_file import GgufFile, is_gguf
-from jpaged.models.gguf_model import generation_config_of
+from jpaged.models.gguf_model import config_of, generation_config_of
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+class ModelFiles(typing.NamedTuple):
+    """What a model directory or a GGUF file holds beside weights.
+
+    Attributes:
+      source: for `checkpoint.load`: the directory, or the open file.
+      tokenizer: None where there is none.
+      generation_config: sampling settings; None where there are none, or the engine ignores them.
+      chat_template: its chat templates.
+    """
+
+    source: pathlib.Path | GgufFile
+    tokenizer: tokenizers.Tokenizer | None
+    generation_config: GenerationConfig | None
+    chat_template: ChatTemplate
+
+    @classmethod
+    def of(cls, path: pathlib.Path, config: EngineConfig) -> "ModelFiles":
+        """Reads them; see `Engine.load` for the errors."""
+        reads = config.generation_config == "model"
+        if not is_gguf(path):
+            tokenizer, chat_template = load_tokenizer(path), ChatTemplate.load(path)
+            defaults = load_generation_config(path) if reads else None
+            return cls(path, tokenizer, defaults, chat_template)
+        file = GgufFile(path)
+        tokenizer, chat_template = tokenizer_of(file), chat_template_of(file)
+        defaults = generation_config_of(file) if reads else None
+        return cls(file, tokenizer, defaults, chat_template)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape, whose weights are not looked at."""
+        source = self.source
+        return config_of(source) if isinstance(source, GgufFile) else load_config(source)
 
 
 def read_model(
@@ -40,17 +79,9 @@ def read_model(
     path = directory("model_path", find(model_path))
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
-    file = GgufFile(path) if is_gguf(path) else None
-    # What can be refused is, before the weights are read.
-    if file is None:
-        tokenizer, chat_template = load_tokenizer(path), ChatTemplate.load(path)
-    else:
-        tokenizer, chat_template = tokenizer_of(file), chat_template_of(file)
-    defaults = None
-    if config.generation_config == "model":
-        defaults = load_generation_config(path) if file is None else generation_config_of(file)
+    files = ModelFiles.of(path, config)  # what can be refused is, before the weights are read
     model_config, params = checkpoint.load(
-        path if file is None else file,
+        files.source,
         dtype,
         lambda model_config: plan_pool(config, model_config, backend),
         scan_layers=_scans(config),
@@ -62,7 +93,7 @@ def read_model(
         dtype.name,
         time.perf_counter() - start,
     )
-    return model_config, params, tokenizer, defaults, chat_template
+    return (model_config, params, *files[1:])
 
 
 def runner_of(
@@ -97,7 +128,28 @@ def runner_of(
         vocab_size=model_config.vocab_size,
         backend=backend,
         num_host_pages=num_host_pages,
+        strict=config.strict_shapes,
     )
+
+
+def compiler_of(config: EngineConfig, model_config: ModelConfig) -> tuple[AheadCompiler, PoolPlan]:
+    """Makes what compiles for an engine before its weights are read, as `Engine.load` would.
+
+    Returns:
+      The compiler, and the pool as it will be if memory stays as free as it is.
+
+    Raises:
+      ValueError: if settings or memory do not allow the engine.
+    """
+    backend, dtype = resolve_backend(config.backend), default_dtype(config)
+    unread = Decoder(model_config).num_params * dtype.itemsize
+    plan = plan_pool(config, model_config, backend, unread_bytes=unread)
+    scan_layers = _scans(config)
+    decoder = Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len)
+    sizes = {"max_num_samples": config.max_num_seqs, "vocab_size": model_config.vocab_size}
+    programs = Programs(decoder.apply, backend=backend, **sizes)
+    params = Decoder(model_config, scan_layers, "xla").abstract_params(dtype)
+    return AheadCompiler(programs, params, plan, max_num_samples=config.max_num_seqs), plan
 
 
 def _scans(config: EngineConfig) -> bool:

@@ -114,6 +114,8 @@ def main(argv: list[str]) -> None:
         engine = Engine.load(model, engine_config_from_flags())
         params = [with_fallbacks(own, engine.defaults) for own in params]
         prompts = _encoded(prompts, engine)
+        if engine.config.strict_shapes:
+            engine.warm_up(num_logprobs=max(own.logprobs or 0 for own in params), params=params)
     as_json = _OUTPUT.value == "json"
     shown = [""] * len(prompts) if _CHAT.value else prompts
     writer = ResultWriter(shown, engine.tokenizer, as_json=as_json)

@@ -15,13 +15,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
-    # Tokenizers and chat templates of GGUF files.
-    "jpaged": 3450,
+    # Tokenizers and chat templates of GGUF files; what is read of a model without its weights.
+    "jpaged": 3600,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
-    # Steps compiled ahead of time, and memory that is not this machine's.
-    "jpaged/device": 1350,
+    # Steps compiled ahead of time, here and for memory that is not this machine's.
+    "jpaged/device": 1600,
     "jpaged/planning": 700,
     "jpaged/simulation": 1350,
     "jpaged/measure": 300,
@@ -30,8 +30,8 @@ MAX_FOLDER_LINES = {
     "models": 4500,
     "models/families": 1650,
     "pallas_kernels": 6300,
-    # With `convert` and `plan`, the seventh program.
-    "scripts": 2950,
+    # With `convert`, `plan` and `warmup`, the eighth program.
+    "scripts": 3150,
     "scripts/kernels": 1250,
     "scripts/measure": 1150,
     "scripts/demo": 400,

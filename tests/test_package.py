@@ -137,7 +137,7 @@ def test_the_command_says_what_there_is(run):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         "jpaged: there is no program 'genrate': choose among generate, chat, convert, benchmark, "
-        "conformance, plan, simulate\n"
+        "conformance, plan, warmup, simulate\n"
     )
 
 

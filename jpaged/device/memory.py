@@ -90,7 +90,12 @@ class PoolPlan:
 
 
 def plan_pool(
-    config: EngineConfig, model_config: ModelConfig, backend: str, free: FreeMemory | None = None
+    config: EngineConfig,
+    model_config: ModelConfig,
+    backend: str,
+    free: FreeMemory | None = None,
+    *,
+    unread_bytes: int = 0,
 ) -> PoolPlan:
     """Sizes the pool: as asked, or from free memory, but not beyond use.
 
@@ -99,6 +104,7 @@ def plan_pool(
       model_config: gives the size of a page.
       backend: whose layout the pool has.
       free: the memory; None takes that of the default device and of this host.
+      unread_bytes: of weights that will be there before the pool is; what is free is less by them.
 
     Returns:
       The plan; nothing is allocated.
@@ -119,6 +125,7 @@ def plan_pool(
     kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
 
     free = free or _free_memory()
+    free = dataclasses.replace(free, num_bytes=max(free.num_bytes - unread_bytes, 0))
     dtype = _pool_dtype(config, free.platform)
 
     def plan(num_pages: int, reason: str) -> PoolPlan:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jpaged import pallas_kernels
 from jpaged.device import sampling
 from jpaged.host.batch import Batch
+from jpaged.host.compile_plan import UnplannedProgramError
 from jpaged.models.inputs import PagedInputs
 from jpaged.pallas_kernels import layout
 
@@ -78,6 +79,23 @@ class Programs:
     def num_likeliest(self, batch: Batch) -> int:
         """A power of two, so that requests that differ a little share a program."""
         return min(1 << (batch.num_logprobs - 1).bit_length(), self._vocab_size)
+
+    def check_planned(self, batch: Batch) -> None:
+        """Raises UnplannedProgramError if something that a batch needs did not run before."""
+        missing = self.needed(batch) - self.ran
+        if not missing:
+            return
+        live = f"{int(batch.cu_q_lens[-1])} tokens of {int(batch.num_seqs[0])} sequences"
+        if batch.shape in missing:
+            reason = f"{batch.shape}, tokens x rows, is not compiled; add it to step_shapes"
+        else:
+            reason = (
+                "what its requests ask for beside tokens (logprobs, beams, what changes logits) is "
+                "not compiled; give such requests to Engine.warm_up(num_logprobs=, params=)"
+            )
+        raise UnplannedProgramError(
+            f"strict_shapes: a step of {live}: {reason}, or do without strict_shapes"
+        )
 
     def needed(self, batch: Batch) -> set[Hashable]:
         """What is called for a batch, as keys; the step and the sampler have the same."""

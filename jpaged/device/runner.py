@@ -26,7 +26,10 @@ from jpaged.pallas_kernels.rows import Rows
 logger = logging.getLogger(__name__)
 
 # Pages of a group that are swapped by one program, so that there is one for any number.
-_SWAP_PAGES = 16
+SWAP_PAGES = 16
+
+# One program for each shape, which can be compiled before; its parts one by one could not.
+zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,7 @@ class ModelRunner:
         vocab_size: int,
         backend: str,
         num_host_pages: int = 0,
+        strict: bool = False,
     ):
         """Allocates the pool.
 
@@ -98,6 +102,7 @@ class ModelRunner:
           vocab_size: of the logits.
           backend: which kernels copy pages.
           num_host_pages: pages that host memory has room for.
+          strict: whether a step that would compile something after `warm_up` is refused.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
@@ -108,9 +113,9 @@ class ModelRunner:
             apply, max_num_samples=max_num_samples, vocab_size=vocab_size, backend=backend
         )
         self.num_unplanned_compilations = 0
-        self._warm = False
+        self._warm, self._strict = False, strict
         self._plan = plan
-        self._swap_pages = _SWAP_PAGES * plan.num_groups
+        self._swap_pages = SWAP_PAGES * plan.num_groups
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
         self._device = device
@@ -130,8 +135,13 @@ class ModelRunner:
 
         Returns:
           The samples, to be read when they are needed.
+
+        Raises:
+          UnplannedProgramError: if it is strict, and the step would compile; nothing has run then.
         """
         programs = self.programs
+        if self._strict and self._warm:
+            programs.check_planned(batch)
         start, compiled = time.perf_counter(), programs.num_compilations
         waited_s = 0.0
         if copies := list(copies):
@@ -218,7 +228,7 @@ class ModelRunner:
           processors: also compile what changes logits before tokens are chosen, with lists of these
             widths.
         """
-        beams, tokens = tuple(beams), self._tokens
+        beams, tokens, self._warm = tuple(beams), self._tokens, False
         for shape in shapes:
             sizes = self._plan.pages_per_seq, num_logprobs, self._plan.num_groups
             batch = empty_batch(shape, *sizes)
@@ -262,10 +272,10 @@ class ModelRunner:
         jax.block_until_ready((self._kv_pages, self._tokens))
 
     def _new_pages(self) -> jax.Array:
-        return jax.device_put(jnp.zeros(self._plan.shape, self._plan.dtype), self._device)
+        return jax.device_put(zeros(self._plan.shape, self._plan.dtype), self._device)
 
     def _new_tokens(self) -> jax.Array:
-        return jax.device_put(jnp.zeros(self._max_num_samples, jnp.int32), self._device)
+        return jax.device_put(zeros((self._max_num_samples,), np.int32), self._device)
 
     def _parts(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
         count = self._swap_pages

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import re
 
 from jpaged.host.checks import Rule, at_least, check_fields, instance_of, one_of
 
@@ -15,6 +16,7 @@ CHOICES = {
     "generation_config": ("model", "ignore"),
 }
 
+_SHAPE = r"[1-9]\d{0,9}x[1-9]\d{0,9}"
 _FINITE = (Rule("finite and above 0", lambda value: 0 < value < math.inf),)
 _RULES = {
     "page_size": at_least(1),
@@ -29,6 +31,12 @@ _RULES = {
     ),
     "swap_bytes_per_s": _FINITE,
     "flops_per_s": _FINITE,
+    "step_shapes": (
+        Rule(
+            "TOKENSxROWS, or a list of it with commas, such as 16x16,1024x16",
+            lambda text: re.fullmatch(rf"{_SHAPE}(,{_SHAPE})*", text) is not None,
+        ),
+    ),
 } | {name: one_of(*choices) for name, choices in CHOICES.items()}
 
 
@@ -74,6 +82,11 @@ class EngineConfig:
       compilation_cache_dir: where compiled programs are kept for the next start, for all of the
         process: a directory, or an address such as gs://bucket/path; "" keeps none. None takes
         jax's own setting, JAX_COMPILATION_CACHE_DIR, and without one ~/.cache/jpaged/xla.
+      step_shapes: TOKENSxROWS, such as "16x16,1024x16": shapes that steps are padded to, instead of
+        a ladder of powers of two, which a step that none of them holds still gets; `jpaged warmup`
+        chooses them for a job. None has the ladder alone.
+      strict_shapes: compiles all step shapes when the engine is made, and ends a step with an error
+        that would have to compile another program later, before it does.
     """
 
     page_size: int = 16
@@ -95,6 +108,8 @@ class EngineConfig:
     generation_config: str = "model"
     record_steps: str | None = None
     compilation_cache_dir: str | None = None
+    step_shapes: str | None = None
+    strict_shapes: bool = False
 
     def __post_init__(self):
         check_fields(self, _RULES)
@@ -103,6 +118,23 @@ class EngineConfig:
                 f"deterministic needs max_num_batched_tokens={self.max_num_batched_tokens} above "
                 f"max_num_seqs={self.max_num_seqs}: one step shape must hold prefill and decode"
             )
+        if self.deterministic and self.step_shapes is not None:
+            raise ValueError(
+                f"step_shapes={self.step_shapes!r} and deterministic, which has one shape, exclude "
+                "each other"
+            )
+        most = self.max_num_batched_tokens, self.max_num_seqs
+        for tokens, rows in step_shapes(self.step_shapes or ""):
+            if tokens > most[0] or rows > most[1]:
+                raise ValueError(
+                    f"step_shapes has {tokens}x{rows}, TOKENSxROWS, and no step has more than "
+                    f"max_num_batched_tokens={most[0]} or max_num_seqs={most[1]}"
+                )
+
+
+def step_shapes(text: str) -> list[tuple[int, int]]:
+    """The tokens and rows that `EngineConfig.step_shapes` lists; none for an empty text."""
+    return [(int(t), int(r)) for t, r in (shape.split("x") for shape in text.split(",") if shape)]
 
 
 def engine_config(config: EngineConfig | None) -> EngineConfig:

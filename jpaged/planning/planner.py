@@ -111,9 +111,8 @@ def compile_steps(
     pool = plan_pool(
         config, model_config, asked.backend, free_memory(asked, device.num_bytes - weights)
     )
-    tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
-    buckets = ShapeBuckets(tokens, rows, single=config.deterministic)
-    shapes = {"decode": StepShape(rows, rows), "prefill": buckets.all_shapes()[-1]}
+    rows = config.max_num_seqs
+    shapes = {"decode": StepShape(rows, rows), "prefill": ShapeBuckets.of(config).all_shapes()[-1]}
     if config.deterministic:
         del shapes["decode"]
     bar = tqdm.tqdm(shapes.items(), desc="compiling", unit="step", disable=None, leave=False)

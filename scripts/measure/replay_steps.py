@@ -71,9 +71,7 @@ def main(argv: list[str]) -> None:
         )
         report = _run(
             runner,
-            ShapeBuckets(
-                config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
-            ),
+            ShapeBuckets.of(config),
         )
     except (OSError, ValueError) as e:
         raise app.UsageError(str(e)) from e
