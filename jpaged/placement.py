@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import tokenizers
 
 from jpaged.chat import ChatTemplate
+from jpaged.device.compiler_options import scans_layers
 from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
@@ -53,7 +54,7 @@ def read_model(
         path if file is None else file,
         dtype,
         lambda model_config: plan_pool(config, model_config, backend),
-        scan_layers=_scans(config),
+        scan_layers=scans_layers(config.scan_layers, jax.default_backend()),
     )
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
@@ -87,7 +88,7 @@ def runner_of(
     stacked = "layers" in params
     if stacked and config.scan_layers is False:
         raise ValueError("scan_layers=False must be True, or None: params has stacked layers")
-    scan_layers = stacked or _scans(config)
+    scan_layers = stacked or scans_layers(config.scan_layers, jax.default_backend())
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     return ModelRunner(
         Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len).apply,
@@ -98,10 +99,3 @@ def runner_of(
         backend=backend,
         num_host_pages=num_host_pages,
     )
-
-
-def _scans(config: EngineConfig) -> bool:
-    """Whether layers are stacked, and scanned over."""
-    if config.scan_layers is None:
-        return jax.default_backend() != "cpu"
-    return config.scan_layers

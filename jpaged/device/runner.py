@@ -15,6 +15,7 @@ import numpy as np
 
 from jpaged import pallas_kernels
 from jpaged.device import sampling
+from jpaged.device.compiler_options import compiler_options
 from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
@@ -140,8 +141,10 @@ class ModelRunner:
             return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
 
         copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
-        self._step = jax.jit(self._counted("step", step_function(apply)), donate_argnums=1)
-        self._sample = jax.jit(self._counted("sample", sample))
+        options = compiler_options(device.platform)
+        step = self._counted("step", step_function(apply))
+        self._step = jax.jit(step, donate_argnums=1, compiler_options=options)
+        self._sample = jax.jit(self._counted("sample", sample), compiler_options=options)
         self._copy_pages = jax.jit(self._counted("copy_pages", copy_pages), donate_argnums=0)
         self._top_logprobs = jax.jit(
             self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
