@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is read off the text of programs, here of programs that are short enough to count by hand."""
+"""What is read off the text of programs, here of some that can be counted by hand."""
 
 import types
 
