@@ -13,6 +13,7 @@ import tokenizers
 
 from jpaged.chat import ChatTemplate
 from jpaged.device.ahead import AheadCompiler
+from jpaged.device.compiler_options import scans_layers
 from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
 from jpaged.device.programs import Programs
 from jpaged.device.runner import ModelRunner
@@ -84,7 +85,7 @@ def read_model(
         files.source,
         dtype,
         lambda model_config: plan_pool(config, model_config, backend),
-        scan_layers=_scans(config),
+        scan_layers=scans_layers(config.scan_layers, jax.default_backend()),
     )
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
@@ -118,7 +119,7 @@ def runner_of(
     stacked = "layers" in params
     if stacked and config.scan_layers is False:
         raise ValueError("scan_layers=False must be True, or None: params has stacked layers")
-    scan_layers = stacked or _scans(config)
+    scan_layers = stacked or scans_layers(config.scan_layers, jax.default_backend())
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     return ModelRunner(
         Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len).apply,
@@ -144,16 +145,9 @@ def compiler_of(config: EngineConfig, model_config: ModelConfig) -> tuple[AheadC
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     unread = Decoder(model_config).num_params * dtype.itemsize
     plan = plan_pool(config, model_config, backend, unread_bytes=unread)
-    scan_layers = _scans(config)
+    scan_layers = scans_layers(config.scan_layers, jax.default_backend())
     decoder = Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len)
     sizes = {"max_num_samples": config.max_num_seqs, "vocab_size": model_config.vocab_size}
     programs = Programs(decoder.apply, backend=backend, **sizes)
     params = Decoder(model_config, scan_layers, "xla").abstract_params(dtype)
     return AheadCompiler(programs, params, plan, max_num_samples=config.max_num_seqs), plan
-
-
-def _scans(config: EngineConfig) -> bool:
-    """Whether layers are stacked, and scanned over."""
-    if config.scan_layers is None:
-        return jax.default_backend() != "cpu"
-    return config.scan_layers

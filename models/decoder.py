@@ -28,10 +28,10 @@ class Decoder:
 
     Attributes:
       config: the model's shape.
-      scan_layers: False unrolls the layers (fastest on CPU); True scans over stacked weights, which
-        compiles in a time that does not grow with depth (right for TPU and GPU): over repetitions
-        of the config's pattern, and what is left is unrolled. The parameter tree differs: see
-        `stack_layers`.
+      scan_layers: False unrolls the layers (fastest on CPUs and GPUs, where a scan copies weights);
+        True scans over stacked weights, which compiles in a time that does not grow with depth
+        (right for TPUs): over repetitions of the config's pattern, and what is left is unrolled.
+        The parameter tree differs: see `stack_layers`.
       backend: which kernels to use, as in `pallas_kernels.paged_attention`.
       mesh: devices with one axis, over which `apply` splits the heads; the caller lays parameters
         and pool out as `models.sharding` says. None computes on one device.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jpaged import pallas_kernels
 from jpaged.device import sampling
+from jpaged.device.compiler_options import compiler_options
 from jpaged.host.batch import Batch
 from jpaged.host.compile_plan import UnplannedProgramError
 from jpaged.models.inputs import PagedInputs
@@ -61,8 +62,11 @@ class Programs:
             return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
 
         copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
-        self.step = self._jit("step", step_function(apply), donate_argnums=1)
-        self.sample = self._jit("sample", sample)
+        options = compiler_options(jax.devices()[0].platform)
+        self.step = self._jit(
+            "step", step_function(apply), donate_argnums=1, compiler_options=options
+        )
+        self.sample = self._jit("sample", sample, compiler_options=options)
         self.process = self._jit("process_logits", sampling.process_logits)
         self.model_logprobs = self._jit("model_logprobs", sampling.model_logprobs)
         self.top_logprobs = self._jit("top_logprobs", sampling.top_logprobs, static_argnums=1)

@@ -73,7 +73,7 @@ class EngineConfig:
         whatever else runs, at the price of speed: decode too takes as long as
         max_num_batched_tokens do.
       scan_layers: scan over the layers (compiles fast) instead of unrolling them (runs fast on
-        CPU); None unrolls on CPU alone.
+        CPUs and GPUs); None scans on TPUs alone.
       backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
       generation_config: "model" takes what the model's generation_config.json says for sampling
         parameters that are None; "ignore" reads its end-of-sequence tokens only.

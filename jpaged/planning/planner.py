@@ -116,10 +116,15 @@ def compile_steps(
     if config.deterministic:
         del shapes["decode"]
     bar = tqdm.tqdm(shapes.items(), desc="compiling", unit="step", disable=None, leave=False)
-    scans = config.scan_layers is not False  # by default too, as these are no CPUs
     return {
         name: compile_step(
-            compiler, mesh, model_config, pool, shape, dtype=dtype, scan_layers=scans
+            compiler,
+            mesh,
+            model_config,
+            pool,
+            shape,
+            dtype=dtype,
+            scan_layers=config.scan_layers,
         )
         for name, shape in bar
     }
