@@ -102,9 +102,9 @@ class Engine(ChatMethods):
             deterministic=config.deterministic,
             num_groups=plan.num_groups,
         )
-        num_host_pages = self._scheduler_config.num_host_pages
+        room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
-            config, model_config, params, plan, backend=backend, num_host_pages=num_host_pages
+            config, model_config, params, plan, tokenizer, backend=backend, num_host_pages=room
         )
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)

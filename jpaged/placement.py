@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a model from disk, and puts one that is in memory on the device, ready to run steps."""
 
+import dataclasses
 import logging
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 
 from jpaged.chat import ChatTemplate
-from jpaged.device.memory import PoolPlan, default_dtype, plan_pool
+from jpaged.device.kv_scales import calibrate, calibration_prompt, read_kv_scales
+from jpaged.device.memory import PoolPlan, default_dtype, plan_pool, pool_dtype
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
 from jpaged.host.checks import directory
-from jpaged.host.config import EngineConfig
+from jpaged.host.config import EIGHT_BITS, EngineConfig
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
-from jpaged.models.decoder import Decoder, stack_layers
+from jpaged.models.decoder import Decoder, Params, stack_layers
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import generation_config_of
@@ -70,6 +74,7 @@ def runner_of(
     model_config: ModelConfig,
     params: Any,
     plan: PoolPlan,
+    tokenizer: tokenizers.Tokenizer | None = None,
     *,
     backend: str,
     num_host_pages: int,
@@ -81,23 +86,84 @@ def runner_of(
       model_config: the model's shape.
       params: its parameters, stacked or not, of any floating dtype.
       plan: the pool's dimensions.
+      tokenizer: the model's, for the text that scales of pages are found on.
       backend: whose kernels run.
       num_host_pages: pages that host memory has room for.
     """
-    stacked = "layers" in params
-    if stacked and config.scan_layers is False:
-        raise ValueError("scan_layers=False must be True, or None: params has stacked layers")
-    scan_layers = stacked or _scans(config)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
+    decoder, params = decoder_of(
+        config, model_config, params, tokenizer, backend=backend, max_length=plan.max_model_len
+    )
     return ModelRunner(
-        Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len).apply,
-        stack_layers(params, model_config) if scan_layers and not stacked else params,
+        decoder.apply,
+        params,
         plan,
         max_num_samples=config.max_num_seqs,
         vocab_size=model_config.vocab_size,
         backend=backend,
         num_host_pages=num_host_pages,
     )
+
+
+def decoder_of(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    params: Any,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    *,
+    backend: str,
+    max_length: int,
+) -> tuple[Decoder, Params]:
+    """What an engine of this config computes with.
+
+    Args:
+      config: the engine's settings.
+      model_config: the model's shape.
+      params: its parameters, stacked or not, of any floating dtype.
+      tokenizer: as in `runner_of`.
+      backend: whose kernels run.
+      max_length: as in `Decoder`.
+
+    Returns:
+      The model, and its parameters in the dtype that is asked for, stacked as it takes them, with
+      the scales of pages of eight bits.
+    """
+    stacked = "layers" in params
+    if stacked and config.scan_layers is False:
+        raise ValueError("scan_layers=False must be True, or None: params has stacked layers")
+    scan_layers = stacked or _scans(config)
+    scales = params.get("kv_scales")
+    params = {name: tree for name, tree in params.items() if name != "kv_scales"}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
+    if scan_layers and not stacked:
+        params = stack_layers(params, model_config)
+    decoder = Decoder(model_config, scan_layers, backend, max_length=max_length)
+    if config.kv_dtype in EIGHT_BITS:
+        if config.kv_scales is not None:
+            scales = read_kv_scales(config.kv_scales, model_config.num_layers, config.kv_dtype)
+        elif scales is None:
+            prompt = calibration_prompt(tokenizer, model_config.vocab_size)
+            scales = calibrated(config, decoder, params, [prompt])
+        params["kv_scales"] = jnp.asarray(scales, jnp.float32)
+    return decoder, params
+
+
+def calibrated(
+    config: EngineConfig, decoder: Decoder, params: Params, prompts: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Scales for the pages of an engine of this config; see `calibrate`."""
+    assert config.kv_dtype is not None
+    start = time.perf_counter()
+    scales = calibrate(
+        decoder,
+        params,
+        prompts,
+        config.kv_dtype,
+        page_size=config.page_size,
+        pool_dtype=pool_dtype(dataclasses.replace(config, kv_dtype=None, kv_scales=None)),
+    )
+    tokens, took_s = sum(map(len, prompts)), time.perf_counter() - start
+    logger.info("scales of %s pages found on %d tokens in %.2f s", config.kv_dtype, tokens, took_s)
+    return scales
 
 
 def _scans(config: EngineConfig) -> bool:

@@ -119,7 +119,7 @@ def plan_pool(
     kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
 
     free = free or _free_memory()
-    dtype = _pool_dtype(config, free.platform)
+    dtype = pool_dtype(config, free.platform)
 
     def plan(num_pages: int, reason: str) -> PoolPlan:
         shape = layout.kv_pages_shape(
@@ -241,14 +241,16 @@ def default_dtype(config: EngineConfig, platform: str | None = None) -> np.dtype
     return jnp.dtype(config.dtype or ("float32" if is_cpu else "bfloat16"))
 
 
-def _pool_dtype(config: EngineConfig, platform: str) -> np.dtype:
-    """The dtype of pages: that of the weights, but float32 for bfloat16 weights on CPU.
+def pool_dtype(config: EngineConfig, platform: str | None = None) -> np.dtype:
+    """The dtype of pages: as asked, else that of the weights, but float32 for bfloat16 on CPU.
 
     XLA's CPU compiler computes bfloat16 gathers and updates in float32 and converts the whole pool
     around each of them (measured: docs/decisions.md).
     """
+    if config.kv_dtype is not None:
+        return jnp.dtype(config.kv_dtype)
     dtype = default_dtype(config, platform)
-    if dtype == jnp.bfloat16 and platform == "cpu":
+    if dtype == jnp.bfloat16 and (platform or jax.default_backend()) == "cpu":
         return np.dtype(np.float32)
     return dtype
 
