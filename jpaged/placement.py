@@ -15,7 +15,7 @@ import tokenizers
 
 from jpaged.chat import ChatTemplate
 from jpaged.device.kv_scales import calibrate, calibration_prompt, read_kv_scales
-from jpaged.device.memory import PoolPlan, default_dtype, plan_pool, pool_dtype
+from jpaged.device.memory import PoolPlan, check_pages, default_dtype, plan_pool, pool_dtype
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
 from jpaged.host.checks import directory
@@ -30,6 +30,9 @@ from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+# Dtypes of pages, and what to take instead.
+_SLOW_ON_CPU = {"bfloat16": "float32", "float8_e4m3fn": "int8"}
 
 
 def read_model(
@@ -56,7 +59,7 @@ def read_model(
     model_config, params = checkpoint.load(
         path if file is None else file,
         dtype,
-        lambda model_config: plan_pool(config, model_config, backend),
+        lambda model_config: pool_of(config, model_config, backend),
         scan_layers=_scans(config),
     )
     logger.info(
@@ -67,6 +70,21 @@ def read_model(
         time.perf_counter() - start,
     )
     return model_config, params, tokenizer, defaults, chat_template
+
+
+def pool_of(config: EngineConfig, model_config: ModelConfig, backend: str) -> PoolPlan:
+    """Plans the pool of an engine on this machine; see `plan_pool`.
+
+    Raises:
+      ValueError: as there, if the kernels do not take pages of the dtype that is asked for, or if
+        a file of scales is not this model's.
+    """
+    plan = plan_pool(config, model_config, backend)
+    if config.kv_dtype is not None:
+        check_pages(model_config, plan, default_dtype(config), backend)
+    if config.kv_scales is not None:
+        read_kv_scales(config.kv_scales, model_config.num_layers, plan.dtype.name)
+    return plan
 
 
 def runner_of(
@@ -90,6 +108,12 @@ def runner_of(
       backend: whose kernels run.
       num_host_pages: pages that host memory has room for.
     """
+    if plan.dtype.name in _SLOW_ON_CPU and jax.default_backend() == "cpu":
+        logger.warning(
+            "pages of %s are slow on a CPU, whose compiler converts all of them at every "
+            "step: those of %s are not",
+            *(plan.dtype.name, _SLOW_ON_CPU[plan.dtype.name]),
+        )
     decoder, params = decoder_of(
         config, model_config, params, tokenizer, backend=backend, max_length=plan.max_model_len
     )

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 import tqdm
 
-from jpaged.host.checks import shown
+from jpaged.host.checks import directory, shown
 from jpaged.models.decoder import Decoder, Params
 from jpaged.models.inputs import PagedInputs
 from jpaged.pallas_kernels import layout
@@ -157,7 +157,7 @@ def write_kv_scales(path: str | pathlib.Path, scales: np.ndarray, kv_dtype: str)
     # Of each number the shortest text that gives it back.
     rows = [[float(str(number)) for number in row] for row in np.asarray(scales, np.float32)]
     text = json.dumps({"kv_dtype": kv_dtype, "scales": rows})
-    pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+    directory("kv_scales", path).write_text(text + "\n", encoding="utf-8")
 
 
 def read_kv_scales(path: str | pathlib.Path, num_layers: int, kv_dtype: str) -> np.ndarray:
@@ -171,7 +171,7 @@ def read_kv_scales(path: str | pathlib.Path, num_layers: int, kv_dtype: str) -> 
       OSError: if the file cannot be read.
     """
     try:
-        fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        fields = json.loads(directory("kv_scales", path).read_text(encoding="utf-8"))
     except ValueError as e:
         raise KvScalesError(f"kv_scales: {path} is not JSON: {e}") from None
     if not isinstance(fields, dict) or not {"kv_dtype", "scales"} <= fields.keys():

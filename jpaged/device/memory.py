@@ -2,6 +2,7 @@
 """How large a page pool is, before it is allocated."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jpaged.host.config import EngineConfig
 from jpaged.host.groups import ONE_GROUP, GroupKind, num_groups, pages_of
 from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import ModelConfig
-from jpaged.pallas_kernels import layout
+from jpaged.pallas_kernels import dispatch, layout
+from jpaged.pallas_kernels.rows import Rows
 
 _MAX_DEFAULT_SWAP_BYTES = 2**30
 
@@ -253,6 +255,33 @@ def pool_dtype(config: EngineConfig, platform: str | None = None) -> np.dtype:
     if dtype == jnp.bfloat16 and (platform or jax.default_backend()) == "cpu":
         return np.dtype(np.float32)
     return dtype
+
+
+def check_pages(model_config: ModelConfig, plan: PoolPlan, dtype: np.dtype, backend: str) -> None:
+    """Has the kernels refuse pages that they do not take, before there are any.
+
+    Nothing is compiled or run; kernels are traced for the chip that jax's abstract mesh names, or
+    else for the default device.
+
+    Args:
+      model_config: the model's shape.
+      plan: of the pool.
+      dtype: of queries.
+      backend: whose kernels.
+
+    Raises:
+      ValueError: if they do not take them; the message has the rule.
+    """
+    if backend == "xla":
+        return  # which compiles for everything
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    rows = Rows(ints((4, plan.pages_per_seq)), ints((4,)), ints((5,)), ints((1,)))
+    kv_pages = jax.ShapeDtypeStruct(plan.shape, plan.dtype)
+    kv_scale = jax.ShapeDtypeStruct((2,), jnp.float32)
+    for attention in model_config.attentions:
+        q = jax.ShapeDtypeStruct((4, attention.num_q_heads, attention.head_dim), dtype)
+        attend = functools.partial(dispatch.attend, variant=attention.variant, backend=backend)
+        jax.eval_shape(attend, q, kv_pages, rows, kv_scale=kv_scale)
 
 
 def _free_memory() -> FreeMemory:
