@@ -16,24 +16,25 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
     # Tokenizers and chat templates of GGUF files.
-    "jpaged": 3450,
+    "jpaged": 3560,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, and memory that is not this machine's.
-    "jpaged/device": 1350,
+    "jpaged/device": 1600,
     "jpaged/planning": 700,
     "jpaged/simulation": 1350,
-    "jpaged/measure": 300,
+    # Perplexity through pages.
+    "jpaged/measure": 350,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
-    "models": 4500,
+    "models": 4550,
     "models/families": 1650,
     "pallas_kernels": 6300,
-    # With `convert` and `plan`, the seventh program.
-    "scripts": 2950,
+    # With `calibrate`, the eighth program.
+    "scripts": 3050,
     "scripts/kernels": 1250,
-    "scripts/measure": 1150,
+    "scripts/measure": 1300,
     "scripts/demo": 400,
     "scripts/fixtures": 1550,
 }

@@ -104,7 +104,8 @@ def calibrate(
         # Page 0 may hold what padding wrote.
         cells = kv_pages[:, 1:, ..., : 2 * config.head_dim].astype(jnp.float32)
         cells = jnp.abs(cells.reshape(config.num_layers, -1, 2, config.head_dim))
-        return jnp.max(cells, axis=(1, 3))
+        # A maximum may pass over a NaN.
+        return jnp.max(jnp.where(jnp.isfinite(cells), cells, jnp.inf), axis=(1, 3))
 
     found = np.zeros((config.num_layers, 2), np.float32)
     for prompt in tqdm.tqdm(prompts, desc="calibrating", unit="prompt", disable=None, leave=False):

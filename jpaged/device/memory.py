@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -275,7 +276,8 @@ def check_pages(model_config: ModelConfig, plan: PoolPlan, dtype: np.dtype, back
     if backend == "xla":
         return  # which compiles for everything
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    rows = Rows(ints((4, plan.pages_per_seq)), ints((4,)), ints((5,)), ints((1,)))
+    index: Any = ints((4, plan.pages_per_seq)), ints((4,)), ints((5,)), ints((1,))
+    rows = Rows(*index)
     kv_pages = jax.ShapeDtypeStruct(plan.shape, plan.dtype)
     kv_scale = jax.ShapeDtypeStruct((2,), jnp.float32)
     for attention in model_config.attentions:

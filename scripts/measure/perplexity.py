@@ -43,7 +43,7 @@ _MODEL = flags.DEFINE_string(
 )
 _TEXT = flags.DEFINE_string("text_file", None, "UTF-8 text; without it, stories of the demo's.")
 _KV_DTYPES = flags.DEFINE_list(
-    "kv_dtypes", "float32,int8,float8_e4m3fn", "Dtypes of pages; the first is the measure."
+    "kv_dtypes", "float32,bfloat16,int8,float8_e4m3fn", "Dtypes of pages; the first is the measure."
 )
 _CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a window.", lower_bound=2)
 _WINDOWS = flags.DEFINE_integer("num_windows", 32, "Windows at most.", lower_bound=1)
