@@ -13,7 +13,7 @@ from jpaged.chat_methods import ChatMethods
 from jpaged.defaults import model_defaults
 from jpaged.device.compilation_cache import keep_programs
 from jpaged.device.costs import scheduler_config_of
-from jpaged.device.memory import default_dtype, plan_pool
+from jpaged.device.memory import default_dtype
 from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
 from jpaged.host.checks import instance_of
 from jpaged.host.config import EngineConfig, engine_config
@@ -31,7 +31,7 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.pipeline import Pipeline
-from jpaged.placement import read_model, runner_of
+from jpaged.placement import pool_of, read_model, runner_of
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
 from jpaged.streams import Generation, RequestStream
@@ -84,7 +84,7 @@ class Engine(ChatMethods):
         self.chat_template = instance_of("chat_template", chat_template, ChatTemplate)
         backend = resolve_backend(config.backend)
         self.defaults = model_defaults(generation_config, model_config.vocab_size)
-        plan = plan_pool(config, model_config, backend)
+        plan = pool_of(config, model_config, backend)
         logger.info("page pool: %s", plan)
         self.model_config = model_config
         self.config = config
@@ -100,9 +100,9 @@ class Engine(ChatMethods):
             deterministic=config.deterministic,
             num_groups=plan.num_groups,
         )
-        num_host_pages = self._scheduler_config.num_host_pages
+        room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
-            config, model_config, params, plan, backend=backend, num_host_pages=num_host_pages
+            config, model_config, params, plan, tokenizer, backend=backend, num_host_pages=room
         )
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)

@@ -204,7 +204,8 @@ def check_params(config: ModelConfig, params: Any) -> None:
 
     Args:
       config: the model's shape.
-      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`.
+      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`;
+        `kv_scales` may be beside it.
         NumPy's and jax's arrays of floating point numbers are parameters; float64 too, for it is
         cast.
 
@@ -235,6 +236,12 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 "parameters again"
             )
         found[path] = leaf
+    if (scales := found.pop("kv_scales", None)) is not None:
+        if scales.shape != (config.num_layers, 2):
+            raise CheckpointError(
+                f"params: kv_scales has shape {list(scales.shape)}, expected "
+                f"[{config.num_layers}, 2]: of each layer's keys and values"
+            )
     stacked, found = found, _unstacked(found, config)
     check_size("params", config, found, asking="model_config")
     check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")

@@ -192,7 +192,8 @@ def write_kv(
       backend: as in `paged_attention`.
 
     Returns:
-      `kv_pages` with the cells written, converted to the pool's dtype.
+      `kv_pages` with the cells written, converted to the pool's dtype; what eight bits cannot hold
+      becomes the nearest number that they can.
 
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.

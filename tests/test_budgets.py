@@ -15,26 +15,28 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
-    # Tokenizers and chat templates of GGUF files; what is read of a model without its weights.
-    "jpaged": 3600,
+    # Tokenizers and chat templates of GGUF files; what is read of a model without its weights;
+    # scales of pages.
+    "jpaged": 3700,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, and memory that is not this machine's.
-    "jpaged/device": 1700,
+    "jpaged/device": 1900,
     "jpaged/planning": 700,
     "jpaged/simulation": 1500,
-    "jpaged/measure": 300,
+    # Perplexity through pages.
+    "jpaged/measure": 350,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
-    "models": 4500,
+    "models": 4550,
     "models/families": 1650,
     # With what is read off the text of programs.
-    "pallas_kernels": 6700,
-    # With `convert`, `plan` and `warmup`, the eighth program.
-    "scripts": 3150,
+    "pallas_kernels": 6750,
+    # With `convert`, `plan`, `warmup` and `calibrate`, the ninth program.
+    "scripts": 3250,
     "scripts/kernels": 1250,
-    "scripts/measure": 1150,
+    "scripts/measure": 1300,
     "scripts/demo": 400,
     "scripts/fixtures": 1550,
 }

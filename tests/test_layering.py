@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "jpaged/device": {"jpaged/host", "models", "pallas_kernels"},
     "jpaged": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/planning": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
-    "jpaged/measure": {"jpaged", "jpaged/host", "jpaged/simulation"},
+    "jpaged/measure": {
+        *("jpaged", "jpaged/host", "jpaged/simulation"),
+        *("jpaged/device", "models", "pallas_kernels"),
+    },
     "scripts": {
         *("jpaged", "jpaged/host", "jpaged/device", "jpaged/simulation", "jpaged/measure"),
         *("jpaged/planning", "models", "pallas_kernels"),

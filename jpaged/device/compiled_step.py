@@ -89,6 +89,8 @@ def compile_step(
     split = mesh if mesh.devices.size > 1 else None
     decoder = Decoder(config, scan_layers, backend, split, pool.max_model_len)
     params = Decoder(config, scan_layers, "xla").abstract_params(dtype)
+    if pool.dtype.itemsize == 1:
+        params["kv_scales"] = Struct((config.num_layers, 2), jnp.float32)
     where = sharding.placements(params, sharding.param_shardings(params, mesh))
     params = jax.tree.map(_placed, params, where)
     pool_sharding = sharding.pool_sharding(mesh)

@@ -10,11 +10,15 @@ from jpaged.host.checks import Rule, at_least, check_fields, instance_of, one_of
 # The fields that are one of a few texts.
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
+    "kv_dtype": ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
     "reservation": ("paged", "max"),
     "preemption": ("auto", "recompute", "swap"),
     "backend": ("tpu", "gpu", "xla"),
     "generation_config": ("model", "ignore"),
 }
+
+EIGHT_BITS = ("int8", "float8_e4m3fn")
+"""Values of `kv_dtype` whose pages have scales."""
 
 _SHAPE = r"[1-9]\d{0,9}x[1-9]\d{0,9}"
 _FINITE = (Rule("finite and above 0", lambda value: 0 < value < math.inf),)
@@ -58,6 +62,12 @@ class EngineConfig:
         model's max_position_embeddings.
       dtype: of weights: "float32", "bfloat16" or "float16"; pages have the same, but float32 for
         bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
+      kv_dtype: of keys and values in pages; None takes that of dtype, as said there. "int8" and
+        "float8_e4m3fn" hold twice the tokens of "bfloat16" in the same memory, rounded: each layer
+        has a scale for its keys and one for its values (see `kv_scales`).
+      kv_scales: file with the scales of pages of eight bits, as `jpaged calibrate` writes it; None
+        takes those that the checkpoint has for float8_e4m3fn, else calibrates when the engine is
+        made, on a text of its own.
       reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
       prefix_cache: whether a request uses the pages of earlier ones that began with the same
         tokens; they are kept until they are needed for something else. Without it, samples and
@@ -96,6 +106,8 @@ class EngineConfig:
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
+    kv_scales: str | None = None
     reservation: str = "paged"
     prefix_cache: bool = True
     preemption: str = "auto"
@@ -113,6 +125,11 @@ class EngineConfig:
 
     def __post_init__(self):
         check_fields(self, _RULES)
+        if self.kv_scales is not None and self.kv_dtype not in EIGHT_BITS:
+            raise ValueError(
+                f"kv_scales={self.kv_scales!r} needs kv_dtype of {' or '.join(EIGHT_BITS)}, not "
+                f"{self.kv_dtype}: other pages have no scales"
+            )
         if self.deterministic and self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"deterministic needs max_num_batched_tokens={self.max_num_batched_tokens} above "

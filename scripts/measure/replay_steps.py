@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             deterministic=header.deterministic,
             record_steps=None,
         )
-        model_config, params, *_ = read_model(_MODEL.value, config)
+        model_config, params, tokenizer, *_ = read_model(_MODEL.value, config)
         backend = resolve_backend(config.backend)
         runner = runner_of(
             config,
@@ -68,6 +68,7 @@ def main(argv: list[str]) -> None:
             plan_pool(config, model_config, backend),
             backend=backend,
             num_host_pages=header.num_host_pages,
+            tokenizer=tokenizer,
         )
         report = _run(
             runner,
