@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_model(
-    model_path: str | pathlib.Path, config: EngineConfig
+    model_path: str | pathlib.Path | GgufFile, config: EngineConfig
 ) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None, ChatTemplate]:
     """Reads what a model directory or a GGUF file holds; see `Engine.load`.
 
@@ -37,10 +37,14 @@ def read_model(
       Config, parameters, tokenizer, sampling settings, unless the engine ignores them, and chat
       templates.
     """
-    path = directory("model_path", find(model_path))
+    if isinstance(model_path, GgufFile):
+        file, path = model_path, model_path.path
+    else:
+        file, path = None, directory("model_path", find(model_path))
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
-    file = GgufFile(path) if is_gguf(path) else None
+    if file is None and is_gguf(path):
+        file = GgufFile(path)
     # What can be refused is, before the weights are read.
     if file is None:
         tokenizer, chat_template = load_tokenizer(path), ChatTemplate.load(path)
@@ -57,7 +61,7 @@ def read_model(
     )
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
-        model_path,
+        path if isinstance(model_path, GgufFile) else model_path,
         sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         dtype.name,
         time.perf_counter() - start,

@@ -25,7 +25,7 @@ from jpaged.models.safetensors_files import (
     reading,
     stored_tensors,
 )
-from jpaged.models.stored_tensor import StoredTensor
+from jpaged.models.stored_tensor import MemoryOf, StoredTensor, no_memory
 
 # Of a file, what is read, converted and checked at once: what a core's cache holds.
 _BLOCK_BYTES = 2**20
@@ -69,12 +69,15 @@ class SafetensorsWeights:
         dtypes = {DTYPES[self._stored[name].dtype] for name in source.names}
         return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    def read(
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], memory_of: MemoryOf = no_memory
+    ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
         """Reads parameters, one at a time.
 
         Args:
           targets: dtype and sharding of each that is wanted, by path. Of a parameter that is split
             over devices, each device's part is read by itself.
+          memory_of: memory of the host that some are read to.
 
         Yields:
           Paths and arrays, in the order of the targets.
@@ -84,6 +87,12 @@ class SafetensorsWeights:
         """
         with _TensorReader(self._stored) as reader:
             for path, target in targets.items():
+                memory = memory_of(path)
+                if memory is not None:
+                    whole = tuple(slice(0, size) for size in target.shape)
+                    self._fill(memory, reader, self._sources[path], whole)
+                    yield path, memory
+                    continue
                 part = functools.partial(self._part, reader, path, target.shape, target.dtype)
                 assert target.sharding is not None
                 # Waited for, or a slow device would have the host hold all that was read.

@@ -37,6 +37,7 @@ from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
     define_chat_flags,
+    opened,
 )
 from jpaged.scripts.flags import (
     define_engine_flags,
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
         system = [] if _SYSTEM.value is None else [_message("system", "--system", _SYSTEM.value)]
         if not _MODEL.value:
             raise ValueError("--model is empty; name a directory, or leave the flag out")
-        model = model_path(_MODEL.value)
+        model = opened(model_path(_MODEL.value))
         # What a template says to such a conversation it says before the weights are read.
         probe = [*system, {"role": "user", "content": "Hello"}]
         chat_template_of(model).render(probe, **options, add_generation_prompt=True)
