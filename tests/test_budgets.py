@@ -33,7 +33,8 @@ MAX_FOLDER_LINES = {
     # With `convert` and `plan`, the seventh program.
     "scripts": 2950,
     "scripts/kernels": 1250,
-    "scripts/measure": 1150,
+    # With loading beside safetensors' own.
+    "scripts/measure": 1250,
     "scripts/demo": 400,
     "scripts/fixtures": 1550,
 }
