@@ -56,14 +56,14 @@ class ModelFiles(typing.NamedTuple):
     chat_template: ChatTemplate
 
     @classmethod
-    def of(cls, path: pathlib.Path, config: EngineConfig) -> "ModelFiles":
+    def of(cls, path: pathlib.Path | GgufFile, config: EngineConfig) -> "ModelFiles":
         """Reads them; see `Engine.load` for the errors."""
         reads = config.generation_config == "model"
-        if not is_gguf(path):
+        if not isinstance(path, GgufFile) and not is_gguf(path):
             tokenizer, chat_template = load_tokenizer(path), ChatTemplate.load(path)
             defaults = load_generation_config(path) if reads else None
             return cls(path, tokenizer, defaults, chat_template)
-        file = GgufFile(path)
+        file = path if isinstance(path, GgufFile) else GgufFile(path)
         tokenizer, chat_template = tokenizer_of(file), chat_template_of(file)
         defaults = generation_config_of(file) if reads else None
         return cls(file, tokenizer, defaults, chat_template)
@@ -76,7 +76,7 @@ class ModelFiles(typing.NamedTuple):
 
 
 def read_model(
-    model_path: str | pathlib.Path, config: EngineConfig
+    model_path: str | pathlib.Path | GgufFile, config: EngineConfig
 ) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None, ChatTemplate]:
     """Reads what a model directory or a GGUF file holds; see `Engine.load`.
 
@@ -84,10 +84,13 @@ def read_model(
       Config, parameters, tokenizer, sampling settings, unless the engine ignores them, and chat
       templates.
     """
-    path = directory("model_path", find(model_path))
+    if isinstance(model_path, GgufFile):
+        source, path = model_path, model_path.path
+    else:
+        source = path = directory("model_path", find(model_path))
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
-    files = ModelFiles.of(path, config)  # what can be refused is, before the weights are read
+    files = ModelFiles.of(source, config)  # what can be refused is, before the weights are read
     model_config, params = checkpoint.load(
         files.source,
         dtype,
@@ -96,7 +99,7 @@ def read_model(
     )
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
-        model_path,
+        path if isinstance(model_path, GgufFile) else model_path,
         sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         dtype.name,
         time.perf_counter() - start,

@@ -48,6 +48,7 @@ from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
     define_chat_flags,
+    opened,
     read_conversations,
     render_conversations,
 )
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> None:
         params, prompts, model = read_flags(argv)
         options = chat_options_from_flags()
         if _CHAT.value:
+            model = opened(model)
             prompts = render_conversations(prompts, chat_template_of(model), options)
         elif options:
             raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
