@@ -24,7 +24,8 @@ MAX_FOLDER_LINES = {
     "jpaged/device": 1350,
     "jpaged/planning": 700,
     "jpaged/simulation": 1350,
-    "jpaged/measure": 300,
+    # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page.
+    "jpaged/measure": 1130,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
     "models": 4500,

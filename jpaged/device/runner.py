@@ -348,6 +348,7 @@ class ModelRunner:
             logger.debug("compiling %s for %s", name, " ".join(shapes))
             return function(*args, **kwargs)
 
+        traced.__name__ = name  # what traces and dumps call the program
         return traced
 
 
