@@ -11,6 +11,7 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.step_log import StepLog
+from jpaged.profiling import phase
 from jpaged.results import ResultReader
 
 
@@ -62,7 +63,8 @@ class Pipeline:
         elif planned:
             step, batch = planned
             self._begin(step.plan, batch.page_table)
-            self._inflight = step, self._runner.run(batch, step.plan.copies)
+            with phase("dispatch"):
+                self._inflight = step, self._runner.run(batch, step.plan.copies)
             self.results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
         return self.results.read(*previous) if previous else []
 
@@ -76,16 +78,19 @@ class Pipeline:
     def _begin(self, step: StepPlan, page_table: np.ndarray) -> None:
         if self._log is not None:
             self._log.write(step, page_table)
-        compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
+        with phase("swap"):
+            compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
         self.results.skip(compile_s, overlapped=False)
 
     def _plan(self) -> tuple[ScheduledStep, Batch] | None:
         if not self.scheduler.has_work:
             return None
-        step, totals = self.scheduler.schedule(), self.results.totals
+        with phase("schedule"):
+            step, totals = self.scheduler.schedule(), self.results.totals
         if not step.plan.num_rows:
             totals.record_swaps(step.plan)
             self._begin(step.plan, self.table.snapshot((), 0))
             return None
-        totals.record_step(step.plan, self.table)
-        return step, build_batch(step.plan, self.table, self._buckets)
+        with phase("pack"):
+            totals.record_step(step.plan, self.table)
+            return step, build_batch(step.plan, self.table, self._buckets)

@@ -18,6 +18,7 @@ from jpaged.host.sequence import Request, Status
 from jpaged.host.sequence import Sequence as Sample
 from jpaged.host.stats import Counters
 from jpaged.host.step_builder import ScheduledStep
+from jpaged.profiling import phase
 from jpaged.text import TextStream, is_fault
 
 logger = logging.getLogger(__name__)
@@ -87,19 +88,21 @@ class ResultReader(StepReader):
 
     def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
         """Reads a step's samples, ends the sequences that they end, and reports."""
-        outcome = result.read()
+        with phase("read"):
+            outcome = result.read()
         now = time.perf_counter()
         took, self._last_step_end_s = now - self._last_step_end_s, now
         if step.plan.num_prefill_tokens:
             self.totals.prefill_s += took
         else:
             self.totals.decode_s += took
-        grown = self.take(step, outcome)
-        return [
-            self.output(request, finished=request.finished)
-            for request in grown
-            if request.stream or request.finished
-        ]
+        with phase("detokenize"):
+            grown = self.take(step, outcome)
+            return [
+                self.output(request, finished=request.finished)
+                for request in grown
+                if request.stream or request.finished
+            ]
 
     def output(self, request: Request, *, finished: bool) -> RequestOutput:
         """Freezes a request as far as it has come; see `outputs.output_of`."""

@@ -7,6 +7,7 @@
     jpaged generate --prompt="Once upon a time" --n=4 --show_pages
     jpaged generate --prompts_file=prompts.jsonl --output=json > answers.jsonl
     jpaged generate --model=DIR --chat --prompts_file=conversations.jsonl
+    jpaged generate --prompts_file=prompts.txt --profile=DIR
 
 Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
 from standard input. A model directory without a tokenizer takes prompts as token ids:
@@ -35,7 +36,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -63,6 +64,11 @@ from jpaged.scripts.flags import (
 )
 from jpaged.scripts.json_prompts import read_json_prompts
 from jpaged.scripts.output import EndingSamples, GrowingSample, ResultWriter
+from jpaged.scripts.profile_flags import (
+    define_profile_flags,
+    profile_config_from_flags,
+    profiled,
+)
 from jpaged.scripts.prompts import parse_token_ids, read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
@@ -99,6 +105,7 @@ _CHAT = flags.DEFINE_bool(
 define_sampling_flags()
 define_chat_flags()
 define_engine_flags()
+define_profile_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -106,6 +113,7 @@ def main(argv: list[str]) -> None:
     log_to_stderr()
     with usage_errors():
         params, prompts, model = read_flags(argv)
+        profile = profile_config_from_flags()
         options = chat_options_from_flags()
         if _CHAT.value:
             model = opened(model)
@@ -122,27 +130,18 @@ def main(argv: list[str]) -> None:
     shown = [""] * len(prompts) if _CHAT.value else prompts
     writer = ResultWriter(shown, engine.tokenizer, as_json=as_json)
     fullest = _Fullest(engine)
-    interrupted = False
     first = params[0]
     streams = first.num_samples == first.n and first.beam_width is None
-    if len(prompts) == 1 and streams and not as_json:
-        interrupted = _stream(engine, prompts[0], first, writer, fullest)
-    else:
-        try:
-            with _prompt_errors():
-                engine.generate(
-                    prompts,
-                    params,
-                    progress=len(prompts) > 1,
-                    on_step=fullest.look,
-                    on_output=writer.write,
-                )
-        except GenerationInterrupted as e:
-            interrupts.handled()
-            interrupted = True
-            for index, output in enumerate(e.outputs):
-                if index not in writer.written:
-                    writer.write(index, output)
+    with profiled(engine, profile) as look:
+
+        def on_step() -> None:
+            fullest.look()
+            look()
+
+        if len(prompts) == 1 and streams and not as_json:
+            interrupted = _stream(engine, prompts[0], first, writer, on_step)
+        else:
+            interrupted = _generate(engine, prompts, params, writer, on_step)
     if fullest.snapshot is not None:
         color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         print("The fullest step; an owner is request#sample, from 0:", file=sys.stderr)
@@ -229,16 +228,42 @@ class _Fullest:
                 self.snapshot = self._engine.pool_snapshot()
 
 
+def _generate(
+    engine: Engine,
+    prompts: list[str] | list[list[int]],
+    params: list[SamplingParams],
+    writer: ResultWriter,
+    on_step: Callable[[], None],
+) -> bool:
+    """Prints each prompt's result when it has ended. Returns: whether Ctrl-C ended it."""
+    try:
+        with _prompt_errors():
+            engine.generate(
+                prompts,
+                params,
+                progress=len(prompts) > 1,
+                on_step=on_step,
+                on_output=writer.write,
+            )
+    except GenerationInterrupted as e:
+        interrupts.handled()
+        for index, output in enumerate(e.outputs):
+            if index not in writer.written:
+                writer.write(index, output)
+        return True
+    return False
+
+
 def _stream(
     engine: Engine,
     prompt: str | list[int],
     params: SamplingParams,
     writer: ResultWriter,
-    fullest: _Fullest,
+    on_step: Callable[[], None],
 ) -> bool:
     """Prints the samples of one prompt as they come. Returns: whether Ctrl-C ended it."""
     with _prompt_errors():
-        stream = engine.stream(prompt, params, on_step=fullest.look)
+        stream = engine.stream(prompt, params, on_step=on_step)
     last: RequestOutput | None = None
     interrupted = False
     shown = GrowingSample(writer) if params.n == 1 else EndingSamples(writer)

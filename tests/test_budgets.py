@@ -25,8 +25,9 @@ MAX_FOLDER_LINES = {
     "jpaged/device": 1900,
     "jpaged/planning": 700,
     "jpaged/simulation": 1500,
-    # Perplexity through pages.
-    "jpaged/measure": 350,
+    # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
+    # perplexity through pages.
+    "jpaged/measure": 1200,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
     # Read by threads, and straight to where layers are stacked.
@@ -36,7 +37,8 @@ MAX_FOLDER_LINES = {
     "pallas_kernels": 6750,
     # With `convert`, `plan`, `warmup` and `calibrate`, the ninth program.
     "scripts": 3250,
-    "scripts/kernels": 1250,
+    # With the figures of a GPU in one run, and transformers' beside them.
+    "scripts/kernels": 1650,
     # With loading beside safetensors' own.
     "scripts/measure": 1400,
     "scripts/demo": 400,

@@ -5,7 +5,8 @@ The floors are scripts, jpaged, models, pallas_kernels. On jpaged's, the front (
 it reads and writes) stands on two rooms that do not know each other: `host`, which needs no jax,
 and `device`. `simulation` is the host's side without a device, and `planning` says what an engine
 would take of one. `measure` stands on the front,
-as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either.
+as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either; what
+a step cannot be faster than it takes from `models`.
 """
 
 import ast

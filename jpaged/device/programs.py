@@ -130,4 +130,5 @@ class Programs:
             logger.debug("compiling %s for %s", name, " ".join(shapes))
             return function(*args, **kwargs)
 
+        traced.__name__ = name  # what traces and dumps call the program
         return jax.jit(traced, **options)
