@@ -12,6 +12,7 @@ import jpaged
 # What each does, as its docstring begins.
 PROGRAMS = {
     "generate": "Generates text from prompts.",
+    "batch": "Runs files of requests, and goes on where it was stopped.",
     "chat": "Chats with a model in the terminal.",
     "convert": "Converts a model between safetensors and Orbax, and to another dtype.",
     "benchmark": "Measures throughput, latency and how well the page pool is used.",
