@@ -5,8 +5,8 @@ The floors are scripts, jpaged, models, pallas_kernels. On jpaged's, the front (
 it reads and writes) stands on two rooms that do not know each other: `host`, which needs no jax,
 and `device`. `simulation` is the host's side without a device, and `planning` says what an engine
 would take of one. `measure` stands on the front,
-as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either. `jobs`
-stands on the front likewise: it has an engine run rows.
+as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either.
+`jobs` stands on the front likewise: it has an engine run rows.
 """
 
 import ast
