@@ -4,16 +4,18 @@
     jpaged simulate --prompt_len=sharegpt --output_len=sharegpt --rate=2
     jpaged simulate --policies=paged --page_size=32 --n=4 --rate=inf
     jpaged simulate --policies=paged,paged-one-table --layers=26:512,512,512,512,512,full
+    jpaged simulate --trace=AzureLLMInferenceTrace_conv.csv.gz --max_model_len=8192
 
 Policy `paged` is the real scheduler, pool and page table; `contiguous-max`, `contiguous-pow2` and
 `contiguous-oracle` reserve a block of a buddy allocator for each request, like the baselines of the
 paper, Kwon et al. 2023 (`jpaged.simulation`). With `--layers`, layers that see a window and layers
 that see everything have pages of their own; `paged-one-table` keeps all tokens for all of them. A
 cost model of OPT-13B on an A100 says how long steps take. docs/paper_figures.md has the paper's
-figures, reproduced so.
+figures, reproduced so. With `--trace`, requests and their times are those that somebody has served.
 
 The last line of standard output is one JSON object: `workload` (`prompt_len`, `output_len`, `rate`,
-`n`, `seed`, `num_requests`, `prompt_mean`, `output_mean`, `num_cut`), `num_slots`, `page_size`,
+`seed`, or `trace` and `time_scale`; `n`, `num_requests`, `prompt_mean`, `output_mean`, `num_cut`),
+`num_slots`, `page_size`,
 `layers` (the groups: `size`, and `kinds`, window and number of each), `costs` (the fields of
 `CostModel`) and `runs`: for each policy the fields of `jpaged.simulation.Serving`, `live_share` and
 `waste`.
@@ -25,6 +27,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from absl import app, flags
 
@@ -38,7 +41,8 @@ from jpaged.simulation.layers import LayerGroups
 from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
 from jpaged.simulation.paper import BUDGETS, COSTS, LOADS, NUM_SLOTS, PAPER, VOCAB_SIZE
 from jpaged.simulation.serving import ONE_TABLE, POLICIES, Serving, serve
-from jpaged.simulation.workload import make_workload
+from jpaged.simulation.traces import read_trace
+from jpaged.simulation.workload import Workload, make_workload
 
 _POLICY = flags.DEFINE_list(
     "policies", list(POLICIES), f"Among {', '.join(POLICIES)}, {ONE_TABLE}."
@@ -52,7 +56,18 @@ _LAYERS = flags.DEFINE_string(
 _PROMPT_LEN = flags.DEFINE_string("prompt_len", "sharegpt", f"Tokens of a prompt: {SPEC_HELP}.")
 _OUTPUT_LEN = flags.DEFINE_string("output_len", "sharegpt", f"Tokens to generate: {SPEC_HELP}.")
 _RATE = flags.DEFINE_float("rate", 2.0, "Requests a second; inf has all arrive at once.")
-_NUM_REQUESTS = flags.DEFINE_integer("num_requests", 600, "Requests.", lower_bound=1)
+_TRACE = flags.DEFINE_string(
+    "trace",
+    None,
+    "File of requests that were served, with their times, in place of what is drawn: Azure's CSV "
+    "(TIMESTAMP,ContextTokens,GeneratedTokens) or Mooncake's JSON lines; may be .gz.",
+)
+_TIME_SCALE = flags.DEFINE_float(
+    "time_scale", 1.0, "What the times of a trace are multiplied by; 0 has all arrive at once."
+)
+_NUM_REQUESTS = flags.DEFINE_integer(
+    "num_requests", 600, "Requests; of a trace, from its first one on.", lower_bound=1
+)
 _N = flags.DEFINE_integer("n", 1, "Samples of each; paged alone shares.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of lengths and arrivals.", lower_bound=0)
 _SLOTS = flags.DEFINE_integer("num_slots", NUM_SLOTS, "Tokens of memory.", lower_bound=1)
@@ -60,6 +75,12 @@ _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens a page holds.", lower
 _MAX_LEN = flags.DEFINE_integer("max_model_len", 2048, "Most of a request.", lower_bound=2)
 _MAX_SEQS = flags.DEFINE_integer("max_num_seqs", 512, "Most at once.", lower_bound=1)
 _MAX_TOKENS = flags.DEFINE_integer("max_num_batched_tokens", 2560, "Of a step.", lower_bound=1)
+_PREFIX_CACHE = flags.DEFINE_bool(
+    "prefix_cache",
+    None,
+    "Whether requests of policy paged use the pages of equal prefixes; by default those of a trace "
+    "do, and others do not, as in the paper.",
+)
 _PREEMPTION = flags.DEFINE_enum(
     "preemption", "recompute", ["recompute", "swap", "auto"], "What preempted sequences go through."
 )
@@ -75,18 +96,15 @@ def main(argv: list[str]) -> None:
     check_names("policies", _POLICY.value, (*POLICIES, ONE_TABLE))
     if not _RATE.value > 0:
         raise app.UsageError(f"rate={_RATE.value:g} must be above 0; inf has all arrive at once")
+    if not 0 <= _TIME_SCALE.value < math.inf:
+        raise app.UsageError(f"time_scale={_TIME_SCALE.value:g} must be at least 0, and finite")
+    if _TRACE.value is not None:
+        drawn = (_PROMPT_LEN, _OUTPUT_LEN, _RATE, _SEED)
+        if given := [flag.name for flag in drawn if flag.present]:
+            raise app.UsageError(f"--trace says what --{given[0]} would: give one of them")
     try:
         layers = parse_layers(_LAYERS.value)
-        work = make_workload(
-            _NUM_REQUESTS.value,
-            parse_lengths(_PROMPT_LEN.value, "prompt"),
-            parse_lengths(_OUTPUT_LEN.value, "output"),
-            max_model_len=_MAX_LEN.value,
-            vocab_size=VOCAB_SIZE,
-            seed=_SEED.value,
-            num_samples=_N.value,
-            rate=_RATE.value,
-        )
+        work = _read_workload()
         runs = {
             policy: serve(
                 policy,
@@ -96,6 +114,11 @@ def main(argv: list[str]) -> None:
                     max_num_batched_tokens=_MAX_TOKENS.value,
                     max_num_seqs=_MAX_SEQS.value,
                     max_model_len=_MAX_LEN.value,
+                    prefix_cache=(
+                        _TRACE.value is not None
+                        if _PREFIX_CACHE.value is None
+                        else _PREFIX_CACHE.value
+                    ),
                 ),
                 num_slots=_SLOTS.value,
                 page_size=_PAGE_SIZE.value,
@@ -111,14 +134,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(str(e)) from e
     _print_table(runs)
     report = {
-        "workload": {
-            "prompt_len": _PROMPT_LEN.value,
-            "output_len": _OUTPUT_LEN.value,
-            "rate": _RATE.value if math.isfinite(_RATE.value) else None,
-            "n": _N.value,
-            "seed": _SEED.value,
-            **work.describe(),
-        },
+        "workload": _describe_source() | {"n": _N.value} | work.describe(),
         "num_slots": _SLOTS.value,
         "page_size": _PAGE_SIZE.value,
         "layers": {"size": layers.size, "kinds": layers.kinds},
@@ -126,6 +142,39 @@ def main(argv: list[str]) -> None:
         "runs": {policy: own.as_dict() for policy, own in runs.items()},
     }
     print(json.dumps(report))
+
+
+def _read_workload() -> Workload:
+    if _TRACE.value is None:
+        return make_workload(
+            _NUM_REQUESTS.value,
+            parse_lengths(_PROMPT_LEN.value, "prompt"),
+            parse_lengths(_OUTPUT_LEN.value, "output"),
+            max_model_len=_MAX_LEN.value,
+            vocab_size=VOCAB_SIZE,
+            seed=_SEED.value,
+            num_samples=_N.value,
+            rate=_RATE.value,
+        )
+    return read_trace(
+        _TRACE.value,
+        num_requests=_NUM_REQUESTS.value,
+        max_model_len=_MAX_LEN.value,
+        vocab_size=VOCAB_SIZE,
+        time_scale=_TIME_SCALE.value,
+        num_samples=_N.value,
+    )
+
+
+def _describe_source() -> dict[str, Any]:
+    if _TRACE.value is not None:
+        return {"trace": _TRACE.value, "time_scale": _TIME_SCALE.value}
+    return {
+        "prompt_len": _PROMPT_LEN.value,
+        "output_len": _OUTPUT_LEN.value,
+        "rate": _RATE.value if math.isfinite(_RATE.value) else None,
+        "seed": _SEED.value,
+    }
 
 
 def parse_layers(text: str) -> LayerGroups:
@@ -164,11 +213,11 @@ def parse_layers(text: str) -> LayerGroups:
 def _print_table(runs: Mapping[str, Serving]) -> None:
     paper_live, paper_running = {}, {}
     load = _PROMPT_LEN.value
-    if (LOADS.get(load), load) == (_RATE.value, _OUTPUT_LEN.value):
+    if _TRACE.value is None and (LOADS.get(load), load) == (_RATE.value, _OUTPUT_LEN.value):
         paper_running = PAPER["running"][load]
         paper_live = PAPER["live"] if load == "sharegpt" else {}
-    header = ("", "running", "(paper)", "live", "(paper)", "waste", "saved", "waits", "step")
-    header = (*header, "s/token")
+    header = ("", "running", "(paper)", "live", "(paper)", "waste", "saved", "hits")
+    header = (*header, "again", "waits", "step", "s/token")
     rows = [
         (
             policy,
@@ -178,6 +227,8 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
             _format(paper_live.get(policy), ".1%"),
             f"{own.waste:.1%}",
             f"{own.saving:.1%}",
+            f"{own.hit_rate:.1%}",
+            f"{own.recomputed_share:.1%}",
             f"{own.saturated:.0%}",
             f"{own.mean_step_s * 1e3:.1f} ms",
             f"{own.latency_s_per_token:.3f}",
@@ -188,6 +239,7 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
     for row in (header, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print("live: share of the memory in demand that holds tokens; waits: of the time, requests did")
+    print("hits: of prompts, what the prefix cache had; again: of tokens, computed another time")
     print("waste: share of the memory that requests have which they do not need and will not fill")
 
 

@@ -25,7 +25,7 @@ MAX_FOLDER_LINES = {
     # Rows, inputs, records, output and manifest of batch jobs.
     "jpaged/jobs": 1500,
     "jpaged/planning": 700,
-    "jpaged/simulation": 1350,
+    "jpaged/simulation": 1500,
     "jpaged/measure": 300,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.

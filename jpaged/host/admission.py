@@ -214,6 +214,8 @@ class Admission:
         self._queues.start([seq])
         step.num_lookup_tokens += total
         step.num_hit_tokens += held
+        step.num_recomputed_tokens += max(seq.num_lost_tokens - held, 0)
+        seq.num_lost_tokens = 0
         return [seq]
 
     def _swap_in(self, step: StepBuilder, swapped: SwappedGroup) -> list[Sequence]:

@@ -118,5 +118,6 @@ def take_pages(
         victim.table_id, victim.swapped = None, group
         if group is None:
             table.free(table_id)
+            victim.num_lost_tokens = victim.num_computed_tokens
             victim.num_computed_tokens = victim.num_addressed_pages = 0
     return choice, copies

@@ -40,6 +40,7 @@ class Sequence:
       num_prompt_tokens: how many of them are the prompt.
       num_computed_tokens: tokens whose keys and values are in pages, or are about to be by steps
         already scheduled.
+      num_lost_tokens: how many were when it was preempted, to be computed again; 0 once it runs.
       num_inflight_tokens: tokens sampled on the device, or about to be, and not read yet: at most
         one of a step that runs and one of a step that waits.
       sample_slot: where the newest of them stands among its step's samples.
@@ -67,6 +68,7 @@ class Sequence:
         "num_addressed_pages",
         "num_computed_tokens",
         "num_inflight_tokens",
+        "num_lost_tokens",
         "num_pending_forks",
         "num_prompt_tokens",
         "request",
@@ -86,6 +88,7 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.num_inflight_tokens = 0
+        self.num_lost_tokens = 0
         self.sample_slot = 0
         self.max_total_tokens = max_total_tokens
         self.draw = _draw_of(request, sample_index)

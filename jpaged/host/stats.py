@@ -24,6 +24,7 @@ class Counters:
       num_swapped_pages: pages copied to host memory for them.
       num_lookup_tokens: tokens of sequences that started, or started again.
       num_hit_tokens: of them, those that the prefix cache had.
+      num_recomputed_tokens: of the others, those that were computed before a preemption.
       peak_used_pages: most pages in use after a step was scheduled.
       peak_running: most sequences in a step.
       prefill_s: seconds in steps with prefill.
@@ -43,6 +44,7 @@ class Counters:
     num_swapped_pages: int = 0
     num_lookup_tokens: int = 0
     num_hit_tokens: int = 0
+    num_recomputed_tokens: int = 0
     peak_used_pages: int = 0
     peak_running: int = 0
     prefill_s: float = 0.0
@@ -67,6 +69,7 @@ class Counters:
         self.record_swaps(step)
         self.num_lookup_tokens += step.num_lookup_tokens
         self.num_hit_tokens += step.num_hit_tokens
+        self.num_recomputed_tokens += step.num_recomputed_tokens
         used = table.pool.num_used_pages
         self.peak_used_pages = max(self.peak_used_pages, used)
         self.used_page_steps += used
@@ -174,6 +177,13 @@ class EngineStats:
     def hit_rate(self) -> float:
         """Share of the tokens of sequences that started which the prefix cache had."""
         return _ratio(self.totals.num_hit_tokens, self.totals.num_lookup_tokens)
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the computed tokens that preemptions had computed again."""
+        totals = self.totals
+        computed = totals.num_prefill_tokens + totals.num_generated_tokens
+        return _ratio(totals.num_recomputed_tokens, computed)
 
     @property
     def mean_running(self) -> float:

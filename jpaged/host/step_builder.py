@@ -30,7 +30,8 @@ class StepBuilder:
 
     Attributes:
       addressed: pages that were given an address in the prefix cache.
-      swap_outs, swap_ins, copies, num_preemptions, num_lookup_tokens, num_hit_tokens: as in
+      swap_outs, swap_ins, copies, num_preemptions, num_lookup_tokens, num_hit_tokens,
+        num_recomputed_tokens: as in
         `StepPlan`.
     """
 
@@ -40,6 +41,7 @@ class StepBuilder:
         self.swap_ins: list[tuple[int, int]] = []
         self.copies: list[tuple[int, int]] = []
         self.num_preemptions = self.num_lookup_tokens = self.num_hit_tokens = 0
+        self.num_recomputed_tokens = 0
         self._num_prefill_tokens = 0
         # Columns, as in `Rows` and `Samples`.
         self._keys: list[tuple[str, int]] = []
@@ -129,5 +131,6 @@ class StepBuilder:
             num_preemptions=self.num_preemptions,
             num_lookup_tokens=self.num_lookup_tokens,
             num_hit_tokens=self.num_hit_tokens,
+            num_recomputed_tokens=self.num_recomputed_tokens,
         )
         return ScheduledStep(plan, tuple(self._sampled), tuple(self._searchers))

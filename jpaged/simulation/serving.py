@@ -41,6 +41,8 @@ class Serving:
       mean_step_s: seconds of a step.
       saturated: share of the time in which requests waited.
       saving: share of the pages that sharing saved, over all steps.
+      hit_rate: share of the tokens of requests that the prefix cache had.
+      recomputed_share: share of the computed tokens that preemptions had computed again.
       requests_per_s: requests that ended.
       latency_s_per_token: from arrival to end by output tokens, mean over all that ended.
       preemptions, swapped_pages: in all.
@@ -52,6 +54,8 @@ class Serving:
     mean_step_s: float
     saturated: float
     saving: float
+    hit_rate: float
+    recomputed_share: float
     requests_per_s: float
     latency_s_per_token: float
     preemptions: int
@@ -133,12 +137,15 @@ def simulate(
                 for name, slots in dataclasses.asdict(work.memory).items():
                     window[name] += took * slots / work.memory.total
     span = window["time"] or 1.0
+    stats = simulator.stats() if isinstance(simulator, PagedSimulator) else None
     return Serving(
         memory={f.name: window[f.name] / span for f in dataclasses.fields(Memory)},
         mean_running=window["running"] / span,
         mean_step_s=span / max(window["steps"], 1),
         saturated=window["waiting"] / span,
-        saving=simulator.stats().mean_saving if isinstance(simulator, PagedSimulator) else 0.0,
+        saving=stats.mean_saving if stats else 0.0,
+        hit_rate=stats.hit_rate if stats else 0.0,
+        recomputed_share=stats.recomputed_share if stats else 0.0,
         requests_per_s=window["ended"] / span,
         latency_s_per_token=float(np.mean(latencies)) if latencies else math.nan,
         preemptions=simulator.num_preemptions,

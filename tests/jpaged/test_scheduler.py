@@ -179,8 +179,11 @@ def test_preemption_takes_the_youngest_and_logs_it(caplog):
     scheduler.finish(first, "stop")
     step = scheduler.schedule()
     assert plan(step) == "b:5"
-    assert step.plan.num_prefill_tokens == 5
+    # Four of them it had computed before, the fifth it had only sampled.
+    assert (step.plan.num_prefill_tokens, step.plan.num_recomputed_tokens) == (5, 4)
     assert sources(step) == [-1]
+    read(step)
+    assert scheduler.schedule().plan.num_recomputed_tokens == 0
 
 
 def test_a_preempted_sequence_goes_before_those_that_have_not_started():

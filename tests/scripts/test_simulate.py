@@ -49,6 +49,20 @@ class TestProgram:
         waste = {policy: own["waste"] for policy, own in report["runs"].items()}
         assert waste["paged"] < 0.1 < 0.5 < waste["paged-one-table"]
 
+    def test_requests_that_were_served(self, tmp_path):
+        trace = tmp_path / "trace.jsonl"
+        row = {"input_length": 1024, "output_length": 4, "hash_ids": [7, 8]}
+        trace.write_text("".join(json.dumps({"timestamp": 1e7 * i} | row) + "\n" for i in range(4)))
+        lines = run("jpaged", "simulate", f"--trace={trace}", "--policies=paged").splitlines()
+        report = json.loads(lines[-1])
+        assert report["workload"] == {
+            "trace": str(trace), "time_scale": 1.0, "n": 1, "num_requests": 4,
+            "prompt_mean": 1024, "output_mean": 4, "num_cut": 0,
+        }  # fmt: skip
+        # Three of four prompts are known but for the token that is computed again.
+        assert report["runs"]["paged"]["hit_rate"] == pytest.approx(3 * 1023 / (4 * 1024))
+        assert report["runs"]["paged"]["simulated_s"] > 3e4
+
     @pytest.mark.parametrize(
         ("args", "message"),
         [
@@ -67,6 +81,9 @@ class TestProgram:
             (["--layers=0:full"], "layers='0:full': give a number of layers and what they see"),
             (["--layers=4:0,full"], "layers='4:0,full': give a number of layers and what they"),
             (["--layers=nowhere"], "layers='nowhere': give a number of layers"),
+            (["--trace=none.csv"], "trace='none.csv': No such file or directory"),
+            (["--trace=none.csv", "--rate=3"], "--trace says what --rate would: give one of them"),
+            (["--time_scale=-1"], "time_scale=-1 must be at least 0, and finite"),
             (["extra"], "unexpected arguments"),
         ],
     )
