@@ -12,6 +12,7 @@ import jpaged
 # What each does, as its docstring begins.
 PROGRAMS = {
     "generate": "Generates text from prompts.",
+    "batch": "Runs files of requests, and goes on where it was stopped.",
     "chat": "Chats with a model in the terminal.",
     "convert": "Converts a model between safetensors and Orbax, and to another dtype.",
     "calibrate": "Finds the scales of int8 and float8 pages on prompts of yours.",

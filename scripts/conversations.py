@@ -12,9 +12,9 @@ from jpaged import gguf_text
 from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.host.checks import shown
 from jpaged.host.params import SamplingParams
+from jpaged.jobs.fields import own_params, parse_json
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.paths import is_there
-from jpaged.scripts.json_prompts import own_params, parse_json
 from jpaged.scripts.prompts import decode_flag
 
 # The flags belong to the program that calls `define_chat_flags`, so that its --help shows them.

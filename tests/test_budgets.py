@@ -23,6 +23,8 @@ MAX_FOLDER_LINES = {
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, and memory that is not this machine's.
     "jpaged/device": 1900,
+    # Rows, inputs, records, output and manifest of batch jobs.
+    "jpaged/jobs": 1500,
     "jpaged/planning": 700,
     "jpaged/simulation": 1500,
     # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
@@ -35,8 +37,8 @@ MAX_FOLDER_LINES = {
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,
-    # With `convert`, `plan`, `warmup` and `calibrate`, the ninth program.
-    "scripts": 3250,
+    # With `convert`, `plan`, `warmup`, `calibrate` and `batch`, the tenth program.
+    "scripts": 3500,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
     # With loading beside safetensors' own.
