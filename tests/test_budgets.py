@@ -50,7 +50,7 @@ CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
     "engine.py",
 ]
-MAX_CORE_LINES = 1630
+MAX_CORE_LINES = 1640
 MAX_FILE_LINES = 400
 TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 
