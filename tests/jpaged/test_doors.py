@@ -151,7 +151,7 @@ def members(hint):
 
 
 # That take any text.
-TEXTS = ("record_steps", "compilation_cache_dir")
+TEXTS = ("record_steps", "compilation_cache_dir", "kv_scales")
 
 
 def wrong_fields(cls):
