@@ -7,8 +7,7 @@ VENV ?= .venv
 PROMPT ?= Once upon a time
 MAX_TOKENS ?= 120
 GENERATE_ARGS ?=
-# Scanned layers compile in a fifth of the time, and answer half as fast on a CPU.
-CHAT_ARGS ?= --scan_layers
+CHAT_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

@@ -12,11 +12,14 @@ import jpaged
 # What each does, as its docstring begins.
 PROGRAMS = {
     "generate": "Generates text from prompts.",
+    "batch": "Runs files of requests, and goes on where it was stopped.",
     "chat": "Chats with a model in the terminal.",
     "convert": "Converts a model between safetensors and Orbax, and to another dtype.",
+    "calibrate": "Finds the scales of int8 and float8 pages on prompts of yours.",
     "benchmark": "Measures throughput, latency and how well the page pool is used.",
     "conformance": "Holds an implementation of the paged-attention contract to dense float64.",
     "plan": "Says what a model and its pages take of a chip's memory, without weights or device.",
+    "warmup": "Compiles what a job will run, before it runs, and says what that takes.",
     "simulate": "Serves requests without a model, with pages and without, by a cost model.",
 }
 

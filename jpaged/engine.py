@@ -13,7 +13,7 @@ from jpaged.chat_methods import ChatMethods
 from jpaged.defaults import model_defaults
 from jpaged.device.compilation_cache import keep_programs
 from jpaged.device.costs import scheduler_config_of
-from jpaged.device.memory import default_dtype, plan_pool
+from jpaged.device.memory import default_dtype
 from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
 from jpaged.host.checks import instance_of
 from jpaged.host.config import EngineConfig, engine_config
@@ -29,9 +29,10 @@ from jpaged.live import LiveRequests
 from jpaged.models.checkpoint import check_params
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
+from jpaged.models.gguf_file import GgufFile
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.pipeline import Pipeline
-from jpaged.placement import read_model, runner_of
+from jpaged.placement import pool_of, read_model, runner_of
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
 from jpaged.streams import Generation, RequestStream
@@ -84,16 +85,14 @@ class Engine(ChatMethods):
         self.chat_template = instance_of("chat_template", chat_template, ChatTemplate)
         backend = resolve_backend(config.backend)
         self.defaults = model_defaults(generation_config, model_config.vocab_size)
-        plan = plan_pool(config, model_config, backend)
+        plan = pool_of(config, model_config, backend)
         logger.info("page pool: %s", plan)
         self.model_config = model_config
         self.config = config
         self.tokenizer = tokenizer
         self._plan = plan
         self._scheduler_config = scheduler_config_of(config, model_config, plan)
-        self._buckets = ShapeBuckets(
-            config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
-        )
+        self._buckets = ShapeBuckets.of(config)
         self._log = open_log(
             config.record_steps,
             self._scheduler_config,
@@ -102,12 +101,14 @@ class Engine(ChatMethods):
             deterministic=config.deterministic,
             num_groups=plan.num_groups,
         )
-        num_host_pages = self._scheduler_config.num_host_pages
+        room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
-            config, model_config, params, plan, backend=backend, num_host_pages=num_host_pages
+            config, model_config, params, plan, tokenizer, backend=backend, num_host_pages=room
         )
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
+        if config.strict_shapes:
+            self.warm_up()
 
     def _new_pipeline(self) -> Pipeline:
         """Makes an empty pool, page table and queues, and what holds requests against them."""
@@ -126,13 +127,15 @@ class Engine(ChatMethods):
         return Pipeline(scheduler, results, self._runner, self._buckets, self._log)
 
     @classmethod
-    def load(cls, model_path: str | pathlib.Path, config: EngineConfig | None = None) -> "Engine":
+    def load(
+        cls, model_path: str | pathlib.Path | GgufFile, config: EngineConfig | None = None
+    ) -> "Engine":
         """Makes an engine for a model directory, Hugging Face's or our own, or a GGUF file.
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
-            or a GGUF file; or a model's name on the Hugging Face hub, "org/name", where no such
-            path exists; or the address of an Orbax checkpoint in a bucket, as gs://bucket/model;
+            or a GGUF file, or its path; or a model's name on the Hugging Face hub, "org/name",
+            where no such path exists; or the address of an Orbax checkpoint in a bucket, as gs://bucket/model;
             "demo" is the shipped checkpoint.
           config: the engine's settings.
 
@@ -375,7 +378,7 @@ class Engine(ChatMethods):
             self._live.pipeline.scheduler,
             self._totals,
             page_bytes=self._plan.page_bytes,
-            num_compilations=self._runner.num_compilations,
+            num_compilations=self._runner.programs.num_compilations,
             num_unplanned_compilations=self._runner.num_unplanned_compilations,
         )
 

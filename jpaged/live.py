@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
+from jpaged import profiling
 from jpaged.host.checks import shown
 from jpaged.host.outputs import RequestOutput
 from jpaged.host.sequence import Request
@@ -120,7 +121,11 @@ class LiveRequests:
             live = bool(self.by_id)
             if request is not None:
                 live = self.by_id.get(request.request_id) is request
-            for output in self.pipeline.step() if live else ():
+            outputs: Sequence[RequestOutput] = ()
+            if live:
+                with profiling.step(self.pipeline.results.totals.num_steps):
+                    outputs = self.pipeline.step()
+            for output in outputs:
                 self._deliver(self.by_id[output.request_id], output)
         return live
 

@@ -15,6 +15,7 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.step_log import StepLog
+from jpaged.profiling import phase
 from jpaged.results import ResultReader
 
 
@@ -69,7 +70,8 @@ class Pipeline:
             for step in steps:
                 self._begin(step.plan, batch.page_table)
             self.results.totals.num_dispatches += 1
-            self._inflight = steps, self._runner.run(batch, steps[0].plan.copies)
+            with phase("dispatch"):
+                self._inflight = steps, self._runner.run(batch, steps[0].plan.copies)
             self.results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
         return self.results.read(*previous) if previous else []
 
@@ -83,24 +85,29 @@ class Pipeline:
     def _begin(self, step: StepPlan, page_table: np.ndarray) -> None:
         if self._log is not None:
             self._log.write(step, page_table)
-        compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
+        with phase("swap"):
+            compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
         self.results.skip(compile_s, overlapped=False)
 
     def _plan(self) -> tuple[list[ScheduledStep], Batch] | None:
         if not self.scheduler.has_work:
             return None
-        step, totals = self.scheduler.schedule(), self.results.totals
+        with phase("schedule"):
+            step, totals = self.scheduler.schedule(), self.results.totals
         if not step.plan.num_rows:
             totals.record_swaps(step.plan)
             self._begin(step.plan, self.table.snapshot((), 0))
             return None
         totals.record_step(step.plan, self.table)
         steps, most = [step], self._runner.decode_steps
-        if most == 1 or not can_burst(step):
-            return steps, build_batch(step.plan, self.table, self._buckets)
-        while len(steps) < most and (after := self.scheduler.extend(steps[-1])):
-            totals.record_step(after.plan, self.table)
-            steps.append(after)
-        batch = build_batch(step.plan, self.table, self._buckets)
-        burst = burst_of(steps, self.results.eos_token_ids, batch.shape.num_rows)
-        return steps, dataclasses.replace(batch, burst=burst)
+        bursts = most > 1 and can_burst(step)
+        with phase("schedule"):
+            while bursts and len(steps) < most and (after := self.scheduler.extend(steps[-1])):
+                totals.record_step(after.plan, self.table)
+                steps.append(after)
+        with phase("pack"):
+            batch = build_batch(step.plan, self.table, self._buckets)
+            if bursts:
+                burst = burst_of(steps, self.results.eos_token_ids, batch.shape.num_rows)
+                batch = dataclasses.replace(batch, burst=burst)
+        return steps, batch

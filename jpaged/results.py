@@ -18,6 +18,7 @@ from jpaged.host.sequence import Request, Status
 from jpaged.host.sequence import Sequence as Sample
 from jpaged.host.stats import Counters
 from jpaged.host.step_builder import ScheduledStep
+from jpaged.profiling import phase
 from jpaged.text import TextStream, is_fault
 
 logger = logging.getLogger(__name__)
@@ -89,23 +90,25 @@ class ResultReader(StepReader):
         self, steps: Sequence[ScheduledStep], result: StepResult | BurstResult
     ) -> list[RequestOutput]:
         """Reads the samples of a dispatch, ends the sequences that they end, and reports."""
-        outcomes = result.outcomes()
+        with phase("read"):
+            outcomes = result.outcomes()
         now = time.perf_counter()
         took, self._last_step_end_s = now - self._last_step_end_s, now
         if steps[0].plan.num_prefill_tokens:
             self.totals.prefill_s += took
         else:
             self.totals.decode_s += took
-        grown: dict[str, Request] = {}
-        for step, outcome in zip(steps, outcomes, strict=True):
-            for request in self.take(step, outcome):
-                grown.pop(request.request_id, None)  # those that end first are told of first
-                grown[request.request_id] = request
-        return [
-            self.output(request, finished=request.finished)
-            for request in grown.values()
-            if request.stream or request.finished
-        ]
+        with phase("detokenize"):
+            grown: dict[str, Request] = {}
+            for step, outcome in zip(steps, outcomes, strict=True):
+                for request in self.take(step, outcome):
+                    grown.pop(request.request_id, None)  # those that end first are told of first
+                    grown[request.request_id] = request
+            return [
+                self.output(request, finished=request.finished)
+                for request in grown.values()
+                if request.stream or request.finished
+            ]
 
     def output(self, request: Request, *, finished: bool) -> RequestOutput:
         """Freezes a request as far as it has come; see `outputs.output_of`."""

@@ -47,12 +47,18 @@ from jpaged.models.fitting import (
 )
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import GgufWeights, config_of
+from jpaged.models.host_arrays import aligned, reuse_freed_memory
 from jpaged.models.json_fields import shown
 from jpaged.models.param_trees import insert, parent_of
 from jpaged.models.paths import is_address, path_of, resolved
 from jpaged.models.safetensors_weights import SafetensorsWeights
 from jpaged.models.sharding import check_mesh, param_sharding
-from jpaged.models.stored_tensor import WEIGHT_DTYPES, CheckpointError
+from jpaged.models.stored_tensor import (
+    WEIGHT_DTYPES,
+    CheckpointError,
+    MemoryOf,
+    no_memory,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +81,13 @@ class Weights(Protocol):
         """In which they are stored, by path."""
         ...
 
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
-        """Reads parameters in the order of the targets, which say in which dtype and where to."""
+    def read(
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], memory_of: MemoryOf = no_memory
+    ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
+        """Reads parameters in the order of the targets, which say in which dtype and where to.
+
+        What there is memory of the host for is read to it, and comes as that.
+        """
         ...
 
 
@@ -124,10 +135,26 @@ def load(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     params: Params = {}
+    reuse_freed_memory()
+    # On the host, layers are read to where they lie in stacked arrays; on devices, written there.
+    on_host = mesh is None and jax.devices()[0].platform == "cpu"
+    stacks: dict[str, np.ndarray] = {}
+
+    def memory_of(path: str) -> np.ndarray | None:
+        place = stacked_place(path, config) if scan_layers and on_host else None
+        if place is None:
+            return None
+        stack, number, count = place
+        if stack not in stacks:
+            stacks[stack] = aligned((count, *weights.shapes[path]), np.dtype(dtype))
+        return stacks[stack][number]
+
     # What a parameter takes while it is read is beside the fewest others so.
     largest_first = sorted(weights.shapes.items(), key=lambda item: -math.prod(item[1]))
     targets = {path: target(path, shape) for path, shape in largest_first}
-    for path, leaf in read_with_bar(weights, targets):
+    for path, leaf in read_with_bar(weights, targets, memory_of):
+        if isinstance(leaf, np.ndarray):
+            continue
         place = stacked_place(path, config) if scan_layers else None
         if place is None:
             insert(params, path, leaf)
@@ -138,6 +165,8 @@ def load(
         if name not in parent:
             parent[name] = jnp.zeros(shape, dtype, device=target(path, shape).sharding)
         parent[name] = _with_layer(parent[name], leaf, number)
+    for path, stack in stacks.items():
+        insert(params, path, jax.make_array_from_callback(stack.shape, where, stack.__getitem__))
     return _tie(config, params)
 
 
@@ -182,8 +211,10 @@ def find_weights(model: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Wei
 
 
 def read_with_bar(
-    weights: Weights, targets: Mapping[str, jax.ShapeDtypeStruct]
-) -> Iterator[tuple[str, jax.Array]]:
+    weights: Weights,
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    memory_of: MemoryOf = no_memory,
+) -> Iterator[tuple[str, Any]]:
     """Reads parameters as `Weights.read` does, and shows on a terminal how far it is."""
     sizes = {path: math.prod(t.shape) * t.dtype.itemsize for path, t in targets.items()}
     with tqdm.tqdm(
@@ -194,7 +225,7 @@ def read_with_bar(
         disable=None,
         leave=False,
     ) as bar:
-        for path, leaf in weights.read(targets):
+        for path, leaf in weights.read(targets, memory_of):
             yield path, leaf
             bar.update(sizes[path])
 
@@ -204,7 +235,8 @@ def check_params(config: ModelConfig, params: Any) -> None:
 
     Args:
       config: the model's shape.
-      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`.
+      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`;
+        `kv_scales` may be beside it.
         NumPy's and jax's arrays of floating point numbers are parameters; float64 too, for it is
         cast.
 
@@ -235,6 +267,12 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 "parameters again"
             )
         found[path] = leaf
+    if (scales := found.pop("kv_scales", None)) is not None:
+        if scales.shape != (config.num_layers, 2):
+            raise CheckpointError(
+                f"params: kv_scales has shape {list(scales.shape)}, expected "
+                f"[{config.num_layers}, 2]: of each layer's keys and values"
+            )
     stacked, found = found, _unstacked(found, config)
     check_size("params", config, found, asking="model_config")
     check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")

@@ -28,10 +28,10 @@ class Decoder:
 
     Attributes:
       config: the model's shape.
-      scan_layers: False unrolls the layers (fastest on CPU); True scans over stacked weights, which
-        compiles in a time that does not grow with depth (right for TPU and GPU): over repetitions
-        of the config's pattern, and what is left is unrolled. The parameter tree differs: see
-        `stack_layers`.
+      scan_layers: False unrolls the layers (fastest on CPUs and GPUs, where a scan copies weights);
+        True scans over stacked weights, which compiles in a time that does not grow with depth
+        (right for TPUs): over repetitions of the config's pattern, and what is left is unrolled.
+        The parameter tree differs: see `stack_layers`.
       backend: which kernels to use, as in `pallas_kernels.paged_attention`.
       mesh: devices with one axis, over which `apply` splits the heads; the caller lays parameters
         and pool out as `models.sharding` says. None computes on one device.
@@ -85,7 +85,8 @@ class Decoder:
         """Runs one step: writes the new tokens' keys and values, and attends over all.
 
         Args:
-          params: as `init` makes them.
+          params: as `init` makes them; pages of eight bits want one more, `kv_scales`,
+            f32[num_layers, 2]: what the stored keys and values of each layer are multiplied by.
           inputs: the step's tokens, and page tables: one for each of `cache_groups(config)`, or
             one for all layers.
           kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim], of as many layers as
@@ -100,6 +101,7 @@ class Decoder:
             functools.partial(
                 _paged_attend,
                 groups=cache_groups(self.config),
+                kv_scales=params.get("kv_scales"),
                 backend=self.backend,
                 mesh=self.mesh,
             ),
@@ -246,9 +248,10 @@ class _DecoderModule(nn.Module):
 
 
 def _paged_attend(
-    q, k, v, kv_pages, layer, rows, variant, sinks, *, groups: CacheGroups, backend, mesh
+    q, k, v, kv_pages, layer, rows, variant, sinks, *, groups: CacheGroups, kv_scales, backend, mesh
 ):
     """An `Attend` over pages."""
+    kv_scale = None if kv_scales is None else kv_scales[layer]
     if rows.has_groups:
         if isinstance(layer, int):
             group, layer = groups.places[layer]
@@ -256,24 +259,25 @@ def _paged_attend(
             group, layer = jnp.asarray(groups.places, jnp.int32)[layer]
         rows = rows.of_group(group)
 
-    def attend(q, k, v, kv_pages, layer, rows, sinks):
-        kv_pages = dispatch.write(kv_pages, k, v, rows, layer=layer, backend=backend)
-        out = dispatch.attend(q, kv_pages, rows, variant, layer=layer, sinks=sinks, backend=backend)
-        return out, kv_pages
+    def attend(q, k, v, kv_pages, layer, rows, sinks, kv_scale):
+        where = {"layer": layer, "kv_scale": kv_scale, "backend": backend}
+        # Written first: a query sees its own step's keys as later steps will, rounded.
+        kv_pages = dispatch.write(kv_pages, k, v, rows, **where)
+        return dispatch.attend(q, kv_pages, rows, variant, sinks=sinks, **where), kv_pages
 
     if mesh is None:
-        return attend(q, k, v, kv_pages, layer, rows, sinks)
+        return attend(q, k, v, kv_pages, layer, rows, sinks, kv_scale)
     # Kernels are no operations that the compiler could split by itself. A head needs no other.
     heads, pool = sharding.heads_spec(mesh), sharding.pool_spec(mesh)
     one = jax.sharding.PartitionSpec()
     split = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, heads, heads, pool, one, one, sharding.sinks_spec(mesh)),
+        in_specs=(heads, heads, heads, pool, one, one, sharding.sinks_spec(mesh), one),
         out_specs=(heads, pool),
         check_vma=False,  # Pallas says nothing of what differs between devices
     )
-    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), rows, sinks)
+    return split(q, k, v, kv_pages, jnp.asarray(layer, jnp.int32), rows, sinks, kv_scale)
 
 
 def _dense_attend(q, k, v, kv_pages, layer, rows, variant, sinks, *, batch):

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from jpaged.models.host_arrays import aligned
+from jpaged.models.host_arrays import MOST_THREADS, aligned, is_finite, not_finite
 from jpaged.models.json_fields import shown
 from jpaged.models.paths import is_address
+from jpaged.models.safetensors_files import DTYPES
 from jpaged.models.stored_tensor import CheckpointError, StoredTensor
 
 _MAGIC = b"GGUF"
@@ -39,7 +40,6 @@ _TEXT, _LIST = 8, 9
 _MOST_AXES = 4
 # So many weights at a time: they are in a core's cache still when they are cast.
 _CHUNK = 2**18
-_MOST_THREADS = min(16, os.cpu_count() or 1)  # NumPy computes outside Python's lock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,7 @@ class GgufFile:
             tensors are packed in a way that cannot be read. One line.
         """
         self.path = path
+        self._threads = ThreadPoolExecutor(MOST_THREADS)  # that start when there is work
         if is_address(path):
             raise CheckpointError(f"{path}: buckets serve no GGUF files: copy it to a disk")
         if not path.exists():
@@ -153,22 +154,25 @@ class GgufFile:
                 "of a model (split.count); join them first: llama-gguf-split --merge"
             )
 
-    def read(self, name: str, dtype: np.dtype) -> np.ndarray:
+    def read(self, name: str, dtype: np.dtype, out: np.ndarray | None = None) -> np.ndarray:
         """Returns a tensor, dequantised to a dtype.
 
         Args:
           name: of the tensor.
           dtype: of floating point numbers, jax's own included.
+          out: dtype[shape] to read to, contiguous; None makes an array.
 
         Returns:
           dtype[shape], where the first axis is the one that the format names last.
 
         Raises:
-          CheckpointError: if the file ends before the tensor does.
+          CheckpointError: if the file ends before the tensor does, or a number is not finite.
         """
         tensor, library = self.tensors[name], _library()
         kind = library.GGMLQuantizationType[tensor.dtype]
-        weights = aligned((math.prod(tensor.shape),), dtype)
+        if out is None:
+            out = aligned(tensor.shape, dtype)
+        weights = out.reshape(-1)  # a view
 
         def read_part(first: int) -> None:
             part = weights[first : first + _CHUNK]
@@ -179,17 +183,20 @@ class GgufFile:
             # be no numbers, of which NumPy would warn.
             with np.errstate(all="ignore"):
                 part[:] = library.dequantize(packed[None], kind).reshape(-1)
+            if not is_finite(part):
+                what = f"{self.path}: tensor {shown(name)}"
+                raise not_finite(what, DTYPES.get(tensor.dtype, np.dtype(np.float32)), dtype)
 
         try:
-            with open(self.path, "rb") as file, contextlib.ExitStack() as stack:
+            with open(self.path, "rb") as file:
                 descriptor, parts = file.fileno(), range(0, weights.size, _CHUNK)
-                each = map  # for one part, threads cost more than it does
-                if len(parts) > 1:
-                    each = stack.enter_context(ThreadPoolExecutor(_MOST_THREADS)).map
-                list(each(read_part, parts))
+                # For one part, threads cost more than it does.
+                list((self._threads.map if len(parts) > 1 else map)(read_part, parts))
+        except CheckpointError:
+            raise
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{self.path}: tensor {shown(name)} cannot be read: {e}") from e
-        return weights.reshape(tensor.shape)
+        return out
 
 
 class _TensorInfo:

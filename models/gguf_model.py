@@ -20,9 +20,9 @@ from jpaged.models.families.base import Source, layer_of
 from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
 from jpaged.models.generation_config import GenerationConfig, faults_of
 from jpaged.models.gguf_file import GgufFile
-from jpaged.models.host_arrays import is_finite, not_finite
 from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
 from jpaged.models.safetensors_files import DTYPES
+from jpaged.models.stored_tensor import MemoryOf, no_memory
 
 # What general.architecture says, and the family that it is.
 _FAMILIES = MappingProxyType(
@@ -148,11 +148,14 @@ class GgufWeights:
             for path, source in self._sources.items()
         }
 
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    def read(
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], memory_of: MemoryOf = no_memory
+    ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
         """Reads parameters, one at a time, and dequantises each whole.
 
         Args:
           targets: dtype and sharding of each that is wanted, by path.
+          memory_of: memory of the host that some are read to.
 
         Yields:
           Paths and arrays, in the order of the targets.
@@ -161,13 +164,16 @@ class GgufWeights:
           CheckpointError: if the file is damaged, or a number is not finite.
         """
         for path, target in targets.items():
-            source = self._sources[path]
-            whole = self._file.read(source.names[0], target.dtype)
-            if not is_finite(whole):
-                what = f"{self._file.path}: tensor {shown(source.names[0])}"
-                raise not_finite(what, self.dtypes[path], target.dtype)
+            source, memory = self._sources[path], memory_of(path)
+            straight = memory if source.view is None else None
+            whole = self._file.read(source.names[0], target.dtype, straight)
             if source.view is not None:
                 whole = source.view(whole)
+            if memory is not None:
+                if straight is None:
+                    memory[...] = whole
+                yield path, memory
+                continue
             assert target.sharding is not None
             array = jax.make_array_from_callback(target.shape, target.sharding, whole.__getitem__)
             yield path, array.block_until_ready()

@@ -23,7 +23,13 @@ from jpaged.models.fitting import (
 from jpaged.models.host_arrays import is_finite, not_finite
 from jpaged.models.json_fields import shown
 from jpaged.models.param_trees import flat, insert
-from jpaged.models.stored_tensor import WEIGHT_DTYPES, CheckpointError, StoredTensor
+from jpaged.models.stored_tensor import (
+    WEIGHT_DTYPES,
+    CheckpointError,
+    MemoryOf,
+    StoredTensor,
+    no_memory,
+)
 
 # Parameters are restored in batches: a share of all, as each takes Orbax some 20 ms.
 _BATCH_SHARE = 16
@@ -67,12 +73,15 @@ class OrbaxWeights:
         check_tensors(str(directory), self.shapes, stored)
         self.dtypes = {path: np.dtype(tensor.dtype) for path, tensor in stored.items()}
 
-    def read(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
+    def read(
+        self, targets: Mapping[str, jax.ShapeDtypeStruct], memory_of: MemoryOf = no_memory
+    ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
         """Reads parameters, a batch at a time.
 
         Args:
           targets: dtype and sharding of each that is wanted, by path, whatever the checkpoint was
             saved from.
+          memory_of: memory of the host that some are copied to.
 
         Yields:
           Paths and arrays, in the order of the targets.
@@ -88,6 +97,10 @@ class OrbaxWeights:
                     if not _all_finite(array):
                         what = f"{self._directory}: tensor {shown(path)}"
                         raise not_finite(what, self.dtypes[path], array.dtype)
+                    memory = memory_of(path)
+                    if memory is not None:
+                        memory[...] = array
+                        array = memory
                     yield path, array
 
     def _restored(

@@ -2,6 +2,7 @@
 """Which file of a directory of safetensors holds which tensor: see `models.checkpoint`'s rule."""
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -134,6 +135,19 @@ def reading(file: pathlib.Path) -> Iterator[Any]:
         raise CheckpointError(f"{file} is not a file that can be read")
     with damage(file), safetensors.safe_open(file, framework="numpy") as reader:
         yield reader
+
+
+def offsets(file: pathlib.Path) -> dict[str, int]:
+    """Where in a file its tensors begin, in bytes, by name.
+
+    Raises:
+      CheckpointError: if it is damaged.
+    """
+    with reading(file), open(file, "rb") as data:  # which checks what the header says
+        size = int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + info["data_offsets"][0] for name, info in header.items()}
 
 
 @contextlib.contextmanager

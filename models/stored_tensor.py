@@ -3,9 +3,16 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+
+import numpy as np
 
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 """What weights may be, by NumPy's names."""
+
+
+MemoryOf = Callable[[str], np.ndarray | None]
+"""Of a parameter's path, memory of the host that it is read to; None leaves it to the reader."""
 
 
 class CheckpointError(ValueError):
@@ -24,3 +31,8 @@ class StoredTensor:
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def no_memory(path: str) -> np.ndarray | None:
+    """Leaves all parameters to the reader."""
+    return None

@@ -156,9 +156,10 @@ def attend(
     validation.check_layer(kv_pages, layer)
     if sinks is not None:
         sinks = jnp.asarray(sinks, jnp.float32)
-    return kernels.paged_attention(
-        q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
-    )
+    with jax.named_scope("paged_attention"):  # in traces, by which backend ever
+        return kernels.paged_attention(
+            q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
+        )
 
 
 def write_kv(
@@ -192,7 +193,8 @@ def write_kv(
       backend: as in `paged_attention`.
 
     Returns:
-      `kv_pages` with the cells written, converted to the pool's dtype.
+      `kv_pages` with the cells written, converted to the pool's dtype; what eight bits cannot hold
+      becomes the nearest number that they can.
 
     Raises:
       ValueError: if shapes or dtypes do not fit together, or the backend is not available.
@@ -215,7 +217,8 @@ def write(
     kernels = _package(resolve_backend(backend))
     validation.check_write(kv_pages, k, v, rows, kv_scale=kv_scale)
     validation.check_layer(kv_pages, layer)
-    return kernels.write_kv(kv_pages, k, v, rows, layer=layer, kv_scale=kv_scale)
+    with jax.named_scope("write_kv"):
+        return kernels.write_kv(kv_pages, k, v, rows, layer=layer, kv_scale=kv_scale)
 
 
 def copy_pages(
@@ -241,4 +244,5 @@ def copy_pages(
     """
     kernels = _package(resolve_backend(backend))
     validation.check_copy(kv_pages, src_page_ids, dst_page_ids)
-    return kernels.copy_pages(kv_pages, src_page_ids, dst_page_ids)
+    with jax.named_scope("copy_pages"):
+        return kernels.copy_pages(kv_pages, src_page_ids, dst_page_ids)

@@ -108,7 +108,8 @@ def pack_cells(k, v, dtype, kv_scale):
       k: [num_tokens, num_kv_heads, head_dim].
       v: likewise.
       dtype: the pool's.
-      kv_scale: f32[2] or None; integers are rounded to nearest and clipped.
+      kv_scale: f32[2] or None. Integers are rounded to nearest, and what a number of eight bits
+        cannot hold becomes the nearest that it can: float8_e4m3fn has no infinity, but NaN.
 
     Returns:
       dtype[num_tokens, num_kv_heads, 2 * head_dim].
@@ -120,6 +121,9 @@ def pack_cells(k, v, dtype, kv_scale):
     if jnp.issubdtype(dtype, jnp.integer):
         info = jnp.iinfo(dtype)
         cells = jnp.clip(jnp.round(cells), info.min, info.max)
+    elif jnp.dtype(dtype).itemsize == 1:
+        largest = float(jnp.finfo(dtype).max)
+        cells = jnp.clip(cells, -largest, largest)
     return cells.astype(dtype)
 
 

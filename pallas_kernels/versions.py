@@ -51,6 +51,16 @@ def cpu_converts_bfloat16() -> bool:
     return jax.__version_info__ < (0, 11)
 
 
+def compiled_programs() -> list[str]:
+    """Optimised HLO, as text, of the programs that live on the default device, if it shows any."""
+    client = jax.devices()[0].client
+    try:
+        executables = client.live_executables()
+        return [module.to_string() for each in executables for module in each.hlo_modules()]
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return []
+
+
 def quick_to_compile() -> str:
     """Flags of XLA with which programs for the CPU compile in the least time, and run slower.
 

@@ -31,6 +31,8 @@ The report on standard output ends with a line that is one JSON object:
         `mean_decode_step_s` (of steps without), `time_to_first_token_s`, `latency_s` and
         `time_per_output_token_s` (each with `p50`, `p90`, `p99` over requests), `compilations` and
         `compile_s` in the measured run, `warmup` (`wall_s`, `compilations`, `compile_s`, or null);
+        with --profile also `profile` (docs/performance.md explains it; null if no step was traced),
+        which makes the run slower;
       * `steps`, `preemptions`, `recomputed_tokens`, `page_copies`;
       * `utilisation`, the share of the used pages' cells that hold a token: `mean`,
         `least_after_ramp_up` (once 90 % of the peak's pages are used), `over_time`;
@@ -69,6 +71,11 @@ from jpaged.scripts.flags import (
     require_device,
     run,
 )
+from jpaged.scripts.profile_flags import (
+    define_profile_flags,
+    profile_config_from_flags,
+    show_profile,
+)
 from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
 from jpaged.simulation.report import Report, cache_report, compare_runs, sparkline
 from jpaged.simulation.serving import run_scheduler
@@ -100,6 +107,7 @@ _SCHEDULER_ONLY = flags.DEFINE_bool(
     "scheduler_only", False, "Run the scheduler without a model, paged and max side by side."
 )
 define_engine_flags()
+define_profile_flags()
 
 _WEIGHTS_SEED = 0
 _NO_MODEL_MAX_LEN = 2048
@@ -124,6 +132,8 @@ def main(argv: list[str]) -> None:
 def _scheduler_only(config: EngineConfig) -> Report:
     if _MODEL.value is not None or _RANDOM_WEIGHTS.value is not None:
         raise app.UsageError("--scheduler_only takes neither --model nor --random_weights")
+    if flags.FLAGS.profile is not None:
+        raise app.UsageError("--scheduler_only has no device, and takes no --profile")
     max_model_len = config.max_model_len or _NO_MODEL_MAX_LEN
     pages_per_seq = -(-max_model_len // config.page_size)
     config = dataclasses.replace(
@@ -146,6 +156,9 @@ def _engine(config: EngineConfig) -> Report:
         )
     for role, spec in (("prompt", _PROMPT_LEN.value), ("output", _OUTPUT_LEN.value)):
         parse_lengths(spec, role)  # before the model is loaded
+    profile = profile_config_from_flags()
+    if profile is not None and _COMPARE.value:
+        raise app.UsageError("--profile is of one run: leave out --compare_reservation")
     enable_compilation_cache()
     require_device()
     clock = CompileClock()
@@ -165,7 +178,10 @@ def _engine(config: EngineConfig) -> Report:
         ),
         clock,
         warmup=_WARMUP.value,
+        profile=profile,
     )
+    if profile is not None:
+        show_profile(measured.runs[config.reservation]["profile"])
     return _report(
         "engine",
         measured.config,

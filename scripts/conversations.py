@@ -12,9 +12,9 @@ from jpaged import gguf_text
 from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.host.checks import shown
 from jpaged.host.params import SamplingParams
+from jpaged.jobs.fields import own_params, parse_json
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.paths import is_there
-from jpaged.scripts.json_prompts import own_params, parse_json
 from jpaged.scripts.prompts import decode_flag
 
 # The flags belong to the program that calls `define_chat_flags`, so that its --help shows them.
@@ -65,15 +65,27 @@ def chat_options_from_flags() -> ChatOptions:
     return options
 
 
-def chat_template_of(directory: pathlib.Path) -> ChatTemplate:
+def opened(path: pathlib.Path) -> pathlib.Path | GgufFile:
+    """The path, or the GGUF file that it is, its header read: once for all that look at it.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged.
+    """
+    return GgufFile(path) if is_gguf(path) else path
+
+
+def chat_template_of(directory: pathlib.Path | GgufFile) -> ChatTemplate:
     """Returns the chat templates of a directory or GGUF file, before anything else of it is read.
 
     Raises:
       FileNotFoundError: if there is no such directory.
       ValueError: if they cannot be read, or there is no tokenizer.
     """
-    if is_gguf(directory):
-        return gguf_text.chat_template_of(GgufFile(directory))
+    if not isinstance(directory, GgufFile):
+        directory = opened(directory)
+    if isinstance(directory, GgufFile):
+        return gguf_text.chat_template_of(directory)
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "does not exist"
         raise FileNotFoundError(f"model directory {str(directory)!r} {what}")

@@ -4,23 +4,28 @@
 # Checks and measures jpaged on a machine with a GPU, in less than ten minutes.
 #
 #     scripts/device_check.sh [PART...]
+#     scripts/device_check.sh figures         # in 8 minutes, all that a release is held to
 #
-# Parts, all of them by default: tests, conformance_bfloat16, conformance_float32, kernels, engine.
-# It writes at most eight files, of less than 16 MiB each, and nothing elsewhere, to $OUT, or where
-# that is not set to device_check_results/DATE in the repository: summary.json (each part's status,
-# seconds and key figures), environment.json (always), tests.xml, conformance_bfloat16.json,
-# conformance_float32.json, kernels.json, engine.json and log.txt.
+# Parts, without any all but the last, and in this order: conformance_bfloat16, tests, kernels,
+# engine, conformance_float32, figures (scripts/kernels/device_figures.py: the step at 1, 64 and 256
+# rows beside its floor, attention and prefill beside others).
+# Nothing is written elsewhere than to $OUT, or where that is not set to device_check_results/DATE
+# in the repository: summary.json (each part's status, seconds and key figures), environment.json
+# (always), tests.xml, conformance_bfloat16.json, conformance_float32.json, kernels.json,
+# engine.json, figures.json, with it traces in profile_ROWS, and log.txt.
 #
-# PYTHON (python3) runs it. DEVICE_CHECK_S (570) is how many seconds all parts may take: each has a
-# share of them, and what one leaves the next may use. A part that fails does not keep the next from
+# PYTHON (python3) runs it. DEVICE_CHECK_S (570, of figures alone 480) is how many seconds all parts
+# may take: each has a share of them, and what one leaves the next may use. TRANSFORMERS_PYTHON is an
+# interpreter that has torch and transformers, for figures; without it those of transformers are
+# missing. A part that fails does not keep the next from
 # running. The exit code is 0 if all passed, 1 if one did not, and 2 where nothing could be run: jax
 # sees no GPU, or the usage is wrong. Without some of jpaged's dependencies, the parts that need
 # them are skipped, which counts as not passed.
 set -uo pipefail
 
-readonly ALL_PARTS="tests conformance_bfloat16 conformance_float32 kernels engine"
+readonly ALL_PARTS="conformance_bfloat16 tests kernels engine conformance_float32"
 PYTHON="${PYTHON:-python3}"
-TOTAL_S="${DEVICE_CHECK_S:-570}"
+TOTAL_S="${DEVICE_CHECK_S:-$([[ "$*" == figures ]] && echo 480 || echo 570)}"
 # tests/conftest.py, for one, would else choose the CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 
@@ -36,6 +41,7 @@ share_s() {
     conformance_*) echo 70 ;;
     kernels) echo 130 ;;
     engine) echo 180 ;;
+    figures) echo 480 ;;
   esac
 }
 
@@ -44,7 +50,7 @@ modules() {
   case "$1" in
     tests) echo "absl hypothesis pytest" ;;
     conformance_* | kernels) echo "absl" ;;
-    engine) echo "absl flax orbax.checkpoint psutil safetensors tokenizers tqdm" ;;
+    engine | figures) echo "absl flax orbax.checkpoint psutil safetensors tokenizers tqdm" ;;
   esac
 }
 
@@ -68,9 +74,9 @@ start_s="$(date +%s)"
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || stop "cannot enter the repository"
 parts="${*:-$ALL_PARTS}"
 for part in $parts; do
-  case " $ALL_PARTS " in
+  case " $ALL_PARTS figures " in
     *" $part "*) ;;
-    *) stop "no part is called $part; choose among $ALL_PARTS" ;;
+    *) stop "no part is called $part; choose among $ALL_PARTS figures" ;;
   esac
 done
 case "$TOTAL_S" in
@@ -217,12 +223,21 @@ EOF
   return "$code"
 }
 
+run_figures() {
+  # What it has when its time is over it has written; the rest is to stop its own programs.
+  local budget_s=$((end_s - $(date +%s) - 10)) peer=()
+  [[ -z "${TRANSFORMERS_PYTHON:-}" ]] || peer=(--transformers_python="$TRANSFORMERS_PYTHON")
+  limited "$work/figures.txt" "$PYTHON" -m scripts.kernels.device_figures \
+    --budget_s="$((budget_s > 20 ? budget_s : 20))" --output_dir="$out" ${peer[@]+"${peer[@]}"}
+}
+
 run_part() {
   case "$1" in
     tests) run_tests ;;
     conformance_*) run_conformance "$1" "${1#conformance_}" ;;
     kernels) run_kernels ;;
     engine) run_engine ;;
+    figures) run_figures ;;
   esac
 }
 
@@ -349,6 +364,11 @@ def figures(part):
             "copy_gb_per_s": round(report["copy_bytes_per_s"] / 1e9, 1),
             "best_copy_ratio": round(max(ratios), 3) if ratios else None,
             **{f"speedup {pair}": round(mean, 2) for pair, mean in report["summary"].items()},
+        }
+    if part == "figures" and report:
+        return {
+            name: f"{own['value']} ({own['target']}, reached: {own['reached']})"
+            for name, own in report["targets"].items()
         }
     if part == "engine" and report:
         found = {key: report[key] for key in ("gives_text", "greedy_equals_xla")}

@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from jpaged.host.compile_plan import UnplannedProgramError
 from jpaged.host.config import CHOICES, EngineConfig
 from jpaged.models import find
 from jpaged.models.paths import path_of
@@ -177,7 +178,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
         try:
             interrupts.raise_once()
             return main(argv)
-        except app.UsageError as e:
+        except (app.UsageError, UnplannedProgramError) as e:
             _exit_usage(e)
         except KeyboardInterrupt:
             _exit_interrupted()

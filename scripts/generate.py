@@ -7,6 +7,7 @@
     jpaged generate --prompt="Once upon a time" --n=4 --show_pages
     jpaged generate --prompts_file=prompts.jsonl --output=json > answers.jsonl
     jpaged generate --model=DIR --chat --prompts_file=conversations.jsonl
+    jpaged generate --prompts_file=prompts.txt --profile=DIR
 
 Prompts, in UTF-8, come from --prompt, which may be repeated, from --prompts_file, one a line, or
 from standard input. A model directory without a tokenizer takes prompts as token ids:
@@ -35,7 +36,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -48,6 +49,7 @@ from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
     define_chat_flags,
+    opened,
     read_conversations,
     render_conversations,
 )
@@ -62,6 +64,11 @@ from jpaged.scripts.flags import (
 )
 from jpaged.scripts.json_prompts import read_json_prompts
 from jpaged.scripts.output import EndingSamples, GrowingSample, ResultWriter
+from jpaged.scripts.profile_flags import (
+    define_profile_flags,
+    profile_config_from_flags,
+    profiled,
+)
 from jpaged.scripts.prompts import parse_token_ids, read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
@@ -98,6 +105,7 @@ _CHAT = flags.DEFINE_bool(
 define_sampling_flags()
 define_chat_flags()
 define_engine_flags()
+define_profile_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -105,8 +113,10 @@ def main(argv: list[str]) -> None:
     log_to_stderr()
     with usage_errors():
         params, prompts, model = read_flags(argv)
+        profile = profile_config_from_flags()
         options = chat_options_from_flags()
         if _CHAT.value:
+            model = opened(model)
             prompts = render_conversations(prompts, chat_template_of(model), options)
         elif options:
             raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
@@ -114,31 +124,24 @@ def main(argv: list[str]) -> None:
         engine = Engine.load(model, engine_config_from_flags())
         params = [with_fallbacks(own, engine.defaults) for own in params]
         prompts = _encoded(prompts, engine)
+        if engine.config.strict_shapes:
+            engine.warm_up(num_logprobs=max(own.logprobs or 0 for own in params), params=params)
     as_json = _OUTPUT.value == "json"
     shown = [""] * len(prompts) if _CHAT.value else prompts
     writer = ResultWriter(shown, engine.tokenizer, as_json=as_json)
     fullest = _Fullest(engine)
-    interrupted = False
     first = params[0]
     streams = first.num_samples == first.n and first.beam_width is None
-    if len(prompts) == 1 and streams and not as_json:
-        interrupted = _stream(engine, prompts[0], first, writer, fullest)
-    else:
-        try:
-            with _prompt_errors():
-                engine.generate(
-                    prompts,
-                    params,
-                    progress=len(prompts) > 1,
-                    on_step=fullest.look,
-                    on_output=writer.write,
-                )
-        except GenerationInterrupted as e:
-            interrupts.handled()
-            interrupted = True
-            for index, output in enumerate(e.outputs):
-                if index not in writer.written:
-                    writer.write(index, output)
+    with profiled(engine, profile) as look:
+
+        def on_step() -> None:
+            fullest.look()
+            look()
+
+        if len(prompts) == 1 and streams and not as_json:
+            interrupted = _stream(engine, prompts[0], first, writer, on_step)
+        else:
+            interrupted = _generate(engine, prompts, params, writer, on_step)
     if fullest.snapshot is not None:
         color = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
         print("The fullest step; an owner is request#sample, from 0:", file=sys.stderr)
@@ -225,16 +228,42 @@ class _Fullest:
                 self.snapshot = self._engine.pool_snapshot()
 
 
+def _generate(
+    engine: Engine,
+    prompts: list[str] | list[list[int]],
+    params: list[SamplingParams],
+    writer: ResultWriter,
+    on_step: Callable[[], None],
+) -> bool:
+    """Prints each prompt's result when it has ended. Returns: whether Ctrl-C ended it."""
+    try:
+        with _prompt_errors():
+            engine.generate(
+                prompts,
+                params,
+                progress=len(prompts) > 1,
+                on_step=on_step,
+                on_output=writer.write,
+            )
+    except GenerationInterrupted as e:
+        interrupts.handled()
+        for index, output in enumerate(e.outputs):
+            if index not in writer.written:
+                writer.write(index, output)
+        return True
+    return False
+
+
 def _stream(
     engine: Engine,
     prompt: str | list[int],
     params: SamplingParams,
     writer: ResultWriter,
-    fullest: _Fullest,
+    on_step: Callable[[], None],
 ) -> bool:
     """Prints the samples of one prompt as they come. Returns: whether Ctrl-C ended it."""
     with _prompt_errors():
-        stream = engine.stream(prompt, params, on_step=fullest.look)
+        stream = engine.stream(prompt, params, on_step=on_step)
     last: RequestOutput | None = None
     interrupted = False
     shown = GrowingSample(writer) if params.n == 1 else EndingSamples(writer)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 CODE = 130  # what shells report of a program that Ctrl-C has ended
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: run it again
 _RETRY_S = 0.01
 _AGAIN_S = 2.0
 
@@ -21,6 +22,11 @@ def exit_at_once() -> None:
     Where it is ignored, as in a job in the background of a shell, it stays ignored.
     """
     _handle(lambda signum, frame: os._exit(CODE))
+
+
+def end_to_go_on() -> None:
+    """Has Ctrl-C and SIGTERM end the program at once, which goes on when it is run `AGAIN`."""
+    _stop(lambda signum, frame: os._exit(AGAIN))
 
 
 def raise_once() -> None:
@@ -48,10 +54,10 @@ def raise_once() -> None:
 
 
 class Note:
-    """What `noted` yields.
+    """What `noted` and `noted_to_go_on` yield.
 
     Attributes:
-      asked: whether Ctrl-C was pressed.
+      asked: whether Ctrl-C was pressed, or SIGTERM came.
     """
 
     def __init__(self):
@@ -78,6 +84,22 @@ def noted() -> Iterator[Note]:
         raise_once()
 
 
+@contextlib.contextmanager
+def noted_to_go_on() -> Iterator[Note]:
+    """Has a first Ctrl-C or SIGTERM be noted; others, and any afterwards, as `end_to_go_on`."""
+    note = Note()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        note.asked = True
+        end_to_go_on()
+
+    _stop(stop)
+    try:
+        yield note
+    finally:
+        end_to_go_on()
+
+
 def handled() -> None:
     """The program knows of Ctrl-C, so it is not raised again."""
     if sys.platform != "win32":
@@ -101,6 +123,11 @@ def _is_lost(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _stop(handler: Callable[[int, FrameType | None], None]) -> None:
+    _handle(handler)
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _handle(handler: Callable[[int, FrameType | None], None]) -> None:

@@ -24,7 +24,8 @@ def _early_stoppings(name: str, default: Any, text: str, **where: Any) -> None:
 
 _WHOLE, _REAL, _BOOL = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
 _TOKENS, _TEXTS = flags.DEFINE_multi_integer, flags.DEFINE_multi_string
-_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
+# By field: what defines its flag, and the help text.
+SAMPLING_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
     {
         "max_tokens": (_WHOLE, f"Most tokens to generate for a prompt. {_FILE}{{longest}}."),
         "temperature": (
@@ -94,7 +95,7 @@ _FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
 
 
 def define_sampling_flags(
-    names: Iterable[str] = _FLAGS,
+    names: Iterable[str] = SAMPLING_FLAGS,
     *,
     longest: str = "128",
     flag_values: flags.FlagValues = flags.FLAGS,
@@ -108,14 +109,14 @@ def define_sampling_flags(
     """
     defaults = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
     for name in names:
-        define, text = _FLAGS[name]
+        define, text = SAMPLING_FLAGS[name]
         default: Any = defaults[name]
         default = list(default) if isinstance(default, tuple) else default
         define(name, default, text.format(longest=longest), flag_values=flag_values)
 
 
 def sampling_params_from_flags(
-    names: Iterable[str] = _FLAGS, flag_values: flags.FlagValues = flags.FLAGS
+    names: Iterable[str] = SAMPLING_FLAGS, flag_values: flags.FlagValues = flags.FLAGS
 ) -> SamplingParams:
     """Returns the parameters that the flags of `define_sampling_flags` describe.
 

@@ -15,25 +15,34 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
-    # Tokenizers and chat templates of GGUF files.
-    "jpaged": 3450,
+    # Tokenizers and chat templates of GGUF files; what is read of a model without its weights;
+    # scales of pages.
+    "jpaged": 3700,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
-    # Steps compiled ahead of time, memory that is not this machine's, and bursts of steps.
-    "jpaged/device": 1600,
+    # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
+    "jpaged/device": 2050,
+    # Rows, inputs, records, output and manifest of batch jobs.
+    "jpaged/jobs": 1500,
     "jpaged/planning": 700,
     "jpaged/simulation": 1500,
-    "jpaged/measure": 300,
+    # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
+    # perplexity through pages.
+    "jpaged/measure": 1200,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
-    "models": 4500,
+    # Read by threads, and straight to where layers are stacked.
+    "models": 4750,
     "models/families": 1650,
-    "pallas_kernels": 6300,
-    # With `convert` and `plan`, the seventh program.
-    "scripts": 2950,
-    "scripts/kernels": 1250,
-    "scripts/measure": 1150,
+    # With what is read off the text of programs.
+    "pallas_kernels": 6750,
+    # With `convert`, `plan`, `warmup`, `calibrate` and `batch`, the tenth program.
+    "scripts": 3500,
+    # With the figures of a GPU in one run, and transformers' beside them.
+    "scripts/kernels": 1650,
+    # With loading beside safetensors' own.
+    "scripts/measure": 1400,
     "scripts/demo": 400,
     "scripts/fixtures": 1550,
 }
@@ -41,7 +50,7 @@ CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
     "engine.py",
 ]
-MAX_CORE_LINES = 1650
+MAX_CORE_LINES = 1660
 MAX_FILE_LINES = 400
 TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 

@@ -5,7 +5,9 @@ The floors are scripts, jpaged, models, pallas_kernels. On jpaged's, the front (
 it reads and writes) stands on two rooms that do not know each other: `host`, which needs no jax,
 and `device`. `simulation` is the host's side without a device, and `planning` says what an engine
 would take of one. `measure` stands on the front,
-as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either.
+as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either; what
+a step cannot be faster than it takes from `models`. `jobs` stands on the front likewise: it has an
+engine run rows.
 """
 
 import ast
@@ -29,10 +31,14 @@ MAY_IMPORT = {
     "jpaged/device": {"jpaged/host", "models", "pallas_kernels"},
     "jpaged": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/planning": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
-    "jpaged/measure": {"jpaged", "jpaged/host", "jpaged/simulation"},
+    "jpaged/jobs": {"jpaged", "jpaged/host", "models"},
+    "jpaged/measure": {
+        *("jpaged", "jpaged/host", "jpaged/simulation"),
+        *("jpaged/device", "models", "pallas_kernels"),
+    },
     "scripts": {
         *("jpaged", "jpaged/host", "jpaged/device", "jpaged/simulation", "jpaged/measure"),
-        *("jpaged/planning", "models", "pallas_kernels"),
+        *("jpaged/jobs", "jpaged/planning", "models", "pallas_kernels"),
     },
 }
 FLOORS = ("pallas_kernels", "models", "jpaged", "scripts")

@@ -14,9 +14,12 @@ logger = logging.getLogger(__name__)
 DEFAULT_DIR = "~/.cache/jpaged/xla"
 # jax's own thresholds keep out what compiles in less than a second. A step is many programs, most
 # of them small, and each of them counts at the first token.
-_THRESHOLDS = {
+_SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),  # jax's default, and ours
     "jax_persistent_cache_min_entry_size_bytes": (0, -1),
+    # The place of XLA's own cache for tuning on GPUs, below the directory, would be part of each
+    # program's key: moved or copied to another machine, the directory would serve nobody.
+    "jax_persistent_cache_enable_xla_caches": ("xla_gpu_per_fusion_autotune_cache_dir", "none"),
 }
 
 
@@ -40,7 +43,7 @@ def keep_programs(directory: str | None) -> str | None:
         return None
     own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if directory is None and own is not None:
-        _lower_thresholds()
+        _keep_more()
         return own or None
     place = DEFAULT_DIR if directory is None else directory
     if "://" not in place:
@@ -52,7 +55,7 @@ def keep_programs(directory: str | None) -> str | None:
                 raise ValueError(f"{reason}; name another directory, or '' to keep none") from e
             logger.warning("%s; compiled programs are not kept", reason)
             return None
-    _lower_thresholds()
+    _keep_more()
     if directory is not None:
         jax.config.update("jax_enable_compilation_cache", True)  # also after an engine with ""
     if own != place:
@@ -69,8 +72,8 @@ def _writable(place: str) -> str:
     return str(path)
 
 
-def _lower_thresholds() -> None:
+def _keep_more() -> None:
     """Sets what is still as jax has it; what a user has set stays."""
-    for name, (usual, ours) in _THRESHOLDS.items():
+    for name, (usual, ours) in _SETTINGS.items():
         if getattr(jax.config, name) == usual:
             jax.config.update(name, ours)

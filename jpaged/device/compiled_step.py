@@ -3,18 +3,21 @@
 
 import dataclasses
 import math
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jpaged.device.compiler_options import compiler_options, scans_layers
 from jpaged.device.memory import PoolPlan
-from jpaged.device.runner import inputs_of, step_function
+from jpaged.device.programs import step_function
+from jpaged.device.runner import inputs_of
 from jpaged.host.batch import StepShape, empty_batch
 from jpaged.models import sharding
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
-from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler, hlo
 from jpaged.pallas_kernels.aot.program import collectives, operations_giving, try_compile
 
 Struct = jax.ShapeDtypeStruct
@@ -33,6 +36,10 @@ class StepFacts:
       pool_ops: operations of the compiled step that give an array of the pool's shape, but for
         passing it on: a copy or transpose of it would be here.
       collectives: how often each collective operation stands in the program.
+      weight_copies: operations that give a copy of a weight; see `hlo.weight_copies`.
+      attention_kernels: different ones; those that are called more than once are compiled once.
+      kernels_per_layer: what a device is given to do a layer; see `hlo.kernels_per_layer`.
+      compile_s: seconds that lowering and compiling took.
       error: why it does not compile; then the rest is None.
     """
 
@@ -43,6 +50,10 @@ class StepFacts:
     temp_bytes: int | None = None
     pool_ops: tuple[str, ...] | None = None
     collectives: dict[str, int] | None = None
+    weight_copies: int | None = None
+    attention_kernels: int | None = None
+    kernels_per_layer: float | None = None
+    compile_s: float | None = None
     error: str | None = None
 
     @property
@@ -60,9 +71,9 @@ def compile_step(
     shape: StepShape,
     *,
     dtype: Any = jnp.bfloat16,
-    scan_layers: bool = True,
+    scan_layers: bool | None = None,
 ) -> StepFacts:
-    """Compiles a runner's step of a model, the pool donated.
+    """Compiles a runner's step of a model as an engine does, the pool donated.
 
     Args:
       compiler: with or without schedules.
@@ -71,12 +82,15 @@ def compile_step(
       pool: the page pool, in the layout of the compiler's backend.
       shape: what the step is padded to.
       dtype: of weights.
-      scan_layers: as in `Decoder`.
+      scan_layers: as in `EngineConfig`.
     """
     backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
+    scan_layers = scans_layers(scan_layers, backend)
     split = mesh if mesh.devices.size > 1 else None
     decoder = Decoder(config, scan_layers, backend, split, pool.max_model_len)
     params = Decoder(config, scan_layers, "xla").abstract_params(dtype)
+    if pool.dtype.itemsize == 1:
+        params["kv_scales"] = Struct((config.num_layers, 2), jnp.float32)
     where = sharding.placements(params, sharding.param_shardings(params, mesh))
     params = jax.tree.map(_placed, params, where)
     pool_sharding = sharding.pool_sharding(mesh)
@@ -86,10 +100,14 @@ def compile_step(
     slots, tokens = _struct(batch.previous_slots), Struct((shape.num_rows,), jnp.int32)
     arguments = params, kv_pages, inputs, slots, tokens
     step = step_function(decoder.apply)
-    compiled = try_compile(compiler, mesh, step, *arguments, donate_argnums=(1,))
+    start, options = time.perf_counter(), compiler_options(backend)
+    compiled = try_compile(
+        compiler, mesh, step, *arguments, donate_argnums=(1,), compiler_options=options
+    )
+    compile_s = round(time.perf_counter() - start, 2)
     if isinstance(compiled, str):
         return StepFacts(error=compiled)
-    memory = compiled.memory_analysis()
+    memory, program = compiled.memory_analysis(), hlo.read_program(compiled)
     assert memory is not None
     own = pool_sharding.shard_shape(pool.shape)
     return StepFacts(
@@ -100,7 +118,22 @@ def compile_step(
         temp_bytes=memory.temp_size_in_bytes,
         pool_ops=operations_giving(compiled, own),
         collectives=collectives(compiled),
+        weight_copies=hlo.weight_copies(program, _num_stacked(params)),
+        attention_kernels=hlo.attention_kernels(program),
+        kernels_per_layer=hlo.kernels_per_layer(program),
+        compile_s=compile_s,
     )
+
+
+def _num_stacked(params: Any) -> list[int]:
+    """Of each parameter, how many layers' matrices it is; 0 if it is none."""
+    shapes = [
+        (leaf.shape, bool(path) and getattr(path[0], "key", None) == "layers")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    return [
+        (shape[0] if stacked else 1) if len(shape) - stacked > 1 else 0 for shape, stacked in shapes
+    ]
 
 
 def _placed(struct: Struct, where: Any) -> Struct:

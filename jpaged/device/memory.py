@@ -2,6 +2,8 @@
 """How large a page pool is, before it is allocated."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from jpaged.host.config import EngineConfig
 from jpaged.host.groups import ONE_GROUP, GroupKind, num_groups, pages_of
 from jpaged.models.cache_groups import cache_groups
 from jpaged.models.config import ModelConfig
-from jpaged.pallas_kernels import layout
+from jpaged.pallas_kernels import dispatch, layout
+from jpaged.pallas_kernels.rows import Rows
 
 _MAX_DEFAULT_SWAP_BYTES = 2**30
 
@@ -90,7 +93,12 @@ class PoolPlan:
 
 
 def plan_pool(
-    config: EngineConfig, model_config: ModelConfig, backend: str, free: FreeMemory | None = None
+    config: EngineConfig,
+    model_config: ModelConfig,
+    backend: str,
+    free: FreeMemory | None = None,
+    *,
+    unread_bytes: int = 0,
 ) -> PoolPlan:
     """Sizes the pool: as asked, or from free memory, but not beyond use.
 
@@ -99,6 +107,7 @@ def plan_pool(
       model_config: gives the size of a page.
       backend: whose layout the pool has.
       free: the memory; None takes that of the default device and of this host.
+      unread_bytes: of weights that will be there before the pool is; what is free is less by them.
 
     Returns:
       The plan; nothing is allocated.
@@ -119,7 +128,8 @@ def plan_pool(
     kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
 
     free = free or _free_memory()
-    dtype = _pool_dtype(config, free.platform)
+    free = dataclasses.replace(free, num_bytes=max(free.num_bytes - unread_bytes, 0))
+    dtype = pool_dtype(config, free.platform)
 
     def plan(num_pages: int, reason: str) -> PoolPlan:
         shape = layout.kv_pages_shape(
@@ -241,16 +251,46 @@ def default_dtype(config: EngineConfig, platform: str | None = None) -> np.dtype
     return jnp.dtype(config.dtype or ("float32" if is_cpu else "bfloat16"))
 
 
-def _pool_dtype(config: EngineConfig, platform: str) -> np.dtype:
-    """The dtype of pages: that of the weights, but float32 for bfloat16 weights on CPU.
+def pool_dtype(config: EngineConfig, platform: str | None = None) -> np.dtype:
+    """The dtype of pages: as asked, else that of the weights, but float32 for bfloat16 on CPU.
 
     XLA's CPU compiler computes bfloat16 gathers and updates in float32 and converts the whole pool
     around each of them (measured: docs/decisions.md).
     """
+    if config.kv_dtype is not None:
+        return jnp.dtype(config.kv_dtype)
     dtype = default_dtype(config, platform)
-    if dtype == jnp.bfloat16 and platform == "cpu":
+    if dtype == jnp.bfloat16 and (platform or jax.default_backend()) == "cpu":
         return np.dtype(np.float32)
     return dtype
+
+
+def check_pages(model_config: ModelConfig, plan: PoolPlan, dtype: np.dtype, backend: str) -> None:
+    """Has the kernels refuse pages that they do not take, before there are any.
+
+    Nothing is compiled or run; kernels are traced for the chip that jax's abstract mesh names, or
+    else for the default device.
+
+    Args:
+      model_config: the model's shape.
+      plan: of the pool.
+      dtype: of queries.
+      backend: whose kernels.
+
+    Raises:
+      ValueError: if they do not take them; the message has the rule.
+    """
+    if backend == "xla":
+        return  # which compiles for everything
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    index: Any = ints((4, plan.pages_per_seq)), ints((4,)), ints((5,)), ints((1,))
+    rows = Rows(*index)
+    kv_pages = jax.ShapeDtypeStruct(plan.shape, plan.dtype)
+    kv_scale = jax.ShapeDtypeStruct((2,), jnp.float32)
+    for attention in model_config.attentions:
+        q = jax.ShapeDtypeStruct((4, attention.num_q_heads, attention.head_dim), dtype)
+        attend = functools.partial(dispatch.attend, variant=attention.variant, backend=backend)
+        jax.eval_shape(attend, q, kv_pages, rows, kv_scale=kv_scale)
 
 
 def _free_memory() -> FreeMemory:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs steps on the device: owns the page pool, donates it to every step, counts compilations."""
+"""Runs steps on the device: owns the page pool, and donates it to every step."""
 
 import dataclasses
-import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,38 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import pallas_kernels
-from jpaged.device import sampling
-from jpaged.device.burst import burst_function
 from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
+from jpaged.device.programs import ApplyFn, Programs
 from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
-from jpaged.pallas_kernels import layout
 from jpaged.pallas_kernels.rows import Rows
 
 logger = logging.getLogger(__name__)
 
 # Pages of a group that are swapped by one program, so that there is one for any number.
-_SWAP_PAGES = 16
+SWAP_PAGES = 16
 
-# apply(params, inputs, kv_pages) -> (logits, kv_pages)
-ApplyFn = Callable[[Any, PagedInputs, jax.Array], tuple[jax.Array, jax.Array]]
-
-
-def step_function(apply: ApplyFn) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A step as it is compiled: tokens that the step before has sampled stand in the inputs."""
-
-    def step(params, kv_pages, inputs, previous_slots, previous_tokens):
-        # Slot -1 indexes the last sample, and is then not used.
-        sampled = previous_tokens[previous_slots]
-        token_ids = jnp.where(previous_slots < 0, inputs.token_ids, sampled)
-        return apply(params, dataclasses.replace(inputs, token_ids=token_ids), kv_pages)
-
-    return step
+# One program for each shape, which can be compiled before; its parts one by one could not.
+zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 
 
 class ModelRunner:
@@ -54,8 +39,8 @@ class ModelRunner:
     sequence is written only after the steps that read it.
 
     Attributes:
-      num_compilations: programs compiled so far.
-      num_unplanned_compilations: those of them after `warm_up`; each is logged with its shape.
+      programs: what it calls.
+      num_unplanned_compilations: those compiled after `warm_up`; each is logged with its shape.
       decode_steps: most steps of a burst; with 1 there are none.
     """
 
@@ -70,6 +55,7 @@ class ModelRunner:
         backend: str,
         num_host_pages: int = 0,
         decode_steps: int = 1,
+        strict: bool = False,
     ):
         """Allocates the pool.
 
@@ -82,55 +68,34 @@ class ModelRunner:
           backend: which kernels copy pages.
           num_host_pages: pages that host memory has room for.
           decode_steps: most steps of a burst.
+          strict: whether a step that would compile something after `warm_up` is refused.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
         device = jax.devices()[0]
         where = placements(params, jax.sharding.SingleDeviceSharding(device))
         self.params = jax.device_put(params, where)
-        self.num_compilations = 0
+        self.programs = Programs(
+            apply,
+            max_num_samples=max_num_samples,
+            vocab_size=vocab_size,
+            backend=backend,
+            decode_steps=decode_steps,
+        )
         self.num_unplanned_compilations = 0
+        self._warm, self._strict = False, strict
         self.decode_steps = decode_steps
-        self._warm = False
-        self._programs_run: set[Hashable] = set()
         self._plan = plan
-        self._swap_pages = _SWAP_PAGES * plan.num_groups
+        self._swap_pages = SWAP_PAGES * plan.num_groups
         self._vocab_size = vocab_size
         self._max_num_samples = max_num_samples
         self._device = device
         self._kv_pages, self._tokens = self._new_pages(), self._new_tokens()
         self._host_pages = HostPages(num_host_pages, plan)
 
-        def sample(logits, rows):
-            tokens, logprobs = sampling.sample(logits, rows)
-            logprobs = sampling.mark_not_finite(logits, logprobs)
-            # Padded to one length, so that the next step does not depend on this step's shape.
-            return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
-
-        copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
-        self._step = jax.jit(self._counted("step", step_function(apply)), donate_argnums=1)
-        self._sample = jax.jit(self._counted("sample", sample))
-        burst = burst_function(apply, decode_steps, max_num_samples)
-        self._burst = jax.jit(self._counted("burst", burst), donate_argnums=1)
-        self._copy_pages = jax.jit(self._counted("copy_pages", copy_pages), donate_argnums=0)
-        self._top_logprobs = jax.jit(
-            self._counted("top_logprobs", sampling.top_logprobs), static_argnums=1
-        )
-        self._beam_candidates = jax.jit(
-            self._counted("beam_candidates", sampling.beam_candidates), static_argnums=3
-        )
-        self._process = jax.jit(self._counted("process_logits", sampling.process_logits))
-        self._model_logprobs = jax.jit(self._counted("model_logprobs", sampling.model_logprobs))
-        self._processed_beam_candidates = jax.jit(
-            self._counted("processed_beam_candidates", sampling.processed_beam_candidates),
-            static_argnums=5,
-        )
-        self._get_pages = jax.jit(self._counted("get_pages", layout.take_pages))
-        self._set_pages = jax.jit(self._counted("set_pages", layout.put_pages), donate_argnums=0)
-
     def is_compiled(self, batch: Batch) -> bool:
         """Whether `run` would start at once: all that it calls ran before, but for page copies."""
-        return self._programs_run.issuperset(self._programs(batch))
+        return self.programs.ran.issuperset(self.programs.needed(batch))
 
     def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult | BurstResult:
         """Dispatches a step, or those of a burst, and returns without waiting for it.
@@ -141,28 +106,34 @@ class ModelRunner:
 
         Returns:
           The samples, to be read when they are needed.
+
+        Raises:
+          UnplannedProgramError: if it is strict, and the step would compile; nothing has run then.
         """
-        start, compiled = time.perf_counter(), self.num_compilations
+        programs = self.programs
+        if self._strict and self._warm:
+            programs.check_planned(batch)
+        start, compiled = time.perf_counter(), programs.num_compilations
         if copies := list(copies):
-            self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+            self._kv_pages = programs.copy_pages(self._kv_pages, *_pad_copies(copies))
         result, waited_s = self._run_step(batch) if batch.burst is None else self._run_burst(batch)
-        self._programs_run |= self._programs(batch)
+        programs.ran |= programs.needed(batch)
         took_s = time.perf_counter() - start - waited_s
-        compile_s = took_s if self.num_compilations > compiled else 0.0
-        if self._warm and self.num_compilations > compiled:
+        compile_s = took_s if programs.num_compilations > compiled else 0.0
+        if self._warm and programs.num_compilations > compiled:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
-                self.num_compilations - compiled,
+                programs.num_compilations - compiled,
                 batch.shape,
                 len(copies),
                 took_s,
             )
-            self.num_unplanned_compilations += self.num_compilations - compiled
+            self.num_unplanned_compilations += programs.num_compilations - compiled
         return dataclasses.replace(result, compile_s=compile_s)
 
     def _run_burst(self, batch: Batch) -> tuple[BurstResult, float]:
         assert batch.burst is not None
-        self._kv_pages, self._tokens, tokens, logprobs = self._burst(
+        self._kv_pages, self._tokens, tokens, logprobs = self.programs.burst(
             self.params,
             self._kv_pages,
             inputs_of(batch),
@@ -175,8 +146,8 @@ class ModelRunner:
 
     def _run_step(self, batch: Batch) -> tuple[StepResult, float]:
         """Dispatches a step by itself. Returns: its samples, and seconds that it was waited for."""
-        waited_s = 0.0
-        logits, self._kv_pages = self._step(
+        programs, waited_s = self.programs, 0.0
+        logits, self._kv_pages = programs.step(
             self.params, self._kv_pages, inputs_of(batch), batch.previous_slots, self._tokens
         )
         if not self.is_compiled(batch):
@@ -186,21 +157,21 @@ class ModelRunner:
             waited_s = time.perf_counter() - ready
         processors, previous, chosen_from = batch.processors, self._tokens, logits
         if processors is not None:
-            chosen_from = self._process(logits, processors, previous)
-        self._tokens, logprobs = self._sample(chosen_from, batch.sampling)
+            chosen_from = programs.process(logits, processors, previous)
+        self._tokens, logprobs = programs.sample(chosen_from, batch.sampling)
         if processors is not None:
-            logprobs = self._model_logprobs(logits, self._tokens, logprobs, processors)
+            logprobs = programs.model_logprobs(logits, self._tokens, logprobs, processors)
         beams = [
-            self._processed_beam_candidates(
+            programs.processed_beam_candidates(
                 logits, beam.slots, beam.scores, processors, previous, beam.num_candidates
             )
             if beam.processed
-            else self._beam_candidates(logits, beam.slots, beam.scores, beam.num_candidates)
+            else programs.beam_candidates(logits, beam.slots, beam.scores, beam.num_candidates)
             for beam in batch.beams
         ]
         top = None
         if batch.num_logprobs:
-            top = self._top_logprobs(logits, self._num_likeliest(batch))
+            top = programs.top_logprobs(logits, programs.num_likeliest(batch))
         return StepResult(self._tokens, logprobs, top, beams, batch.num_samples), waited_s
 
     def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
@@ -213,21 +184,22 @@ class ModelRunner:
         Returns:
           Seconds that compiling took while no step was running; 0 mostly.
         """
-        programs = {name for name, pages in (("get_pages", outs), ("set_pages", ins)) if pages}
-        if not self._programs_run.issuperset(programs):
+        programs = self.programs
+        needed = {name for name, pages in (("get_pages", outs), ("set_pages", ins)) if pages}
+        if not programs.ran.issuperset(needed):
             jax.block_until_ready(self._kv_pages)  # as in `run`
-        start, compiled = time.perf_counter(), self.num_compilations
+        start, compiled = time.perf_counter(), programs.num_compilations
         self._host_pages.settle()
         for part in self._parts(outs):
             ids = self._pad_pages([page for page, _ in part])
-            pages = self._get_pages(self._kv_pages, ids)
+            pages = programs.get_pages(self._kv_pages, ids)
             self._host_pages.put([host_page for _, host_page in part], pages)
         for part in self._parts(ins):
             ids = self._pad_pages([page for _, page in part])
             pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
-            self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
-        self._programs_run |= programs
-        return time.perf_counter() - start if self.num_compilations > compiled else 0.0
+            self._kv_pages = programs.set_pages(self._kv_pages, ids, pages)
+        programs.ran |= needed
+        return time.perf_counter() - start if programs.num_compilations > compiled else 0.0
 
     def warm_up(
         self,
@@ -247,7 +219,7 @@ class ModelRunner:
           processors: also compile what changes logits before tokens are chosen, with lists of these
             widths.
         """
-        beams, tokens = tuple(beams), self._tokens
+        beams, tokens, self._warm = tuple(beams), self._tokens, False
         for shape in shapes:
             sizes = self._plan.pages_per_seq, num_logprobs, self._plan.num_groups
             batch = empty_batch(shape, *sizes)
@@ -256,7 +228,7 @@ class ModelRunner:
                 rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)
                 processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
                 self.run(dataclasses.replace(batch, beams=processed, processors=rows))
-        for shape in bursts if self.decode_steps > 1 else ():
+        for shape in bursts if self.programs.decode_steps > 1 else ():
             batch = empty_batch(shape, self._plan.pages_per_seq, 0, self._plan.num_groups)
             self.run(dataclasses.replace(batch, burst=idle_burst(shape.num_rows)))
         self._tokens = tokens  # of a step that is on its way
@@ -265,13 +237,13 @@ class ModelRunner:
         while count < 2 * most:
             # The null page may be copied onto itself: nobody reads it.
             copies = [null_pair] * min(count, most)
-            self._kv_pages = self._copy_pages(self._kv_pages, *_pad_copies(copies))
+            self._kv_pages = self.programs.copy_pages(self._kv_pages, *_pad_copies(copies))
             count *= 2
         if self._host_pages.num_pages:
             ids = self._pad_pages([])
-            pages = np.asarray(self._get_pages(self._kv_pages, ids))
-            self._kv_pages = self._set_pages(self._kv_pages, ids, pages)
-            self._programs_run |= {"get_pages", "set_pages"}
+            pages = np.asarray(self.programs.get_pages(self._kv_pages, ids))
+            self._kv_pages = self.programs.set_pages(self._kv_pages, ids, pages)
+            self.programs.ran |= {"get_pages", "set_pages"}
         jax.block_until_ready(self._kv_pages)
         self._warm = True
 
@@ -294,10 +266,10 @@ class ModelRunner:
         jax.block_until_ready((self._kv_pages, self._tokens))
 
     def _new_pages(self) -> jax.Array:
-        return jax.device_put(jnp.zeros(self._plan.shape, self._plan.dtype), self._device)
+        return jax.device_put(zeros(self._plan.shape, self._plan.dtype), self._device)
 
     def _new_tokens(self) -> jax.Array:
-        return jax.device_put(jnp.zeros(self._max_num_samples, jnp.int32), self._device)
+        return jax.device_put(zeros((self._max_num_samples,), np.int32), self._device)
 
     def _parts(self, pairs: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
         count = self._swap_pages
@@ -307,43 +279,6 @@ class ModelRunner:
         padded = np.full(self._swap_pages, pallas_kernels.NULL_PAGE, np.int32)
         padded[: len(pages)] = pages
         return padded
-
-    def _num_likeliest(self, batch: Batch) -> int:
-        """A power of two, so that requests that differ a little share a program."""
-        return min(1 << (batch.num_logprobs - 1).bit_length(), self._vocab_size)
-
-    def _programs(self, batch: Batch) -> set[Hashable]:
-        """What `run` calls for a batch, as keys; the step and the sampler have the same."""
-        if batch.burst is not None:
-            return {(batch.shape, "burst")}
-        rows, processors = batch.shape.num_rows, batch.processors
-        programs: set[Hashable] = {batch.shape}
-        if batch.num_logprobs:
-            programs.add((rows, self._num_likeliest(batch)))
-        width = None
-        if processors is not None:
-            width = processors.width
-            programs.add((rows, "processors", width))
-        programs.update(
-            (rows, len(beam.slots), beam.num_candidates, width if beam.processed else None)
-            for beam in batch.beams
-        )
-        return programs
-
-    def _counted(self, name: str, function: Callable) -> Callable:
-        """Counts the traces of a function, each of which jit follows with a compilation."""
-
-        def traced(*args, **kwargs):
-            self.num_compilations += 1
-            shapes = [
-                f"{leaf.dtype}{list(leaf.shape)}"
-                for leaf in jax.tree.leaves((args[1:], kwargs))
-                if hasattr(leaf, "shape")
-            ]
-            logger.debug("compiling %s for %s", name, " ".join(shapes))
-            return function(*args, **kwargs)
-
-        return traced
 
 
 def inputs_of(batch: Batch) -> PagedInputs:

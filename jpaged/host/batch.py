@@ -10,6 +10,7 @@ import numpy as np
 
 from jpaged.host.burst import Burst
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
+from jpaged.host.config import EngineConfig, step_shapes
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
 from jpaged.host.params import SamplingParams
@@ -38,30 +39,52 @@ class StepShape:
     num_tokens: int
     num_rows: int
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether there is room for one token a row alone."""
+        return self.num_tokens == self.num_rows
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}x{self.num_rows}"
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapeBuckets:
     """The few shapes that steps are padded to.
 
     A decode step, one token a row, is padded to a power of two of rows. Any other step gets rows
-    from a coarser ladder and a power of two of tokens above them.
+    from a coarser ladder and a power of two of tokens above them. Where shapes are given, the
+    smallest that holds a step comes first, for a decode step one of decode if there is any.
 
     Attributes:
       max_num_tokens: largest number of tokens a step computes.
       max_num_rows: largest number of sequences, or samples, in a step.
       single: whether there is one shape only, the largest.
+      given: shapes that are wanted, sorted.
     """
 
     max_num_tokens: int
     max_num_rows: int
     single: bool = False
+    given: tuple[StepShape, ...] = ()
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "ShapeBuckets":
+        """Those of an engine's settings."""
+        tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
+        given = (StepShape(*shape) for shape in step_shapes(config.step_shapes or ""))
+        return cls(tokens, rows, config.deterministic, tuple(sorted(given)))
 
     def shape(self, num_tokens: int, num_rows: int, num_samples: int) -> StepShape:
         """The shape that a step of these numbers is padded to."""
         rows = max(num_rows, num_samples)
         if self.single:
             return StepShape(self.max_num_tokens, self.max_num_rows)
-        if num_tokens == rows:
+        is_decode = num_tokens == rows
+        holding = [s for s in self.given if s.num_tokens >= num_tokens and s.num_rows >= rows]
+        if holding:
+            return next((s for s in holding if is_decode and s.is_decode), holding[0])
+        if is_decode:
             rows = min(_power_of_two(rows), self.max_num_rows)
             return StepShape(rows, rows)
         rows = next(r for r in self._row_ladder() if r >= rows)
@@ -69,9 +92,11 @@ class ShapeBuckets:
         return StepShape(max(min(tokens, self.max_num_tokens), num_tokens), rows)
 
     def all_shapes(self) -> list[StepShape]:
-        """Every shape that `shape` can return, smallest first."""
+        """Every shape that `shape` can return, smallest first; where shapes are given, those."""
         if self.single:
             return [StepShape(self.max_num_tokens, self.max_num_rows)]
+        if self.given:
+            return list(self.given)
         most = min(self.max_num_rows, self.max_num_tokens)
         decode_rows = {min(2**i, self.max_num_rows) for i in range((most - 1).bit_length() + 1)}
         shapes = {StepShape(rows, rows) for rows in decode_rows}
@@ -81,6 +106,19 @@ class ShapeBuckets:
         for rows in self._row_ladder():
             shapes |= {self.shape(tokens, 1, rows) for tokens in sizes if tokens != rows}
         return sorted(shapes)
+
+    def shapes_within(self, num_tokens: int, num_rows: int) -> list[StepShape]:
+        """Of all shapes, those that steps of at most so many tokens and rows have."""
+        if self.single or self.given:
+            return self.all_shapes()
+        most = self.shape(num_tokens, num_rows, 0)
+        decode = self.shape(num_rows, num_rows, 0)
+        return [
+            shape
+            for shape in self.all_shapes()
+            if shape.num_rows <= (decode if shape.is_decode else most).num_rows
+            and shape.num_tokens <= most.num_tokens
+        ]
 
     def _row_ladder(self) -> list[int]:
         ladder = [4]
@@ -266,8 +304,8 @@ def warm_up_plan(
     """
     most = Rule(f"at most {vocab_size}, the vocabulary", vocab_size.__ge__)
     num_logprobs = checked("num_logprobs", num_logprobs, int, (*at_least(0), most))
-    possible = buckets.all_shapes()
-    shapes = possible if shapes is None else shapes
+    shapes = buckets.all_shapes() if shapes is None else shapes
+    possible = {*buckets.all_shapes(), *dataclasses.replace(buckets, given=()).all_shapes()}
     for name, value in (("shapes", shapes), ("params", params)):
         if isinstance(value, str) or not isinstance(value, Collection):
             raise ValueError(f"{name}={shown(value)} must be a list")

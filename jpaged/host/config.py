@@ -3,18 +3,24 @@
 
 import dataclasses
 import math
+import re
 
 from jpaged.host.checks import Rule, at_least, check_fields, instance_of, one_of
 
 # The fields that are one of a few texts.
 CHOICES = {
     "dtype": ("float32", "bfloat16", "float16"),
+    "kv_dtype": ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
     "reservation": ("paged", "max"),
     "preemption": ("auto", "recompute", "swap"),
     "backend": ("tpu", "gpu", "xla"),
     "generation_config": ("model", "ignore"),
 }
 
+EIGHT_BITS = ("int8", "float8_e4m3fn")
+"""Values of `kv_dtype` whose pages have scales."""
+
+_SHAPE = r"[1-9]\d{0,9}x[1-9]\d{0,9}"
 _FINITE = (Rule("finite and above 0", lambda value: 0 < value < math.inf),)
 _RULES = {
     "page_size": at_least(1),
@@ -30,6 +36,12 @@ _RULES = {
     ),
     "swap_bytes_per_s": _FINITE,
     "flops_per_s": _FINITE,
+    "step_shapes": (
+        Rule(
+            "TOKENSxROWS, or a list of it with commas, such as 16x16,1024x16",
+            lambda text: re.fullmatch(rf"{_SHAPE}(,{_SHAPE})*", text) is not None,
+        ),
+    ),
 } | {name: one_of(*choices) for name, choices in CHOICES.items()}
 
 
@@ -55,6 +67,12 @@ class EngineConfig:
         CPU and where deterministic is set.
       dtype: of weights: "float32", "bfloat16" or "float16"; pages have the same, but float32 for
         bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
+      kv_dtype: of keys and values in pages; None takes that of dtype, as said there. "int8" and
+        "float8_e4m3fn" hold twice the tokens of "bfloat16" in the same memory, rounded: each layer
+        has a scale for its keys and one for its values (see `kv_scales`).
+      kv_scales: file with the scales of pages of eight bits, as `jpaged calibrate` writes it; None
+        takes those that the checkpoint has for float8_e4m3fn, else calibrates when the engine is
+        made, on a text of its own.
       reservation: "paged", or "max" to reserve max_model_len a sequence, for comparison.
       prefix_cache: whether a request uses the pages of earlier ones that began with the same
         tokens; they are kept until they are needed for something else. Without it, samples and
@@ -70,7 +88,7 @@ class EngineConfig:
         whatever else runs, at the price of speed: decode too takes as long as
         max_num_batched_tokens do.
       scan_layers: scan over the layers (compiles fast) instead of unrolling them (runs fast on
-        CPU); None unrolls on CPU alone.
+        CPUs and GPUs); None scans on TPUs alone.
       backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
       generation_config: "model" takes what the model's generation_config.json says for sampling
         parameters that are None; "ignore" reads its end-of-sequence tokens only.
@@ -79,6 +97,11 @@ class EngineConfig:
       compilation_cache_dir: where compiled programs are kept for the next start, for all of the
         process: a directory, or an address such as gs://bucket/path; "" keeps none. None takes
         jax's own setting, JAX_COMPILATION_CACHE_DIR, and without one ~/.cache/jpaged/xla.
+      step_shapes: TOKENSxROWS, such as "16x16,1024x16": shapes that steps are padded to, instead of
+        a ladder of powers of two, which a step that none of them holds still gets; `jpaged warmup`
+        chooses them for a job. None has the ladder alone.
+      strict_shapes: compiles all step shapes when the engine is made, and ends a step with an error
+        that would have to compile another program later, before it does.
     """
 
     page_size: int = 16
@@ -89,6 +112,8 @@ class EngineConfig:
     max_model_len: int | None = None
     decode_steps: int | None = None
     dtype: str | None = None
+    kv_dtype: str | None = None
+    kv_scales: str | None = None
     reservation: str = "paged"
     prefix_cache: bool = True
     preemption: str = "auto"
@@ -101,14 +126,38 @@ class EngineConfig:
     generation_config: str = "model"
     record_steps: str | None = None
     compilation_cache_dir: str | None = None
+    step_shapes: str | None = None
+    strict_shapes: bool = False
 
     def __post_init__(self):
         check_fields(self, _RULES)
+        if self.kv_scales is not None and self.kv_dtype not in EIGHT_BITS:
+            raise ValueError(
+                f"kv_scales={self.kv_scales!r} needs kv_dtype of {' or '.join(EIGHT_BITS)}, not "
+                f"{self.kv_dtype}: other pages have no scales"
+            )
         if self.deterministic and self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"deterministic needs max_num_batched_tokens={self.max_num_batched_tokens} above "
                 f"max_num_seqs={self.max_num_seqs}: one step shape must hold prefill and decode"
             )
+        if self.deterministic and self.step_shapes is not None:
+            raise ValueError(
+                f"step_shapes={self.step_shapes!r} and deterministic, which has one shape, exclude "
+                "each other"
+            )
+        most = self.max_num_batched_tokens, self.max_num_seqs
+        for tokens, rows in step_shapes(self.step_shapes or ""):
+            if tokens > most[0] or rows > most[1]:
+                raise ValueError(
+                    f"step_shapes has {tokens}x{rows}, TOKENSxROWS, and no step has more than "
+                    f"max_num_batched_tokens={most[0]} or max_num_seqs={most[1]}"
+                )
+
+
+def step_shapes(text: str) -> list[tuple[int, int]]:
+    """The tokens and rows that `EngineConfig.step_shapes` lists; none for an empty text."""
+    return [(int(t), int(r)) for t, r in (shape.split("x") for shape in text.split(",") if shape)]
 
 
 def engine_config(config: EngineConfig | None) -> EngineConfig:

@@ -12,6 +12,7 @@ from jpaged.engine import Engine
 from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
 from jpaged.measure.machine import CompileClock, seconds_since_process_start
+from jpaged.measure.profile import Profile, ProfileConfig
 from jpaged.simulation.report import Report, Trace, cache_report
 from jpaged.simulation.workload import Item, Workload
 
@@ -43,6 +44,7 @@ def measure_reservations(
     clock: CompileClock,
     *,
     warmup: bool = True,
+    profile: ProfileConfig | None = None,
 ) -> Measured:
     """Measures engines that reserve their pages in different ways, on pools of the same size.
 
@@ -56,6 +58,7 @@ def measure_reservations(
         for each.
       clock: from before the model was made.
       warmup: whether the workload runs once before it is measured.
+      profile: what of the first engine's measured run to trace; None traces nothing.
 
     Raises:
       ValueError: if the pool has no room for a sequence of max_model_len tokens that a reservation
@@ -74,7 +77,8 @@ def measure_reservations(
             f"{stats.num_usable_pages}; raise num_pages or lower max_model_len"
         )
     cold_start = _cold_start(engine, workload.items[0], params, clock)
-    runs = {reservations[0]: measure(engine, workload, params, clock, warmup=warmup)}
+    first = measure(engine, workload, params, clock, warmup=warmup, profile=profile)
+    runs = {reservations[0]: first}
     for reservation in reservations[1:]:
         del engine
         gc.collect()  # the pool goes before the next one comes
@@ -90,6 +94,7 @@ def measure(
     clock: CompileClock,
     *,
     warmup: bool = True,
+    profile: ProfileConfig | None = None,
 ) -> Report:
     """Serves a workload once to compile, if `warmup`, and once to be measured.
 
@@ -104,7 +109,7 @@ def measure(
         warmed = {key: ran[key] for key in ("wall_s", "compilations", "compile_s")}
         # From here on the engine logs what it still compiles, with its shape.
         engine.warm_up([])
-    return {**_run(engine, workload, params, clock), "warmup": warmed}
+    return {**_run(engine, workload, params, clock, profile), "warmup": warmed}
 
 
 def _cold_start(engine: Engine, item: Item, params: SamplingParams, clock: CompileClock) -> Report:
@@ -121,25 +126,33 @@ def _cold_start(engine: Engine, item: Item, params: SamplingParams, clock: Compi
     }
 
 
-def _run(engine: Engine, workload: Workload, params: SamplingParams, clock: CompileClock) -> Report:
+def _run(
+    engine: Engine,
+    workload: Workload,
+    params: SamplingParams,
+    clock: CompileClock,
+    profile: ProfileConfig | None = None,
+) -> Report:
     while engine.has_unfinished_requests:
         engine.step()
     engine.reset_stats()
     compilations, compile_s = engine.stats().num_compilations, clock.seconds
     trace, outputs = Trace(), []
     num_decode_steps, decode_s = 0, 0.0
-    start = time.perf_counter()
-    for index, item in enumerate(workload.items):
-        seed = ((params.seed or 0) + index) % 2**32
-        own = dataclasses.replace(params, max_tokens=item.num_output_tokens, seed=seed)
-        engine.add_request(item.prompt_token_ids, own)
-    while engine.has_unfinished_requests:
-        outputs += engine.step()
-        stats = engine.stats()
-        trace.record(stats)
-        num_decode_steps += stats.totals.decode_s > decode_s
-        decode_s = stats.totals.decode_s
-    wall_s = time.perf_counter() - start
+    with Profile(engine, profile) as traced:
+        start = time.perf_counter()
+        for index, item in enumerate(workload.items):
+            seed = ((params.seed or 0) + index) % 2**32
+            own = dataclasses.replace(params, max_tokens=item.num_output_tokens, seed=seed)
+            engine.add_request(item.prompt_token_ids, own)
+        while engine.has_unfinished_requests:
+            outputs += engine.step()
+            traced.look()
+            stats = engine.stats()
+            trace.record(stats)
+            num_decode_steps += stats.totals.decode_s > decode_s
+            decode_s = stats.totals.decode_s
+        wall_s = time.perf_counter() - start
 
     stats = engine.stats()
     num_output_tokens = stats.totals.num_generated_tokens
@@ -162,6 +175,7 @@ def _run(engine: Engine, workload: Workload, params: SamplingParams, clock: Comp
         "compilations": stats.num_compilations - compilations,
         "compile_s": clock.seconds - compile_s,
         **cache_report(stats, trace, workload),
+        **({} if profile is None else {"profile": traced.found}),
     }
 
 

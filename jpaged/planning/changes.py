@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jpaged.device.memory import default_dtype
+from jpaged.device.memory import default_dtype, pool_dtype
 from jpaged.models.config import ModelConfig
 from jpaged.planning.chips import CHIPS
 from jpaged.planning.plan import Asked, num_weights, plan_of
@@ -40,8 +40,8 @@ def _first_that_fits(variants: Iterable[tuple[str, Asked]]) -> str | None:
 
 
 _LEVERS = (
-    *("dtype", "memory_fraction", "max_model_len", "num_pages", "page_size", "max_num_seqs"),
-    *("max_num_batched_tokens", "mem_fraction", "num_devices", "chip"),
+    *("dtype", "kv_dtype", "memory_fraction", "max_model_len", "num_pages", "page_size"),
+    *("max_num_seqs", "max_num_batched_tokens", "mem_fraction", "num_devices", "chip"),
 )
 
 
@@ -73,6 +73,8 @@ def _values(asked: Asked, lever: str) -> Iterable[Any]:
     config = asked.config
     if lever == "dtype":
         return ("bfloat16",) if default_dtype(config, asked.device.platform).itemsize > 2 else ()
+    if lever == "kv_dtype":
+        return ("int8",) if pool_dtype(config, asked.device.platform).itemsize > 1 else ()
     if lever == "memory_fraction":
         shares = (round(0.05 * i, 2) for i in range(1, 19))
         return [share for share in shares if share > config.memory_fraction]

@@ -4,15 +4,17 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import tqdm
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jpaged.device.compiled_step import StepFacts, compile_step
-from jpaged.device.memory import default_dtype, gib, plan_pool
+from jpaged.device.memory import check_pages, default_dtype, gib, plan_pool
 from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.checks import at_least, checked
 from jpaged.host.config import EngineConfig, engine_config
 from jpaged.models.config import ModelConfig
-from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, GpuTarget, TpuCompiler
 from jpaged.planning.changes import changes_of
 from jpaged.planning.chips import CHIPS, DeviceMemory
 from jpaged.planning.plan import Asked, Plan, free_memory, num_weights, plan_of
@@ -63,10 +65,23 @@ def make_plan(
             f"{sum(asked.lengths)} tokens, more than max_model_len={asked.max_model_len}; lower "
             "one of them"
         )
+    if config.kv_dtype is not None and device.platform == "gpu" and device.target is not None:
+        _check_pages(asked, GPU_TARGETS[device.target])
     plan = plan_of(asked)
     if plan.problems:
         plan = dataclasses.replace(plan, changes=tuple(changes_of(asked)))
     return plan
+
+
+def _check_pages(asked: Asked, gpu: GpuTarget) -> None:
+    """Has a chip's kernels refuse pages of a dtype that they do not take."""
+    config = dataclasses.replace(asked.config, num_pages=2, swap_bytes=None)
+    pool = plan_pool(config, asked.model_config, asked.backend, free_memory(asked, 2**62))
+    chip = AbstractDevice(gpu.name, gpu.num_sms, "gpu")
+    mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,), abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh):
+        dtype = default_dtype(config, asked.device.platform)
+        check_pages(asked.model_config, pool, dtype, asked.backend)
 
 
 def compile_steps(
@@ -111,16 +126,20 @@ def compile_steps(
     pool = plan_pool(
         config, model_config, asked.backend, free_memory(asked, device.num_bytes - weights)
     )
-    tokens, rows = config.max_num_batched_tokens, config.max_num_seqs
-    buckets = ShapeBuckets(tokens, rows, single=config.deterministic)
-    shapes = {"decode": StepShape(rows, rows), "prefill": buckets.all_shapes()[-1]}
+    rows = config.max_num_seqs
+    shapes = {"decode": StepShape(rows, rows), "prefill": ShapeBuckets.of(config).all_shapes()[-1]}
     if config.deterministic:
         del shapes["decode"]
     bar = tqdm.tqdm(shapes.items(), desc="compiling", unit="step", disable=None, leave=False)
-    scans = config.scan_layers is not False  # by default too, as these are no CPUs
     return {
         name: compile_step(
-            compiler, mesh, model_config, pool, shape, dtype=dtype, scan_layers=scans
+            compiler,
+            mesh,
+            model_config,
+            pool,
+            shape,
+            dtype=dtype,
+            scan_layers=config.scan_layers,
         )
         for name, shape in bar
     }

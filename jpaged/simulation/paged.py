@@ -129,6 +129,7 @@ class PagedSimulator:
             num_swapped_pages=self._num_swapped_pages(plan),
             memory=memory,
             finished=tuple(finished),
+            num_samples=plan.num_samples,
         )
 
     def stats(self) -> EngineStats:

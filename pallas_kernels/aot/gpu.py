@@ -190,6 +190,13 @@ class GpuCompiler:
         function: Callable[..., Any],
         *args: Any,
         donate_argnums: tuple[int, ...] = (),
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> jax.stages.Compiled:
         """Compiles for a mesh of `mesh`; see `compile_for`."""
-        return compile_for(mesh, function, *args, donate_argnums=donate_argnums)
+        return compile_for(
+            mesh,
+            function,
+            *args,
+            donate_argnums=donate_argnums,
+            compiler_options=compiler_options,
+        )

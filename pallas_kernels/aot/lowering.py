@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What compiling for any device that is not there takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ def compile_for(
     function: Callable[..., Any],
     *args: Any,
     donate_argnums: tuple[int, ...] = (),
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """Compiles for the devices of a mesh.
 
@@ -22,6 +23,7 @@ def compile_for(
       function: what to compile.
       *args: pytrees of `jax.ShapeDtypeStruct`; those without a sharding are replicated.
       donate_argnums: as in `jax.jit`.
+      compiler_options: likewise.
 
     Raises:
       Exception: what the compiler raises, for example for too much on-chip memory.
@@ -43,7 +45,7 @@ def compile_for(
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
-        return lowered.compile()
+        return lowered.compile(dict(compiler_options or {}))
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
         compilation_cache.reset_cache()

@@ -129,12 +129,19 @@ class TpuCompiler:
         function: Callable[..., Any],
         *args: Any,
         donate_argnums: tuple[int, ...] = (),
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> jax.stages.Compiled:
         """Compiles for a mesh of `mesh`; see `compile_for`."""
         if self._dump is not None:
             for path in self._dump.iterdir():
                 path.unlink()
-        return compile_for(mesh, function, *args, donate_argnums=donate_argnums)
+        return compile_for(
+            mesh,
+            function,
+            *args,
+            donate_argnums=donate_argnums,
+            compiler_options=compiler_options,
+        )
 
     def schedule(self, target: str, kernel: str) -> Schedule:
         """The schedule of a kernel of the last compilation, by its name.

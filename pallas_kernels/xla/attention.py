@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
+from jpaged.pallas_kernels.xla.bits import as_bits, from_bits
 
 # Tokens whose keys and values are gathered at once, for every page size that divides it: the order
 # of every sum then depends on positions alone.
@@ -42,7 +43,7 @@ def paged_attention(
     block = block_pages * page_size
     # The last block of a full row must not run past the table: dynamic_slice would shift it.
     page_table = jnp.pad(rows.page_table, ((0, 0), (0, -rows.pages_per_seq % block_pages)))
-    layer = jnp.int32(layer)
+    layer, bits = jnp.int32(layer), as_bits(kv_pages)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
 
     # A tile may reach past its row's queries on both sides; padding keeps the slices in range. One
@@ -66,16 +67,16 @@ def paged_attention(
 
         def live(cells, start):
             positions = start + jnp.arange(cells.shape[-2])
-            cells = cells[..., :cell_dim]
+            cells = from_bits(cells[..., :cell_dim], kv_pages.dtype)
             alive = positions < kv_len
             if variant.sliding_window is not None:
                 alive &= positions >= first_key  # others may have been released
             return jnp.where(alive[:, None], cells, 0).astype(jnp.float32)
 
         if tile == 1 and block_pages <= _MAX_SLICED_PAGES:
-            pages = [live(kv_pages[layer, ids[i]], starts[i]) for i in range(block_pages)]
+            pages = [live(bits[layer, ids[i]], starts[i]) for i in range(block_pages)]
             return jnp.concatenate(pages, axis=1)
-        cells = kv_pages[layer, ids].swapaxes(0, 1)
+        cells = bits[layer, ids].swapaxes(0, 1)
         return live(cells.reshape(num_kv_heads, block, -1), starts[0])
 
     def attend_tile(row, kv_len, start, q_tile):

@@ -27,7 +27,6 @@ The last line of standard output is one JSON object: `benchmark` ("kernels"), `h
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -37,17 +36,16 @@ import statistics
 import sys
 import time
 import timeit
-from collections.abc import Callable
 from typing import Any
 
 # Before jax looks at it; else it claims most memory, and PyTorch has the rest.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from jpaged.measure.rates import copy_rates
 from jpaged.pallas_kernels import dispatch
 from jpaged.scripts.flags import check_names, require_device, run
 from jpaged.scripts.kernels.contenders import (
@@ -63,7 +61,6 @@ from jpaged.scripts.kernels.contenders import (
 # Weights and results are rounded to the dtype, by 2**-9 of their size or by 2**-12, and some
 # kernels round partial sums too; float32 may be multiplied with the 11 bits of tensor cores.
 TOLERANCE = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 2e-3}
-_COPY_BYTES = (2**26, 2**28, 2**30)
 
 
 def define_flags() -> None:
@@ -162,21 +159,6 @@ def _one_line(error: Exception) -> str:
     return kind + " ".join(str(error).split())[:400]
 
 
-def _copies(limit: float) -> dict[str, float]:
-    """Bytes a second, read and written, of copies of so many bytes."""
-    copy, found = jax.jit(jnp.copy), {}
-    large = [size for size in _COPY_BYTES if 16 * size <= limit and jax.default_backend() != "cpu"]
-    for size in large or [2**24]:
-        array = jnp.zeros(size // 4, jnp.int32)
-        ten = functools.partial(_repeat, copy, array, 10)
-        found[str(size)] = 2 * 10 * size / min(timeit.repeat(ten, number=1, repeat=6))
-    return found
-
-
-def _repeat(function: Callable[[jax.Array], jax.Array], array: jax.Array, times: int) -> None:
-    jax.block_until_ready([function(array) for _ in range(times)][-1])
-
-
 def _line(name: str, entry: dict[str, Any]) -> str:
     if entry["status"] != "ok":
         return f"  {name:<11} {entry['status']}: {entry['reason']}"
@@ -217,7 +199,7 @@ def main(argv: list[str]) -> None:
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 2**32)  # CPUs do not say
     limit = 2**30 * (values.memory_gib or 0.9 * memory / 2**30)
-    copies = _copies(limit)
+    copies = copy_rates(limit)
     report: dict[str, Any] = {
         "benchmark": "kernels",
         "hardware": {"platform": device.platform, "device": device.device_kind},

@@ -3,14 +3,16 @@
 
     python -m scripts.kernels.gpu_kernels --target=h100
     python -m scripts.kernels.gpu_kernels --target=a100 --cases='8 rows' --steps=llama-3.2-1b
+    python -m scripts.kernels.gpu_kernels --target=h100 --cases=none --steps=llama-3.2-1b
 
 Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode and of a mixed
-step, the token write and the page copy; and whole decode steps of the models that --steps names,
-with three layers, on one GPU and on two. Nothing runs, so nothing here is a time. The last line of
-standard output is one JSON object: `target`; `facts`, by case and kernel (the fields of
+step, the token write and the page copy; and decode steps of the models that --steps names, as the
+engine runs them, of 64 rows on one GPU and on two. --cases=none leaves the cases out. Nothing runs,
+so nothing here is a time but those of compiling. The last line of standard output is one JSON
+object: `target`; `facts`, by case and kernel (the fields of
 `pallas_kernels.aot.gpu_kernels.KernelFacts`); `steps`, by model and number of GPUs
 (`jpaged.device.compiled_step.StepFacts`). Exits with 1 if anything fails that is not refused by a
-rule of ours.
+rule of ours, and if a step copies its pool or a weight.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from typing import Any
 
 from absl import app, flags
 
+from jpaged.device.compiled_step import StepFacts
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
 from jpaged.pallas_kernels.aot.cases import coverage_cases
@@ -33,9 +36,14 @@ from jpaged.scripts.flags import check_names, run
 from jpaged.scripts.kernels.compiled_steps import compile_decode
 
 _TARGET = flags.DEFINE_enum("target", "h100", list(GPU_TARGETS), "What to compile for.")
-_CASES = flags.DEFINE_list("cases", [], "Names of the cases to compile; all by default.")
+_CASES = flags.DEFINE_list(
+    "cases", [], "Names of the cases to compile; all by default, none of them for 'none'."
+)
 _STEPS = flags.DEFINE_list("steps", [], f"Models to compile steps of: {', '.join(SHAPES)}.")
-_STEP_LAYERS = 3
+_LAYERS = flags.DEFINE_integer(
+    "layers", None, "Layers of the models of --steps; all by default.", lower_bound=1
+)
+_NO_CASES = ["none"]
 # What may be done to a pool: the scatter of the token write, in place.
 _POOL_OPS = {"scatter", "fusion"}
 
@@ -45,14 +53,17 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     cases = coverage_cases()
-    check_names("cases", _CASES.value, cases)
+    if _CASES.value == _NO_CASES:
+        cases = {}
+    else:
+        check_names("cases", _CASES.value, cases)
     check_names("steps", _STEPS.value, SHAPES)
     if find_cuda_compiler() is None:
         raise app.UsageError("there is no compiler for NVIDIA GPUs here: make cuda-compiler")
     report: dict[str, dict[str, Any]] = {}
     with ptxas_output() as dump:
         compiler = GpuCompiler(_TARGET.value)
-        for name in _CASES.value or cases:
+        for name in (_CASES.value or cases) if cases else ():
             facts = {
                 kernel: compile_kernel(compiler, kernel, dump, **cases[name]) for kernel in KERNELS
             }
@@ -79,8 +90,18 @@ def _describe(fact: KernelFacts) -> str:
     return text
 
 
+def _describe_step(facts: StepFacts) -> str:
+    return (
+        f"{facts.temp_bytes:,} temporary bytes, {facts.weight_copies} copies of weights, "
+        f"{facts.attention_kernels} attention kernels, {facts.kernels_per_layer:.1f} kernels a "
+        f"layer, {facts.collectives}, compiled in {facts.compile_s:.1f} s"
+    )
+
+
 def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]:
-    config = dataclasses.replace(SHAPES[name], num_layers=_STEP_LAYERS, vocab_size=2048)
+    config = SHAPES[name]
+    if _LAYERS.value is not None:
+        config = dataclasses.replace(config, num_layers=_LAYERS.value)
     report = {}
     for num_devices in (1, 2):
         if config.num_kv_heads % num_devices:
@@ -90,8 +111,10 @@ def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]
             facts.alias_bytes != facts.pool_bytes or not set(facts.pool_ops or ()) <= _POOL_OPS
         ):
             facts = dataclasses.replace(facts, error=f"copies the pool: {facts.pool_ops}")
+        if facts.error is None and facts.weight_copies:
+            facts = dataclasses.replace(facts, error=f"copies {facts.weight_copies} weights")
         report[num_devices] = dataclasses.asdict(facts)
-        what = facts.error or f"{facts.temp_bytes:,} temporary bytes, {facts.collectives}"
+        what = facts.error or _describe_step(facts)
         print(f"{name:<34} step on {num_devices}: {what}", flush=True)
     return report
 

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             deterministic=header.deterministic,
             record_steps=None,
         )
-        model_config, params, *_ = read_model(_MODEL.value, config)
+        model_config, params, tokenizer, *_ = read_model(_MODEL.value, config)
         backend = resolve_backend(config.backend)
         runner = runner_of(
             config,
@@ -68,12 +68,11 @@ def main(argv: list[str]) -> None:
             plan_pool(config, model_config, backend),
             backend=backend,
             num_host_pages=header.num_host_pages,
+            tokenizer=tokenizer,
         )
         report = _run(
             runner,
-            ShapeBuckets(
-                config.max_num_batched_tokens, config.max_num_seqs, single=config.deterministic
-            ),
+            ShapeBuckets.of(config),
         )
     except (OSError, ValueError) as e:
         raise app.UsageError(str(e)) from e
@@ -88,13 +87,13 @@ def _run(runner: ModelRunner, buckets: ShapeBuckets) -> dict[str, float]:
         steps = replay(read_steps(_STEPS.value), runner, buckets)
         bar = tqdm.tqdm(unit="step", disable=None)
         while True:
-            start, compiled = time.perf_counter(), runner.num_compilations
+            start, compiled = time.perf_counter(), runner.programs.num_compilations
             found = next(steps, None)
             if found is None:
                 break
             took = time.perf_counter() - start
             seconds += took
-            compile_seconds += took if runner.num_compilations > compiled else 0.0
+            compile_seconds += took if runner.programs.num_compilations > compiled else 0.0
             plan, outcome = found
             num_steps += 1
             num_tokens += plan.num_tokens
@@ -115,7 +114,7 @@ def _run(runner: ModelRunner, buckets: ShapeBuckets) -> dict[str, float]:
         "num_samples": num_samples,
         "seconds": seconds,
         "compile_seconds": compile_seconds,
-        "num_compilations": runner.num_compilations,
+        "num_compilations": runner.programs.num_compilations,
     }
 
 

@@ -61,10 +61,10 @@ def test_jaxs_own_setting_counts_and_none_at_all(tmp_path):
 def settings():
     """jax's settings, as they are in a process that has set none; put back at the end."""
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache",
-             *compilation_cache._THRESHOLDS)  # fmt: skip
+             *compilation_cache._SETTINGS)  # fmt: skip
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
-    for name, (usual, _) in compilation_cache._THRESHOLDS.items():
+    for name, (usual, _) in compilation_cache._SETTINGS.items():
         jax.config.update(name, usual)
     yield
     for name, value in before.items():

@@ -210,7 +210,8 @@ class TestDevice:
 
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_around_the_donation(self, engine, want, monkeypatch, when):
-        step = engine._runner._step
+        programs = engine._runner.programs
+        step = programs.step
 
         def interrupted(*args, **kwargs):
             if when == "after":
@@ -218,7 +219,7 @@ class TestDevice:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine._runner, "_step", interrupted)
+            patch.setattr(programs, "step", interrupted)
             with pytest.raises(GenerationInterrupted):
                 engine.generate(PROMPTS, CROWD)
         assert everything(engine.generate(PROMPTS, CROWD)) == want

@@ -411,10 +411,11 @@ class TestEngine:
     def test_unused_it_compiles_and_costs_nothing(self):
         engine = tiny_engine(**EXACT)
         engine.generate([CROWD[2]], SamplingParams(max_tokens=4))
-        names = ("_process", "_model_logprobs", "_processed_beam_candidates")
-        assert [getattr(engine._runner, name)._cache_size() for name in names] == [0, 0, 0]
+        names = ("process", "model_logprobs", "processed_beam_candidates")
+        programs = engine._runner.programs
+        assert [getattr(programs, name)._cache_size() for name in names] == [0, 0, 0]
         engine.generate([CROWD[2]], SamplingParams(max_tokens=4, repetition_penalty=2.0))
-        assert [getattr(engine._runner, name)._cache_size() for name in names] != [0, 0, 0]
+        assert [getattr(programs, name)._cache_size() for name in names] != [0, 0, 0]
 
     def test_everything_suppressed_is_refused(self):
         engine = tiny_engine(**EXACT)

@@ -257,7 +257,7 @@ class TestWhatDoesNotFit:
                 elif name == "XLA_PYTHON_CLIENT_MEM_FRACTION":
                     device = dataclasses.replace(device, share=float(value))
                 else:
-                    kind = {"dtype": str, "memory_fraction": float}.get(name, int)
+                    kind = {"dtype": str, "kv_dtype": str, "memory_fraction": float}.get(name, int)
                     changed[name] = kind(value)
             after = plan(model, device, num_devices, **changed)
             assert not after.problems, (text, after.problems)

@@ -95,21 +95,22 @@ def test_a_cold_run_by_hand(clock, monkeypatch):
     # No costs of preemption to be measured by this clock.
     engine = tiny_engine(max_num_batched_tokens=32, preemption="recompute")
     runner = engine._runner
+    programs = runner.programs
 
     def timed(name, compile_s, device_s):
-        function = getattr(runner, name)
+        function = getattr(programs, name)
 
         def call(*args, **kwargs):
-            before = runner.num_compilations
+            before = programs.num_compilations
             result = function(*args, **kwargs)
-            clock.now += compile_s * (runner.num_compilations - before)
+            clock.now += compile_s * (programs.num_compilations - before)
             clock.dispatch(device_s(*args))
             return result
 
-        monkeypatch.setattr(runner, name, call)
+        monkeypatch.setattr(programs, name, call)
 
-    timed("_step", 5, lambda *args: 2 if args[2].token_ids.shape[0] > 4 else 0.5)
-    timed("_sample", 4, lambda *_: 0)
+    timed("step", 5, lambda *args: 2 if args[2].token_ids.shape[0] > 4 else 0.5)
+    timed("sample", 4, lambda *_: 0)
     read, run, done = StepResult.outcomes, runner.run, {}
 
     def wait(arrays):
@@ -157,12 +158,12 @@ def test_compiling_what_swaps_is_no_part_of_a_step(monkeypatch):
     def get_pages(*args):
         if not compiled:
             compiled.append(True)
-            runner.num_compilations += 1
+            runner.programs.num_compilations += 1
             clock.now += 7
         return pages[:, :1].swapaxes(0, 1)
 
     compiled = []
-    runner._get_pages = get_pages
+    runner.programs.get_pages = get_pages
     clock.dispatch(2)
     start = clock.now
     assert runner.swap([(1, 0)], []) == 7

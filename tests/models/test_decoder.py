@@ -137,8 +137,8 @@ class NaiveDecoder:
             return np.concatenate([turned.real, turned.imag], axis=1)
 
         queries = [prepare(head, "q") for head in project("q", heads)]
-        keys = [prepare(head, "k") for head in project("k", kv_heads)]
-        values = project("v", kv_heads)
+        keys = [self.stored(prepare(head, "k"), prefix, 0) for head in project("k", kv_heads)]
+        values = [self.stored(head, prefix, 1) for head in project("v", kv_heads)]
         outs = []
         for i, query in enumerate(queries):
             key, value = keys[i * kv_heads // heads], values[i * kv_heads // heads]
@@ -149,6 +149,11 @@ class NaiveDecoder:
                 out[t] = weights / weights.sum() @ value[: t + 1]
             outs.append(out)
         return np.concatenate(outs, axis=1) @ self.tensors[f"{prefix}o_proj.weight"].T
+
+    def stored(self, head, prefix, part):
+        """What a cache gives back of the keys, or values, of a head."""
+        del prefix, part
+        return head
 
     def mlp(self, x, prefix):
         gate = x @ self.tensors[f"{prefix}gate_proj.weight"].T
@@ -205,7 +210,7 @@ class Pages:
 
     NUM_PAGES, PAGE_SIZE, PAGES_PER_SEQ, ROWS, TOKENS = 64, 4, 16, 4, 48
 
-    def __init__(self, config, params, prompts, *, scan_layers=False):
+    def __init__(self, config, params, prompts, *, scan_layers=False, kv_dtype=None):
         self.prompts, self.params = prompts, params
         self.done = [0] * len(prompts)
         rng = np.random.default_rng(7)
@@ -217,7 +222,9 @@ class Pages:
             for i in range(-(-len(prompt) // self.PAGE_SIZE)):
                 table[i] = free.pop()
         pages = (config.num_layers, self.NUM_PAGES, config.num_kv_heads, self.PAGE_SIZE)
-        self.pool = jnp.full((*pages, 2 * config.head_dim), jnp.nan, params["embedding"].dtype)
+        kv_dtype = kv_dtype or params["embedding"].dtype
+        nonsense = 127 if kv_dtype == "int8" else jnp.nan
+        self.pool = jnp.full((*pages, 2 * config.head_dim), nonsense, kv_dtype)
         self.apply = jitted_apply(config, scan_layers)
 
     def step(self, *counts, samples=None):

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.models import checkpoint, find
+from jpaged.models import checkpoint, find, sharding
 from jpaged.models.decoder import stack_layers
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import config_of, generation_config_of
@@ -81,6 +82,37 @@ def test_greedy_tokens_are_those_that_transformers_recorded(tmp_path, case):
     engine = Engine.load(file_of(tmp_path, case), settings)
     outputs = engine.generate(record["prompts"], SamplingParams(max_tokens=24, temperature=0))
     assert [output.outputs[0].token_ids for output in outputs] == record["continuations"]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_each_device_gets_its_part(tmp_path, scan):
+    file = file_of(tmp_path, TIED)
+    two = Mesh(np.array(jax.devices("cpu")[:2]), ("tp",), axis_types=(AxisType.Auto,))
+    config, params = checkpoint.load(file, jnp.float32, mesh=two, scan_layers=scan)
+    assert checkpoint.load(file, jnp.float32)[0] == config
+    check_equal(params, checkpoint.load(HF / TIED, jnp.float32, scan_layers=scan)[1])
+    for leaf, to in zip(
+        jax.tree.leaves(params),
+        jax.tree.leaves(sharding.param_shardings(params, two)),
+        strict=True,
+    ):
+        assert leaf.sharding == to
+        part = leaf.addressable_shards[1]
+        np.testing.assert_array_equal(part.data, np.asarray(leaf)[part.index])
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    parts = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params)]
+    assert sum(parts) < 0.55 * sum(sizes)
+
+
+def test_a_header_that_was_read_serves_an_engine(tmp_path):
+    path = file_of(tmp_path, TIED)
+    file = GgufFile(path)
+    path.rename(tmp_path / "moved.gguf")
+    with pytest.raises(ValueError, match=r"tensor .* cannot be read"):
+        Engine.load(file, EngineConfig(num_pages=9, max_model_len=32))
+    (tmp_path / "moved.gguf").rename(path)
+    engine = Engine.load(file, EngineConfig(num_pages=9, max_model_len=32))
+    check_equal(engine._runner.params, checkpoint.load(HF / TIED, jnp.float32)[1])
 
 
 def blocks(data, size):

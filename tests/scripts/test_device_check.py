@@ -27,6 +27,13 @@ case "$*" in
     echo '{"outputs": [{"text": "g h i j k l", "token_ids": [3]}]}'
     ;;
   *"jpaged benchmark "*) echo '{"runs": {"paged": {"output_tokens_per_s": 7.5}}}' ;;
+  *"scripts.kernels.device_figures "*)
+    for word in "$@"; do
+      case "$word" in --output_dir=*) to="${word#*=}/figures.json" ;; esac
+    done
+    echo '{"targets": {"speed": {"value": 2, "target": ">= 1", "reached": true}}}' >"$to"
+    echo "$*"
+    ;;
   *"scripts.measure.benchmark_host"*) echo '{"total_us": 250.0}' ;;
   *) exec PYTHON "$@" ;;
 esac
@@ -65,7 +72,7 @@ class TestDeviceCheck:
 
     def test_bad_usage_is_one_line(self, tmp_path):
         for parts, env, message in (
-            (["tests", "speed"], {}, "no part is called speed; choose among tests "),
+            (["tests", "speed"], {}, "no part is called speed; choose among conformance_bfloat16 "),
             ([], {"PYTHON": "/nowhere/python"}, "there is no /nowhere/python"),
             ([], {"DEVICE_CHECK_S": "soon"}, "DEVICE_CHECK_S=soon is no number"),
         ):
@@ -101,6 +108,17 @@ class TestDeviceCheck:
             "log.txt",
         }
         assert "conformance_bfloat16   failed" in done.stdout
+
+    def test_figures_have_eight_minutes_and_say_what_is_reached(self, tmp_path):
+        env, out = self._stub(tmp_path, skipped=0)
+        done = self._run(tmp_path, "figures", TRANSFORMERS_PYTHON="/peer/python", **env)
+        assert done.returncode == 0, done.stderr
+        _, figures = json.loads((out / "summary.json").read_text("utf-8"))["parts"]
+        assert figures["figures"] == {"speed": "2 (>= 1, reached: True)"}
+        log = (out / "log.txt").read_text("utf-8")
+        assert "--transformers_python=/peer/python" in log
+        budget_s = int(log.partition("--budget_s=")[2].split()[0])
+        assert 440 < budget_s <= 470
 
     def test_a_part_ends_when_its_time_is_over_and_skipped_tests_are_no_pass(self, tmp_path):
         env, out = self._stub(tmp_path, skipped=3)

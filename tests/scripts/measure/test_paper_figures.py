@@ -48,7 +48,7 @@ class TestReport:
         margin = 0.02 if policy == "paged" else 1e-3
         assert again.mean_running == pytest.approx(recorded["mean_running"], rel=margin)
         assert again.live_share == pytest.approx(recorded["live_share"], rel=margin)
-        assert set(recorded) == {*Serving.__dataclass_fields__, "live_share"}
+        assert set(recorded) == {*Serving.__dataclass_fields__, "live_share", "waste"}
 
     def test_plots_are_the_same_each_time(self, tmp_path):
         pytest.importorskip("matplotlib", reason="plots need matplotlib: make figures")

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs files of requests, and goes on where it was stopped.
+
+    jpaged batch --input=requests.jsonl --output=results.jsonl
+    jpaged batch --input='parts/*.jsonl.gz' --output=results.jsonl --max_tokens=64
+    jpaged batch --model=org/name --input=- --output=results.jsonl < requests.jsonl
+
+Each line of the input is a request in the form of OpenAI's batches, with custom_id, url
+(/v1/chat/completions or /v1/completions) and body, or a prompt, such as {"prompt": "Once",
+"max_tokens": 9}, or a conversation, as {"messages": [...]}, with parameters of its own by the names
+of `SamplingParams`, which win over the flags. Inputs are plain or gzip, of one file or several; -
+is standard input. A row without a custom_id is called by its number, row-1 the first. A row without
+a seed gets one of --seed and its id.
+
+Results are appended to --output as rows end, a JSON object a line, in the form of OpenAI's batches;
+a row that is wrong has an error there, which names its line and field, and is no reason to stop.
+The same command goes on where it was stopped, however that was, and the finished file, which is in
+the order of the input, has the same bytes as that of a run that nothing stopped. A manifest beside
+the output has what results depend on, and a job that would mix others in is refused.
+
+Ctrl-C and SIGTERM begin no more rows, and give those that run --grace_s seconds; once more ends at
+once. The exit code is 75 where rows are left, so run it again, also when the disk is full; 0 when
+all are done; 1 when some of them have an error; 2 for bad usage; 74 if the output cannot be
+written.
+"""
+
+from jpaged.scripts import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_to_go_on()  # also while the imports take their time
+
+import dataclasses
+import pathlib
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import app, flags
+
+from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.jobs import Result, Row, run
+from jpaged.jobs.inputs import Input, RowIds, open_input
+from jpaged.jobs.manifest import check_same, make_manifest, read_manifest, write_manifest
+from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
+from jpaged.jobs.output import OutputError, OutputFile
+from jpaged.scripts import flags as programs
+from jpaged.scripts.conversations import chat_options_from_flags, define_chat_flags
+from jpaged.scripts.sampling_flags import (
+    SAMPLING_FLAGS,
+    define_sampling_flags,
+    sampling_params_from_flags,
+    with_fallbacks,
+)
+
+_OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
+# With one shape for every step, this many tokens a sequence that runs: enough for prompts to come
+# in while others decode, and little to compute in vain.
+_TOKENS_PER_SEQ = 4
+
+_MODEL = flags.DEFINE_string(
+    "model",
+    "demo",
+    "Model directory, Hugging Face's or our own, a GGUF file, or a model's name on the Hugging "
+    "Face hub, org/name; demo is the shipped checkpoint.",
+)
+_INPUT = flags.DEFINE_multi_string(
+    "input", [], "File of requests, or a glob; may be repeated. - is standard input."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "File that results are appended to.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the job: gives rows without a seed theirs.")
+_ORDERED = flags.DEFINE_bool(
+    "ordered",
+    False,
+    "Append results in the order of the input, so that what is there is in order before the end "
+    "too. Results wait for slower rows before them then, and are computed again if it is stopped.",
+)
+_GRACE_S = flags.DEFINE_float(
+    "grace_s", 20.0, "Seconds that running rows have to end after Ctrl-C or SIGTERM.", 0.0
+)
+_SYNC_ROWS = flags.DEFINE_integer(
+    "sync_rows", 256, "Write and sync results when there are so many.", 1
+)
+_SYNC_S = flags.DEFINE_float("sync_s", 5.0, "Or when the first has waited so many seconds.", 0.0)
+_MIX = flags.DEFINE_bool(
+    "mix",
+    False,
+    "Go on with an output that was begun with other engine settings, on another device or with "
+    "other versions. Rows may then differ from those of a run in one piece.",
+)
+_SAMPLING = tuple(name for name in SAMPLING_FLAGS if name != "seed")
+define_sampling_flags(_SAMPLING)
+define_chat_flags()
+programs.define_engine_flags()
+
+
+def main(argv: list[str]) -> None:
+    """Checks everything, then runs what is left, and exits with what it came to."""
+    interrupts.end_to_go_on()
+    programs.log_to_stderr()
+    try:
+        with programs.usage_errors():
+            job = _Job(argv)
+        with job.output:
+            code = job.run()
+    except OutputError as e:
+        if not e.is_full:
+            _tell(str(e))
+            sys.exit(_OUTPUT_LOST)
+        _tell(f"{e}; what is there is whole: make room, and run the same command again")
+        sys.exit(interrupts.AGAIN)
+    sys.exit(code)
+
+
+class _Job:
+    """What the flags ask for.
+
+    Attributes:
+      output: open, with what is done already.
+    """
+
+    def __init__(self, argv: list[str]):
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected arguments {argv[1:]}; give files as --input=...")
+        self._params = sampling_params_from_flags(_SAMPLING)
+        self._options = chat_options_from_flags()
+        config = _engine_config()
+        path = _output_path()
+        if not _MODEL.value:
+            raise ValueError("--model is empty; name a directory, or leave the flag out")
+        if not _INPUT.value:
+            raise ValueError("no input: give --input=FILE, or --input=- for standard input")
+        self._input = open_input(_INPUT.value, None if sys.stdin is None else sys.stdin.buffer)
+        _check_apart(self._input, path)
+        self._ids: RowIds = self._input.check(progress=True)
+        self._model = programs.model_path(_MODEL.value)
+        programs.require_device()
+        self._path, self._encode = path, RecordMaker(None, _MODEL.value)
+        self.output = _open(path, self._ids, self._line, read_manifest(path) is not None)
+        try:
+            before = read_manifest(path)
+            if before is not None and config.num_pages is None:
+                # As many pages as the first run found memory for: what has room depends on it.
+                config = dataclasses.replace(config, num_pages=before["engine"].get("num_pages"))
+            self._config = config
+            self._manifest = make_manifest(
+                input_sha256=self._input.sha256,
+                num_rows=len(self._ids),
+                model=self._model,
+                params=self._params,
+                options={**self._options},
+                seed=_SEED.value,
+                config=config,
+            )
+            if before is not None:
+                check_same(path, before, self._manifest, mix=_MIX.value)
+            self._is_new = before is None
+        except BaseException:
+            self.output.close()
+            raise
+
+    def run(self) -> int:
+        """Runs the rows that have no result. Returns: the exit code."""
+        output, total = self.output, len(self._ids)
+        if output.num_dropped_bytes:
+            _tell(f"dropped {output.num_dropped_bytes} bytes of a record that was cut short")
+        if output.num_done:
+            _tell(f"{output.num_done} of {total} rows are done already")
+        if not output.is_done:
+            with programs.usage_errors():
+                engine = Engine.load(self._model, self._config)
+            if self._is_new:
+                self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
+                write_manifest(self._path, self._manifest)
+            self._encode = RecordMaker(engine.tokenizer, _MODEL.value)
+            with interrupts.noted_to_go_on() as note, programs.usage_errors():
+                run(
+                    self._rows(engine),
+                    output,
+                    engine,
+                    seed=_SEED.value,
+                    ordered=_ORDERED.value,
+                    stop=lambda: note.asked,
+                    grace_s=_GRACE_S.value,
+                    progress=True,
+                    total=total,
+                    num_before=output.num_done,
+                )
+                output.sync()
+        left = total - output.num_done
+        errors = f", {output.num_errors} of them with an error" if output.num_errors else ""
+        if left:
+            _tell(f"{output.num_done} of {total} rows are done{errors}; run the same command again")
+            return interrupts.AGAIN
+        output.sort()
+        _tell(f"{total} rows are done{errors}")
+        return 1 if output.num_errors else 0
+
+    def _line(self, result: Result) -> bytes:
+        return encode_record(self._encode.record(result))
+
+    def _rows(self, engine: Engine) -> Iterator[Row]:
+        def complete(params: SamplingParams) -> SamplingParams:
+            return with_fallbacks(params, engine.defaults)
+
+        reader = RowReader(
+            params=self._params,
+            tokenizer=engine.tokenizer,
+            template=engine.chat_template,
+            options=self._options,
+            complete=complete,
+        )
+        return (reader.row(line) for line in self._input if not self.output.has(line.row_id))
+
+
+def _engine_config() -> EngineConfig:
+    """The engine's settings: with one shape for every step, unless the flags say otherwise."""
+    config = programs.engine_config_from_flags()
+    changes: dict[str, Any] = {}
+    if not flags.FLAGS["deterministic"].present:
+        changes["deterministic"] = True
+    deterministic = changes.get("deterministic", config.deterministic)
+    if deterministic and not flags.FLAGS["max_num_batched_tokens"].present:
+        changes["max_num_batched_tokens"] = max(_TOKENS_PER_SEQ * config.max_num_seqs, 64)
+    return dataclasses.replace(config, **changes)
+
+
+def _output_path() -> pathlib.Path:
+    given = _OUTPUT.value
+    if not given or given == "-":
+        raise ValueError(
+            "no output: give --output=FILE; standard output cannot be gone on with, and is none"
+        )
+    path = pathlib.Path(given).expanduser()
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"--output={given} must be a regular file, as it is gone on with")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output={given}: there is no directory {str(path.parent)!r}")
+    return path
+
+
+def _check_apart(given: Input, output: pathlib.Path) -> None:
+    if any(output.exists() and path.samefile(output) for path in given.paths):
+        raise ValueError(f"--output={output} is an input too; name another file")
+
+
+def _open(path: pathlib.Path, ids: RowIds, line: Any, has_manifest: bool) -> OutputFile:
+    if not has_manifest and path.exists() and path.stat().st_size:
+        raise ValueError(
+            f"--output={path} has no manifest beside it, so it is of no job: name another file"
+        )
+    try:
+        return OutputFile(path, ids, line, sync_rows=_SYNC_ROWS.value, sync_s=_SYNC_S.value)
+    except BlockingIOError:
+        raise ValueError(f"--output={path} is being written by another process") from None
+
+
+def _tell(text: str) -> None:
+    print(f"jpaged batch: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    programs.run(main)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures on this device what a release is held to, the most telling figures first.
+
+    python -m scripts.kernels.device_figures --output_dir=DIR
+    python -m scripts.kernels.device_figures --output_dir=DIR --transformers_python=PATH
+    python -m scripts.kernels.device_figures --output_dir=DIR --smoke     # a rehearsal, on a CPU
+
+Each part is a process with a share of --budget_s, and what it leaves the next may use:
+
+  * `steps`: llama-3.2-1b's shape, random weights in bfloat16: decode steps of 64, of 1 and of 256
+    sequences, 256 tokens of prompt and 64 of output each, once as they are and once profiled; then
+    prefill of prompts of 2,048 tokens;
+  * `transformers`, with --transformers_python, an interpreter that has torch and transformers: the
+    same shape and lengths, eager and with a compiled static cache;
+  * `kernels`: attention of 1, 8 and 64 rows at 4,096 tokens and of 2,048 tokens of prefill, beside
+    cuDNN's and PyTorch's (see `benchmark_kernels`).
+
+figures.json in --output_dir has each figure as soon as there is one, so that a run that is cut
+short keeps what it has; profiles are in the folders profile_ROWS. The last line of standard output
+is one JSON object, as figures.json has it: `device`, `versions`, `parts` (each one's status and
+seconds), `figures` by name, and `targets`: by name `value`, `target` and `reached`, which is null
+where the figure is missing. The exit code is 1 if a part failed or was cut short.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+# Before jax looks at it; else it claims most memory, and what runs beside it has the rest.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from absl import app, flags
+
+from jpaged.models.config import ModelConfig, dense_config
+from jpaged.models.shapes import SHAPES
+from jpaged.scripts.flags import require_device, run
+
+PARTS = MappingProxyType({"steps": 0.5, "transformers": 0.2, "kernels": 0.3})
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+# Of a figure, at least or at most what.
+TARGETS: Mapping[str, tuple[str, float]] = MappingProxyType(
+    {
+        "step_over_floor_64": ("<=", 1.6),
+        "step_over_floor_1": ("<=", 1.6),
+        "speedup_over_static_64": (">=", 3.0),
+        "prefill_over_product_rate": (">=", 0.5),
+        "attention_us_1": ("<=", 13.0),
+        "attention_copy_ratio_8": (">=", 0.85),
+        "attention_copy_ratio_64": (">=", 0.97),
+        "prefill_attention_over_cudnn": (">=", 0.8),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the measurement is.
+
+    Attributes:
+      model: whose weights are random.
+      dtype: of weights.
+      rows: sequences of a decode step, the most telling first.
+      prompt_len, output_len: tokens of each.
+      prefill_len, prefill_requests: of prefill alone.
+      profile_steps: steps that a profile has.
+      kernels: flags of `benchmark_kernels`.
+    """
+
+    model: ModelConfig
+    dtype: str
+    rows: tuple[int, ...]
+    prompt_len: int
+    output_len: int
+    prefill_len: int
+    prefill_requests: int
+    profile_steps: int
+    kernels: tuple[str, ...]
+
+
+def size_of(*, smoke: bool) -> Size:
+    """The real one, or a small one that takes a CPU seconds."""
+    if not smoke:
+        return Size(
+            model=SHAPES["llama-3.2-1b"],
+            dtype="bfloat16",
+            rows=(64, 1, 256),
+            prompt_len=256,
+            output_len=64,
+            prefill_len=2048,
+            prefill_requests=8,
+            profile_steps=24,
+            kernels=(
+                "--rows=64,8,1",
+                "--contexts=4096",
+                "--steps=1*2048@2048",
+                "--peers=cudnn,torch_sdpa",
+            ),
+        )
+    tiny = dense_config(
+        family="LlamaForCausalLM",
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+    )
+    return Size(
+        model=tiny,
+        dtype="float32",
+        rows=(2, 1),
+        prompt_len=4,
+        output_len=12,
+        prefill_len=32,
+        prefill_requests=2,
+        profile_steps=4,
+        kernels=(
+            *("--rows=1,2", "--contexts=32", "--steps=1*8@8", "--peers=cudnn", "--head_dim=16"),
+            *("--num_q_heads=4", "--num_kv_heads=2", "--dtype=float32", "--run_s=0.001"),
+        ),
+    )
+
+
+class Figures:
+    """figures.json, written whole each time a figure comes."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def read(self) -> dict[str, Any]:
+        """What there is; nothing before the first."""
+        try:
+            return json.loads(self._path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"figures": {}, "parts": {}}
+
+    def add(self, section: str, **values: Any) -> None:
+        """Adds figures, or whatever else a section has."""
+        report = self.read()
+        report.setdefault(section, {}).update(values)
+        report["targets"] = targets_of(report["figures"])
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        new.replace(self._path)  # whole, whenever it is cut short
+
+
+def targets_of(figures: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Each target with its figure, and whether that reaches it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (sign, target) in TARGETS.items():
+        value = figures.get(name)
+        reached = None
+        if value is not None:
+            reached = value <= target if sign == "<=" else value >= target
+        found[name] = {"value": value, "target": f"{sign} {target:g}", "reached": reached}
+    return found
+
+
+def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None:
+    """Decode steps by number of sequences, each beside its floor, and prefill."""
+    import jax
+
+    from jpaged import Engine, EngineConfig, SamplingParams
+    from jpaged.measure.breakdown import draw
+    from jpaged.measure.machine import CompileClock, hardware, versions
+    from jpaged.measure.profile import ProfileConfig
+    from jpaged.measure.runs import measure
+    from jpaged.models.decoder import Decoder
+    from jpaged.simulation.lengths import Uniform
+    from jpaged.simulation.workload import make_workload
+
+    figures.add("device", **hardware())
+    figures.add("versions", **versions())
+    clock, params = CompileClock(), SamplingParams(temperature=0.0, seed=0, ignore_eos=True)
+    weights = Decoder(size.model).init(jax.random.key(0), jax.numpy.dtype(size.dtype))
+    config = EngineConfig(
+        dtype=size.dtype,
+        max_num_seqs=max(size.rows),
+        max_model_len=max(size.prompt_len + size.output_len, size.prefill_len + 1),
+        prefix_cache=False,
+    )
+    engine = Engine(size.model, weights, config)
+    del weights
+
+    def workload(count: int, prompt_len: int, output_len: int):
+        return make_workload(
+            count,
+            Uniform(prompt_len, prompt_len),
+            Uniform(output_len, output_len),
+            max_model_len=prompt_len + output_len,
+            vocab_size=size.model.vocab_size,
+            seed=0,
+        )
+
+    product_flops_per_s = None
+    for rows in size.rows:
+        work = workload(rows, size.prompt_len, size.output_len)
+        report = measure(engine, work, params, clock)
+        step_us = 1e6 * report["mean_decode_step_s"]
+        figures.add(
+            "figures",
+            **{f"step_us_{rows}": step_us, f"tokens_per_s_{rows}": report["output_tokens_per_s"]},
+            **{f"compile_s_{rows}": report["warmup"]["compile_s"]},
+        )
+        profile = ProfileConfig(
+            directory=str(directory / f"profile_{rows}"), steps=size.profile_steps
+        )
+        traced = measure(engine, work, params, clock, warmup=False, profile=profile)["profile"]
+        if traced is None:
+            continue
+        print(draw(traced), flush=True)
+        floor, device = traced["floor"], traced["device"]
+        product_flops_per_s = floor["product_flops_per_s"]
+        figures.add(
+            "figures",
+            **{f"floor_us_{rows}": floor["step_us"]},
+            **{f"step_over_floor_{rows}": step_us / floor["step_us"]},
+            **{f"device_busy_us_{rows}": device["busy_us"]},
+            **{f"programs_per_step_{rows}": device["programs"]},
+            **{f"kernels_per_step_{rows}": device["kernels"]},
+            copy_bytes_per_s=floor["copy_bytes_per_s"],
+            product_flops_per_s=product_flops_per_s,
+        )
+    work = workload(size.prefill_requests, size.prefill_len, 1)
+    rate = measure(engine, work, params, clock)["prefill_tokens_per_s"]
+    figures.add("figures", prefill_tokens_per_s=rate)
+    if product_flops_per_s:
+        # One token of logits a prompt: the head is left out.
+        head = size.model.vocab_size * size.model.hidden_size
+        own = Decoder(size.model).num_params - head * (2 - size.model.tie_word_embeddings)
+        figures.add("figures", prefill_over_product_rate=2 * own * rate / product_flops_per_s)
+
+
+def kernel_figures(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a report of `benchmark_kernels`, by rows or as prefill."""
+    found: dict[str, float] = {}
+    own = report["config"]["backends"][0]
+    for result in report["results"]:
+        entries = result["contenders"]
+        ok = {name: entry for name, entry in entries.items() if entry["status"] == "ok"}
+        decode = result["case"].partition("*1@")
+        name = f"attention_us_{decode[0]}" if decode[1] else "prefill_attention_us"
+        for contender, entry in ok.items():
+            found[name if contender == own else f"{name}_{contender}"] = entry["call_us"]
+        if decode[1] and own in ok:
+            found[f"attention_copy_ratio_{decode[0]}"] = ok[own]["copy_ratio"]
+        elif own in ok and "cudnn" in ok:
+            found["prefill_attention_over_cudnn"] = ok["cudnn"]["call_us"] / ok[own]["call_us"]
+    return found
+
+
+def transformers_figures(lines: list[dict[str, Any]], ours: Mapping[str, float]) -> dict[str, Any]:
+    """The figures of what `transformers_steps.py` printed, and how much faster we are."""
+    found: dict[str, Any] = {}
+    for line in lines:
+        name = f"{line['cache']}_{line['rows']}"
+        found[f"transformers_tokens_per_s_{name}"] = line["tokens_per_s"]
+        if own := ours.get(f"tokens_per_s_{line['rows']}"):
+            found[f"speedup_over_{name}"] = own / line["tokens_per_s"]
+    return found
+
+
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Directory for the results.", required=True)
+_BUDGET_S = flags.DEFINE_float("budget_s", 470, "Seconds that all parts may take.", 1)
+_PARTS = flags.DEFINE_list("parts", list(PARTS), "What to measure, in this order.")
+_PEER = flags.DEFINE_string("transformers_python", None, "An interpreter that has transformers.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "A small model, to see that all of it runs.")
+_PART = flags.DEFINE_string("part", None, "How this program calls itself; not for you.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs each part, and sums up."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if unknown := sorted(set(_PARTS.value) - set(PARTS)):
+        raise app.UsageError(f"--parts={','.join(unknown)}: choose among {', '.join(PARTS)}")
+    directory = pathlib.Path(_OUTPUT_DIR.value).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        figures = Figures(directory / "figures.json")
+        figures.add("figures")
+    except OSError as e:
+        raise app.UsageError(f"--output_dir={directory}: {e.strerror}") from e
+    size = size_of(smoke=_SMOKE.value)
+    if _PART.value is not None:
+        require_device()
+        measure_steps(size, directory, figures)
+        return
+    parts = [name for name in _PARTS.value if name != "transformers" or _PEER.value]
+    start, end_s, whole = time.monotonic(), 0.0, sum(PARTS[name] for name in parts)
+    passed = True
+    for name in parts:
+        end_s += _BUDGET_S.value * PARTS[name] / whole
+        began = time.monotonic()
+        status = _run_part(name, size, directory, figures, end_s - (began - start))
+        passed = passed and status == "passed"
+        figures.add("parts", **{name: {"status": status, "seconds": time.monotonic() - began}})
+    report = figures.read()
+    for name, own in report["targets"].items():
+        value = "missing" if own["value"] is None else f"{own['value']:.3f}"
+        verdict = {None: "", True: "reached", False: "not reached"}[own["reached"]]
+        print(f"{name:<32}{value:>12}   {own['target']:<8} {verdict}")
+    print(json.dumps(report))
+    sys.exit(0 if passed else 1)
+
+
+def _run_part(
+    name: str, size: Size, directory: pathlib.Path, figures: Figures, limit_s: float
+) -> str:
+    """Runs a part and takes what it found. Returns: passed, failed or timeout."""
+    print(f"device_figures: {name}, {limit_s:.0f} s at most", file=sys.stderr)
+    if name == "steps":
+        command = [sys.executable, "-m", "jpaged.scripts.kernels.device_figures", "--part=steps"]
+        command += [f"--output_dir={directory}", *(["--smoke"] if _SMOKE.value else [])]
+        return _ended(command, limit_s)
+    if name == "kernels":
+        # The case in progress when the budget is over is still to end.
+        command = [sys.executable, "-m", "jpaged.scripts.kernels.benchmark_kernels"]
+        command += [f"--budget_s={max(limit_s - 30, 1):.0f}", f"--output_dir={directory}"]
+        status = _ended([*command, *size.kernels], limit_s)
+        kernels = directory / "kernels.json"
+        if kernels.exists():
+            found = kernel_figures(json.loads(kernels.read_text(encoding="utf-8")))
+            figures.add("figures", **found)
+        return status
+    answers = directory / "transformers.jsonl"
+    answers.unlink(missing_ok=True)
+    status = _ended([*_peer_command(size, directory), str(answers)], limit_s)
+    if answers.exists():
+        lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+        figures.add("figures", **transformers_figures(lines, figures.read()["figures"]))
+    return status
+
+
+def _peer_command(size: Size, directory: pathlib.Path) -> list[str]:
+    from jpaged.models.config_json import config_to_hf
+
+    config = directory / "transformers_config.json"
+    job = {
+        "config": config_to_hf(size.model),
+        "dtype": size.dtype,
+        "rows": [rows for rows in size.rows if rows <= 64],
+        "prompt_len": size.prompt_len,
+        "output_len": size.output_len,
+    }
+    config.write_text(json.dumps(job), encoding="utf-8")
+    script = pathlib.Path(__file__).with_name("transformers_steps.py")
+    return [str(_PEER.value), str(script), str(config)]
+
+
+def _ended(command: list[str], limit_s: float) -> str:
+    """Runs a program, with Ctrl-C when its time is over, so that it can still say what it has."""
+    try:
+        process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    except OSError as e:
+        print(f"device_figures: {command[0]}: {e.strerror}", file=sys.stderr)
+        return "failed"
+    try:
+        return "failed" if process.wait(max(limit_s, 1)) else "passed"
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+if __name__ == "__main__":
+    run(main)

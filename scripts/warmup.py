@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles what a job will run, before it runs, and says what that takes.
+
+    jpaged warmup --model=DIR --prompts_file=prompts.txt --max_tokens=64
+    jpaged warmup --model=DIR --num_requests=500 --prompt_len=sharegpt --output_len=sharegpt
+    jpaged warmup --model=DIR --prompts_file=prompts.jsonl --max_padding=0.1
+    jpaged warmup --model=DIR
+
+The programs go to the compilation cache, where the next engine of the same settings, sampling
+flags, jax and kind of device finds them; the weights are not read. Of a job, the prompts themselves
+or how long they are, it compiles the step shapes that it can have, and prints how many steps will
+have each if every answer is as long as it may be, and the padding; without one it compiles every
+shape of the engine. --max_padding chooses few shapes for the job, and prints the flag with which
+`jpaged generate` has them. --dry_run compiles nothing.
+
+The table goes to standard output, everything else to standard error. Exits with 2 for bad usage,
+or if something does not compile.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tqdm
+from absl import app, flags
+
+from jpaged.defaults import Defaults, model_defaults
+from jpaged.device.ahead import AheadCompiler
+from jpaged.device.compilation_cache import keep_programs
+from jpaged.device.costs import scheduler_config_of
+from jpaged.device.memory import PoolPlan
+from jpaged.host.batch import ShapeBuckets, warm_up_plan
+from jpaged.host.compile_plan import CompilePlan, JobSteps, StepSize, fewest_shapes
+from jpaged.host.config import EngineConfig
+from jpaged.host.params import SamplingParams
+from jpaged.models.config import ModelConfig
+from jpaged.placement import ModelFiles, compiler_of
+from jpaged.requests import RequestMaker
+from jpaged.scripts.flags import (
+    define_engine_flags,
+    engine_config_from_flags,
+    log_to_stderr,
+    model_path,
+    require_device,
+    run,
+    usage_errors,
+)
+from jpaged.scripts.json_prompts import read_json_prompts
+from jpaged.scripts.prompts import parse_token_ids, read_prompts
+from jpaged.scripts.sampling_flags import (
+    define_sampling_flags,
+    sampling_params_from_flags,
+    with_fallbacks,
+)
+from jpaged.simulation import Item, LayerGroups, PagedSimulator, make_workload, parse_lengths
+from jpaged.simulation.job_steps import job_steps
+from jpaged.simulation.lengths import SPEC_HELP
+
+_MODEL = flags.DEFINE_string("model", None, "The model, as of `jpaged generate`.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A prompt of the job; may be repeated.")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "The prompts of the job, as of `jpaged generate`."
+)
+_NUM_REQUESTS = flags.DEFINE_integer(
+    "num_requests", None, "Requests of the job, of which lengths alone are known.", lower_bound=1
+)
+_PROMPT_LEN = flags.DEFINE_string("prompt_len", "128", f"Tokens of their prompts: {SPEC_HELP}.")
+_OUTPUT_LEN = flags.DEFINE_string("output_len", "128", f"Tokens of their answers: {SPEC_HELP}.")
+_MAX_PADDING = flags.DEFINE_float(
+    "max_padding",
+    None,
+    "Choose few shapes for the job, that together add padding of at most this share of what the "
+    "device computes; such as 0.1.",
+    lower_bound=0.0,
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Plan, and compile nothing.")
+define_sampling_flags()
+define_engine_flags()
+
+
+def main(argv: list[str]) -> None:
+    """Plans, compiles and prints."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    if not _MODEL.value:
+        raise app.UsageError("--model is missing; name a directory, or a model of a hub")
+    log_to_stderr()
+    with usage_errors():
+        config, own = engine_config_from_flags(), sampling_params_from_flags()
+        prompts, params = _read_job(own)
+        cache = keep_programs(config.compilation_cache_dir)
+        require_device()
+        files = ModelFiles.of(model_path(_MODEL.value), config)
+        defaults = model_defaults(files.generation_config, files.config.vocab_size)
+        params = [with_fallbacks(each, defaults) for each in params]
+        compiler, pool = compiler_of(config, files.config)
+        items = _items(prompts, params, config, files, pool, defaults)
+        buckets = ShapeBuckets.of(config)
+        job = JobSteps(StepSize(config.max_num_batched_tokens, config.max_num_seqs))
+        if items:
+            job = job_steps(_simulator(config, files.config, pool), items, progress=True)
+        if _MAX_PADDING.value is not None:
+            buckets = fewest_shapes(buckets, job, _MAX_PADDING.value)
+        plan = CompilePlan.of(buckets, job)
+        if not _DRY_RUN.value:
+            plan = _compile(plan, compiler, config, files.config, pool, buckets, defaults, params)
+    print("\n".join(plan.table()), flush=True)
+    _say(plan, config, pool, cache)
+
+
+def _read_job(params: SamplingParams) -> tuple[list[Any], list[SamplingParams]]:
+    """The prompts that the flags name, none where they name none, and the parameters of each."""
+    path = _PROMPTS_FILE.value
+    if not _PROMPT.value and path is None:
+        if _MAX_PADDING.value is not None and _NUM_REQUESTS.value is None:
+            raise ValueError(
+                "--max_padding chooses shapes for a job: give --prompts_file, --prompt or "
+                "--num_requests"
+            )
+        return [], [params]
+    if _NUM_REQUESTS.value is not None:
+        raise ValueError("--num_requests and prompts exclude each other; give one of them")
+    lines = read_prompts(_PROMPT.value, path)
+    if path is None or not path.endswith(".jsonl"):
+        return list(lines), [params] * len(lines)
+    given = read_json_prompts(lines, path, params)
+    return [prompt for prompt, _ in given], [own for _, own in given]
+
+
+def _items(
+    prompts: Sequence[Any],
+    params: Sequence[SamplingParams],
+    config: EngineConfig,
+    files: ModelFiles,
+    pool: PoolPlan,
+    defaults: Defaults,
+) -> list[Item]:
+    """The requests of the job, as they will be; their answers as long as they may be."""
+    if not prompts:
+        if _NUM_REQUESTS.value is None:
+            return []
+        return make_workload(
+            _NUM_REQUESTS.value,
+            parse_lengths(_PROMPT_LEN.value, "prompt"),
+            parse_lengths(_OUTPUT_LEN.value, "output"),
+            max_model_len=pool.max_model_len,
+            vocab_size=files.config.vocab_size,
+            seed=0,
+            num_samples=params[0].num_samples,
+        ).items
+    if files.tokenizer is None:
+        prompts = [parse_token_ids(p) if isinstance(p, str) else p for p in prompts]
+    simulator = _simulator(config, files.config, pool)
+    maker = RequestMaker(
+        files.config, files.tokenizer, simulator.scheduler.config, simulator.table, defaults
+    )
+    requests = maker.make_all(prompts, params, map(str, itertools.count()))
+    return [
+        Item(
+            request.prompt_token_ids,
+            request.max_total_tokens - len(request.prompt_token_ids),
+            request.params.beam_width or request.params.num_samples,
+        )
+        for request in requests
+    ]
+
+
+def _simulator(config: EngineConfig, model: ModelConfig, pool: PoolPlan) -> PagedSimulator:
+    budgets = scheduler_config_of(config, model, pool)
+    layers = LayerGroups(kinds=pool.kinds, num_layers=(1,) * len(pool.kinds))
+    return PagedSimulator(budgets, pool.num_pages, config.page_size, layers=layers)
+
+
+def _compile(
+    plan: CompilePlan,
+    compiler: AheadCompiler,
+    config: EngineConfig,
+    model: ModelConfig,
+    pool: PoolPlan,
+    buckets: ShapeBuckets,
+    defaults: Defaults,
+    params: Sequence[SamplingParams],
+) -> CompilePlan:
+    """Compiles the plan's shapes, and what else steps call; returns it with the seconds."""
+    shapes = [each.shape for each in plan.shapes]
+    wanted = warm_up_plan(
+        dataclasses.replace(buckets, given=tuple(shapes)),
+        model.vocab_size,
+        model.eos_token_ids,
+        defaults.params,
+        pool.max_model_len,
+        shapes,
+        max(own.logprobs or 0 for own in params),
+        list({repr(own): own for own in params}.values()),
+    )
+    del wanted["shapes"]
+    seconds = {}
+    bar = tqdm.tqdm(shapes, desc="compiling", unit="shape", disable=None)
+    try:
+        for shape in bar:
+            bar.set_postfix_str(str(shape))
+            seconds[shape] = compiler.compile_step(shape, **wanted)
+        compiler.compile_rest(swaps=pool.num_host_pages(config) > 0)
+    except Exception as e:
+        lines = str(e).splitlines() or [type(e).__name__]
+        raise ValueError(f"a step of {shape} does not compile: {lines[0]}") from e
+    finally:
+        bar.close()
+    return plan.timed(seconds)
+
+
+def _say(plan: CompilePlan, config: EngineConfig, pool: PoolPlan, cache: str | None) -> None:
+    lines = [f"page pool: {pool}"]
+    if _DRY_RUN.value:
+        lines.append("compiled nothing (--dry_run)")
+    elif cache is None:
+        lines.append("the programs are not kept: no compilation cache (--compilation_cache_dir)")
+    else:
+        lines.append(f"the programs are in {cache}")
+    own = []
+    if config.num_pages is None and "need no more" not in pool.reason:
+        # Sized by what is free now: with another number of pages other programs are needed.
+        own.append(f"--num_pages={pool.num_pages}")
+    if _MAX_PADDING.value is not None:
+        own.append("--step_shapes=" + ",".join(str(each.shape) for each in plan.shapes))
+    if own:
+        lines.append(f"run the job with the same settings and {' '.join(own)}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

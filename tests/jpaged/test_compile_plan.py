@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes of a job, by hand; what is not planned is refused, and what is compiles once."""
+
+import pytest
+
+from jpaged import EngineConfig, SamplingParams
+from jpaged.host.admission import SchedulerConfig
+from jpaged.host.batch import ShapeBuckets, StepShape
+from jpaged.host.compile_plan import (
+    CompilePlan,
+    JobSteps,
+    PlannedShape,
+    StepSize,
+    UnplannedProgramError,
+    fewest_shapes,
+)
+from jpaged.simulation import Item, PagedSimulator
+from jpaged.simulation.job_steps import job_steps
+from tests.jpaged.tiny import prompts_of, tiny_engine, token_ids
+
+# Two prompts, of 5 and 20 tokens, that get 3 and 2: both are read in a step, which gives each a
+# token; the next gives the second its last, and the third is the first's alone.
+ITEMS = [Item([1] * 5, 3), Item([2] * 20, 2)]
+SIZES = {StepSize(25, 2): 1, StepSize(2, 2): 1, StepSize(1, 1): 1}
+
+
+def simulator(num_pages=9, **budgets):
+    budgets = dict(max_num_batched_tokens=64, max_num_seqs=8, max_model_len=64) | budgets
+    return PagedSimulator(SchedulerConfig(**budgets), num_pages, 16)
+
+
+class TestJobSteps:
+    def test_by_hand(self):
+        # 25 tokens of prompts are the most that there is to compute, with two rows.
+        assert job_steps(simulator(), ITEMS) == JobSteps(StepSize(25, 2), SIZES)
+
+    def test_budgets_bound_a_step(self):
+        # 16 of the 25 tokens, then the rest; one after the other where there is one row.
+        found = job_steps(simulator(max_num_batched_tokens=16), ITEMS)
+        assert found.most == StepSize(16, 2)
+        assert found.sizes == {StepSize(16, 2): 1, StepSize(10, 2): 1, StepSize(2, 2): 1}
+        assert job_steps(simulator(max_num_seqs=1), ITEMS).most == StepSize(25, 1)
+
+    def test_who_may_lose_pages_computes_more(self):
+        # 8 and 22 cells are 1 + 2 pages; with two, what was generated may be computed again.
+        assert job_steps(simulator(num_pages=4), ITEMS).most == StepSize(25, 2)
+        assert job_steps(simulator(num_pages=3), ITEMS).most == StepSize(30, 2)
+
+    def test_samples_are_rows(self):
+        found = job_steps(simulator(), [Item([1] * 3, 2, num_samples=4)])
+        assert found == JobSteps(StepSize(4, 4), {StepSize(3, 4): 1, StepSize(4, 4): 1})
+
+
+class TestPlan:
+    def test_by_hand(self):
+        plan = CompilePlan.of(ShapeBuckets(64, 8), JobSteps(StepSize(25, 2), SIZES))
+        assert plan.shapes == (
+            PlannedShape(StepShape(1, 1), 1, 1),
+            PlannedShape(StepShape(2, 2), 1, 2),
+            PlannedShape(StepShape(16, 4)),  # if fewer than 17 tokens are left to read at once
+            PlannedShape(StepShape(32, 4), 1, 25),
+        )
+        assert plan.padded_tokens == 1 + 2 + 32
+        timed = plan.timed({StepShape(32, 4): 1.5, StepShape(1, 1): 0.25})
+        assert [" ".join(line.split()) for line in timed.table()][1:] == [
+            "1 x 1 1 1 0.0% 0.25 s",
+            "2 x 2 1 2 0.0% -",
+            "16 x 4 0 0 - -",
+            "32 x 4 1 25 21.9% 1.50 s",  # 7 of 32
+            "4 shapes 3 28 20.0% 1.75 s",  # 7 of 35
+        ]
+
+    def test_no_job_is_every_shape(self):
+        buckets = ShapeBuckets(64, 8)
+        plan = CompilePlan.of(buckets, JobSteps(StepSize(64, 8)))
+        assert [each.shape for each in plan.shapes] == buckets.all_shapes()
+
+    @pytest.mark.parametrize(
+        ("added", "shapes"),
+        [
+            # By the ladder 35 tokens. Leaving out 1x1 adds 1, 2x2 then 2 * 30: to 32x4.
+            (0.0, [(1, 1), (2, 2), (32, 4)]),
+            (0.03, [(2, 2), (32, 4)]),
+            (1.7, [(2, 2), (32, 4)]),
+            (1.75, [(32, 4)]),
+        ],
+    )
+    def test_few_shapes_by_hand(self, added, shapes):
+        job = JobSteps(StepSize(25, 2), SIZES)
+        found = fewest_shapes(ShapeBuckets(64, 8), job, added)
+        assert found.all_shapes() == [StepShape(*shape) for shape in shapes]
+        # A job that goes another way still finds room.
+        assert found.shape(17, 1, 1) == StepShape(32, 4)
+
+
+class TestGivenShapes:
+    def test_the_smallest_that_holds_a_step(self):
+        buckets = ShapeBuckets.of(
+            EngineConfig(step_shapes="64x4,8x8,4x4", max_num_batched_tokens=64, max_num_seqs=8)
+        )
+        assert buckets.all_shapes() == [StepShape(4, 4), StepShape(8, 8), StepShape(64, 4)]
+        for step, shape in (
+            ((1, 1, 1), (4, 4)),
+            ((5, 5, 5), (8, 8)),
+            ((5, 1, 1), (8, 8)),  # no decode, but it fits
+            ((9, 3, 3), (64, 4)),
+            ((9, 5, 5), (16, 8)),  # none holds it: the ladder's
+        ):
+            assert buckets.shape(*step) == StepShape(*shape)
+
+    @pytest.mark.parametrize(
+        ("shapes", "message"),
+        [
+            ("16", "step_shapes='16' must be TOKENSxROWS"),
+            ("", "step_shapes='' must be TOKENSxROWS"),
+            ("16x4,", "must be TOKENSxROWS"),
+            ("0x4", "must be TOKENSxROWS"),
+            ("65x4", "step_shapes has 65x4, .* max_num_batched_tokens=64"),
+            ("16x9", "step_shapes has 16x9, .* max_num_seqs=8"),
+        ],
+    )
+    def test_wrong_ones(self, shapes, message):
+        with pytest.raises(ValueError, match=message):
+            EngineConfig(step_shapes=shapes, max_num_batched_tokens=64, max_num_seqs=8)
+
+    def test_not_beside_one_shape(self):
+        with pytest.raises(ValueError, match="step_shapes='16x4' and deterministic"):
+            EngineConfig(step_shapes="16x4", deterministic=True)
+
+
+class TestStrict:
+    def test_what_is_not_planned_is_refused_before_it_compiles(self):
+        params = SamplingParams(max_tokens=3, temperature=0)
+        short, long = prompts_of([9, 20])
+        want = token_ids(tiny_engine().generate([short], params))
+        engine = tiny_engine(step_shapes="16x4,1x1", strict_shapes=True)
+        compiled = engine.stats().num_compilations
+        assert compiled
+        message = (
+            r"a step of 20 tokens of 1 sequences: 32x4, tokens x rows, is not compiled; add it to "
+            "step_shapes"
+        )
+        with pytest.raises(UnplannedProgramError, match=message):
+            engine.generate([long], params)
+        with pytest.raises(UnplannedProgramError, match=r"Engine.warm_up\(num_logprobs="):
+            engine.generate([short], SamplingParams(max_tokens=2, logprobs=2))
+        assert engine.stats().num_compilations == compiled
+        # It serves on, and the same.
+        assert token_ids(engine.generate([short], params)) == want
+        engine.check_invariants()
+        # What is warmed up later is planned.
+        engine.warm_up([StepShape(32, 4)])
+        assert engine.generate([long], params)[0].finished
+        assert engine.stats().num_unplanned_compilations == 0
