@@ -2,7 +2,6 @@
 """The engine: requests in, text out; the one owner of the host's state."""
 
 import logging
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,10 +28,9 @@ from jpaged.live import LiveRequests
 from jpaged.models.checkpoint import check_params
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
-from jpaged.models.gguf_file import GgufFile
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.pipeline import Pipeline
-from jpaged.placement import pool_of, read_model, runner_of
+from jpaged.placement import ModelPath, pool_of, read_model, runner_of
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
 from jpaged.streams import Generation, RequestStream
@@ -127,16 +125,14 @@ class Engine(ChatMethods):
         return Pipeline(scheduler, results, self._runner, self._buckets, self._log)
 
     @classmethod
-    def load(
-        cls, model_path: str | pathlib.Path | GgufFile, config: EngineConfig | None = None
-    ) -> "Engine":
+    def load(cls, model_path: ModelPath, config: EngineConfig | None = None) -> "Engine":
         """Makes an engine for a model directory, Hugging Face's or our own, or a GGUF file.
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
             or a GGUF file, or its path; or a model's name on the Hugging Face hub, "org/name",
-            where no such path exists; or the address of an Orbax checkpoint in a bucket, as gs://bucket/model;
-            "demo" is the shipped checkpoint.
+            where no such path exists; or the address of an Orbax checkpoint in a bucket, as
+            gs://bucket/model; "demo" is the shipped checkpoint.
           config: the engine's settings.
 
         Returns:

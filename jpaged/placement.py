@@ -37,6 +37,9 @@ from jpaged.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+ModelPath = str | pathlib.Path | GgufFile
+"""What names a model on disk, or is a GGUF file whose header was read."""
+
 # Dtypes of pages, and what to take instead.
 _SLOW_ON_CPU = {"bfloat16": "float32", "float8_e4m3fn": "int8"}
 
@@ -77,7 +80,7 @@ class ModelFiles(typing.NamedTuple):
 
 
 def read_model(
-    model_path: str | pathlib.Path | GgufFile, config: EngineConfig
+    model_path: ModelPath, config: EngineConfig
 ) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None, ChatTemplate]:
     """Reads what a model directory or a GGUF file holds; see `Engine.load`.
 

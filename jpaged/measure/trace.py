@@ -4,6 +4,7 @@
 import collections
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,13 @@ def read_trace(data: Any, scopes: Scopes) -> Trace:
     Returns:
       The trace; without steps where none is in it.
     """
+    # jaxlib 0.12 makes the type of an event's stats when first asked for them, which Python 3.13
+    # deprecates: where warnings are errors the process would end there.
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        return _read_trace(data, scopes)
+
+
+def _read_trace(data: Any, scopes: Scopes) -> Trace:
     planes = list(data.planes)
     host = [line for plane in planes if plane.name.startswith("/host") for line in plane.lines]
     steps, events = _steps(host)
