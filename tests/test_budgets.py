@@ -43,6 +43,8 @@ MAX_FOLDER_LINES = {
     "scripts/kernels": 1650,
     # With loading beside safetensors' own.
     "scripts/measure": 1400,
+    # A program a peer, and how they are driven.
+    "scripts/measure/peers": 1000,
     "scripts/demo": 400,
     "scripts/fixtures": 1550,
 }

@@ -21,7 +21,10 @@ from tests.scripts.programs import environment
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = ("jpaged", "models", "pallas_kernels", "scripts")
 # Folders of the repository that are for whoever works on it.
-NOT_INSTALLED = {"scripts/demo", "scripts/fixtures", "scripts/kernels", "scripts/measure"}
+NOT_INSTALLED = {
+    *("scripts/demo", "scripts/fixtures", "scripts/kernels"),
+    *("scripts/measure", "scripts/measure/peers"),
+}
 
 
 @pytest.fixture(scope="module")
