@@ -93,7 +93,7 @@ def test_commands_and_the_system_message(run, engine):
     [
         (["--model=demo"], "", "the model has no chat template, so nothing says how it was taught"),
         (["--model=nowhere"], "", "model directory 'nowhere' does not exist"),
-        (["--model="], "", "--model is empty"),
+        (["--model="], "", "no --model: name a directory, a GGUF file"),
         (["Hello"], "", r"unexpected arguments \['Hello'\]; messages are lines of the input"),
         (["--temperature=-1"], "", "temperature=-1.0 must be finite and at least 0"),
         (["--chat_template={{ raise_exception('no') }}"], "", "refuses the conversation: no"),
@@ -203,6 +203,9 @@ def test_a_terminal(chat):
     chat.wait(lambda: "tokens" in chat.err.rpartition("computed]\n")[2])
     assert "request" not in chat.err
     chat.wait(lambda: chat.out.endswith("> "))
+    chat.type("/help\n")
+    chat.wait(lambda: chat.out.endswith("/help\r\n> "))
+    assert "[there is no command /help; a line is a message; /reset forgets" in chat.err
     chat.type("/reset\n")
     chat.wait(lambda: chat.out.endswith("/reset\r\n> "))
     assert "[what was said is forgotten]" in chat.err
@@ -284,5 +287,8 @@ def test_generate_refuses(run, args, lines, message):
 
 def test_a_model_without_a_tokenizer(run, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("x")
+    _, stderr = run("chat", f"--model={tmp_path}", code=2)
+    assert "has no config.json: not a model directory" in stderr
+    (tmp_path / "config.json").write_text("{}")
     _, stderr = run("chat", f"--model={tmp_path}", code=2)
     assert "has no tokenizer.json, so it cannot be talked to" in stderr

@@ -62,7 +62,7 @@ def test_bad_usage_is_one_line(tmp_path):
     refused = {
         "--chip=h100": "--model is missing; name a directory",
         "--model=demo": "--chip is missing; choose among a100, ",
-        f"--model={tmp_path}/none --chip=h100": f"{tmp_path}/none/config.json: No such file",
+        f"--model={tmp_path}/none --chip=h100": f"model directory '{tmp_path}/none' does not exist",
         f"--model={no_json} --chip=h100": f"{no_json} is not valid JSON",
         "--model=qwen3-8b --chip=h100 --num_devices=3": "num_kv_heads=8 does not split over 3 ",
         "--model=demo --chip=h100 --memory_gib=-1": "memory_gib=-1.0 must be above 0",
