@@ -35,7 +35,7 @@ def random_interrupts(count, seed):
 
 @pytest.mark.slow
 def test_some_real_interrupts():
-    random_interrupts(40, 1)
+    random_interrupts(15, 1)
 
 
 @pytest.mark.nightly
@@ -160,7 +160,7 @@ def interrupt_at(engine, want, name, line):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_at_some_lines_of_a_call(engine, want, name):
-    lines = {"step": 79, "generate": 797}.get(name, 23)
+    lines = {"step": 157, "generate": 1597}.get(name, 61)
     for line in range(1, 100_000, lines):
         if interrupt_at(engine, want, name, line):
             return
