@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs programs as users do."""
 
+import atexit
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import sys
 from types import MappingProxyType
 
 from jpaged.pallas_kernels.versions import quick_to_compile
+from tests.scripts.forking import Forks
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -20,22 +23,37 @@ def environment(**changes):
 
 
 def ended(*command, stdin="", **changes):
-    """Runs `python -m *command` to its end.
+    """Runs `python -m *command` to its end; in a fork, unless its environment is changed.
 
     Args:
       command: a module and its arguments.
       stdin: text or bytes, as what it prints is then; not a terminal, so it is never waited for.
       changes: of its environment.
     """
+    changed = environment(**changes)
+    if not changes:
+        return _forks(frozenset(_lasting(changed).items())).run(command, stdin, timeout=600)
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
         input=stdin,
         capture_output=True,
         text=isinstance(stdin, str),
-        env=environment(**changes),
+        env=changed,
         timeout=600,
     )
+
+
+def _lasting(variables):
+    return {name: value for name, value in variables.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+@functools.lru_cache(1)
+def _forks(variables):
+    """One for the environment that tests have; a test that changes it has another."""
+    forks = Forks(dict(variables))
+    atexit.register(forks.close)
+    return forks
 
 
 def run(*command, code=0):
