@@ -380,6 +380,11 @@ class TestText:
 class TestRefusals:
     """Bad input is refused before any work, and loses nothing."""
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls):
+        return tiny_engine(**SMALL_POOL)
+
     @pytest.mark.parametrize(
         ("prompt", "params", "message"),
         [
@@ -396,8 +401,7 @@ class TestRefusals:
             ([1], dict(logprobs=98), "logprobs=98 exceeds the vocabulary of 97"),
         ],
     )
-    def test_request(self, prompt, params, message):
-        engine = tiny_engine(**SMALL_POOL)
+    def test_request(self, engine, prompt, params, message):
         params = SamplingParams(**(dict(max_tokens=4) | params))
         with pytest.raises(ValueError, match=message):
             engine.generate([[1, 2], prompt], [SamplingParams(max_tokens=4), params])

@@ -23,11 +23,10 @@ compiles = [
         reason="no compiler for NVIDIA GPUs: make cuda-compiler",
     ),
 ]
-# One for each target, and every kind of case nightly, for some target; all: `gpu_kernels`.
+# One for two targets, and for each every kind of case nightly, for some target; all: `gpu_kernels`.
 ALWAYS = {
     "a100": ["head_dim 64, int8 pages"],
     "h100": ["usual"],
-    "b200": ["head_dim 64, page_size 64"],
 }
 NIGHTLY = {
     "a100": [
@@ -50,6 +49,7 @@ NIGHTLY = {
     ],
     "b200": [
         "usual",
+        "head_dim 64, page_size 64",
         "head_dim 256, int8 pages",
         "head_dim 80, page_size 128",
         "16 query heads, 1 KV heads",
