@@ -105,7 +105,7 @@ class TestScheduleIndependence:
             SMALL_POOL,
             pytest.param(dict(page_size=1), marks=NIGHTLY),
             pytest.param(dict(page_size=64), marks=NIGHTLY),
-            dict(max_num_batched_tokens=5),
+            pytest.param(dict(max_num_batched_tokens=5), marks=NIGHTLY),
             pytest.param(dict(max_num_seqs=2), marks=NIGHTLY),
             dict(scan_layers=True),
             dict(reservation="max"),

@@ -57,17 +57,13 @@ def test_a_tpu_keeps_the_pool_in_place(tpu_compiler, case, num_tokens):
 @pytest.mark.parametrize(
     "names",
     [
-        ALWAYS,
-        *(
-            pytest.param([case], marks=pytest.mark.nightly)
-            for case in HEAD_DIMS
-            if case not in ALWAYS
-        ),
+        *(pytest.param([case], marks=pytest.mark.nightly) for case in HEAD_DIMS),
         *(pytest.param([f"{case}+"], marks=pytest.mark.nightly) for case in HEAD_DIMS),
     ],
     ids=" ".join,
 )
 def test_a_gpu_keeps_the_pool_in_place(names):
+    """By default one of Llama does: see tests/scripts/kernels/test_gpu_kernels.py."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.lawful", "h100", *names],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},

@@ -21,11 +21,10 @@ TPU = {
     name: functools.partial(getattr(pallas_kernels, name), backend="tpu")
     for name in ("paged_attention", "write_kv", "copy_pages")
 }
-# Together: every kind of step and page size, windows that end within and between groups of pages,
-# heads that fill no register, every layout of a cell's lanes, and pages of each size of item.
+# Together: both kinds of steps, small and usual pages, windows that end within and between groups
+# of pages, heads that fill no register, every layout of a cell's lanes, and items of each size.
 ALWAYS = {
     "decode, page_size 8",
-    "prefill, page_size 256",
     "mixed, page_size 16",
     "sliding_window 17",
     "head_dim 64, mixed",
@@ -112,7 +111,13 @@ def test_page_tables_that_come_in_parts(window, monkeypatch):
     check(case)
 
 
-@pytest.mark.parametrize("num_tokens", [20, 3], ids=["mixed", "decode"])
+@pytest.mark.parametrize(
+    "num_tokens",
+    [
+        pytest.param(20, id="mixed", marks=(pytest.mark.nightly, pytest.mark.slow)),
+        pytest.param(3, id="decode"),
+    ],
+)
 def test_a_step_without_rows_gives_zeros_and_reads_nothing(num_tokens):
     """Every page id is outside the pool, which is an error where one is fetched.
 

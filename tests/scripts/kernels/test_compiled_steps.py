@@ -30,8 +30,9 @@ STEPS = [
     pytest.param("v5e", small("qwen3-0.6b", head_dim=96), marks=pytest.mark.nightly),
     pytest.param("v5e", small("qwen3-0.6b", head_dim=256), marks=pytest.mark.nightly),
     pytest.param("v5p", small("qwen3-1.7b"), marks=pytest.mark.nightly),
-    ("v6e", small("smollm2-135m")),
-    ("7x", small("qwen3-0.6b")),
+    pytest.param("v6e", small("smollm2-135m"), marks=pytest.mark.nightly),
+    ("7x", small("smollm2-135m")),
+    pytest.param("7x", small("qwen3-0.6b"), marks=pytest.mark.nightly),
     pytest.param("7x", small("qwen3-4b"), marks=pytest.mark.nightly),
 ]
 
