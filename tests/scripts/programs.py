@@ -22,16 +22,17 @@ def environment(**changes):
     return os.environ | quick | changes
 
 
-def ended(*command, stdin="", **changes):
-    """Runs `python -m *command` to its end; in a fork, unless its environment is changed.
+def ended(*command, stdin="", fresh=False, **changes):
+    """Runs `python -m *command` to its end.
 
     Args:
       command: a module and its arguments.
       stdin: text or bytes, as what it prints is then; not a terminal, so it is never waited for.
+      fresh: starts Python, as changes do; otherwise it is a fork that has jax imported.
       changes: of its environment.
     """
     changed = environment(**changes)
-    if not changes:
+    if not (fresh or changes):
         return _forks(frozenset(_lasting(changed).items())).run(command, stdin, timeout=600)
     return subprocess.run(
         [sys.executable, "-m", *command],
@@ -56,9 +57,9 @@ def _forks(variables):
     return forks
 
 
-def run(*command, code=0):
+def run(*command, code=0, fresh=False):
     """Runs `python -m *command`; gives its output, or what it said where it must fail."""
-    done = ended(*command)
+    done = ended(*command, fresh=fresh)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
 
@@ -99,6 +100,6 @@ def read_until(pipe, sign):
     return seen
 
 
-def run_report(*command):
+def run_report(*command, fresh=False):
     """The JSON object of the last line that `python -m *command` prints."""
-    return json.loads(run(*command).splitlines()[-1])
+    return json.loads(run(*command, fresh=fresh).splitlines()[-1])
