@@ -248,10 +248,26 @@ def test_generate_of_conversations(run, engine, tmp_path):
     assert outputs[1]["prompt_token_ids"] == engine.chat_prompt(two["messages"], [TOOL])
     (want,) = engine.chat(one, SamplingParams(max_tokens=12, temperature=0))
     assert [o["text"] for o in outputs[0]["outputs"]] == [want.outputs[0].text] * 2
-    stdout, _ = run("generate", "--chat", *GREEDY, f"--prompt={json.dumps(one)}")
-    assert stdout == f"{want.outputs[0].text}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_generate_of_conversations_as_text(run, engine, tmp_path):
+    one = [{"role": "user", "content": "Once"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{json.dumps(one)}\n" * 2)
+    (want,) = engine.chat(one, SamplingParams(max_tokens=12, temperature=0))
     stdout, _ = run("generate", "--chat", *GREEDY, f"--prompts_file={path}")
     assert f"=== prompt 1, sample 1\n{want.outputs[0].text}\n\n" in stdout
+
+
+@pytest.mark.slow
+def test_generate_by_a_template_of_ones_own(run, engine, tmp_path):
+    one = [{"role": "user", "content": "Once"}]
+    stdout, _ = run("generate", "--chat", *GREEDY, f"--prompt={json.dumps(one)}")
+    (want,) = engine.chat(one, SamplingParams(max_tokens=12, temperature=0))
+    assert stdout == f"{want.outputs[0].text}\n"
+    path = tmp_path / "t.jinja"
     path.write_text("{{ greeting }} {{ messages[0].content }}")
     stdout, _ = run(
         "generate", "--chat", *GREEDY, f"--chat_template={path}", "--output=json",

@@ -8,7 +8,7 @@ import sys
 
 from jpaged.models import DEMO
 from tests.models.hub_server import hub as serving
-from tests.scripts.programs import ROOT
+from tests.scripts.programs import ROOT, ended
 
 # Several refusals cost one start: what each says, a line each.
 REFUSING = """
@@ -46,10 +46,9 @@ def test_a_model_of_the_hub_of_which_its_config_alone_is_downloaded(tmp_path):
 
 
 def test_what_does_not_fit_is_said_with_what_would():
-    done = subprocess.run(
-        [sys.executable, "-m", "jpaged", "plan", "--model=llama-3.1-8b", "--chip=h100",
-         "--prompt_len=1000", "--output_len=300"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    done = ended(
+        "jpaged", "plan", "--model=llama-3.1-8b", "--chip=h100",
+        "--prompt_len=1000", "--output_len=300",
     )  # fmt: skip
     assert done.returncode == 1 and not done.stderr
     # As README has it.
