@@ -35,6 +35,8 @@ MODULES = (
     "jpaged.pallas_kernels.reference",
     "jpaged.pallas_kernels.tuning",
     "jpaged.simulation",
+    "jpaged.telemetry.monitor",
+    "jpaged.telemetry.record",
 )
 
 

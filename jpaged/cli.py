@@ -21,6 +21,7 @@ PROGRAMS = {
     "plan": "Says what a model and its pages take of a chip's memory, without weights or device.",
     "warmup": "Compiles what a job will run, before it runs, and says what that takes.",
     "simulate": "Serves requests without a model, with pages and without, by a cost model.",
+    "view": "Makes one HTML page of a record: who had which page when, and who lost theirs.",
 }
 
 

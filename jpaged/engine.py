@@ -22,9 +22,9 @@ from jpaged.host.page_table import PageTable
 from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.stats import Counters, EngineStats
-from jpaged.host.step_log import open_log
 from jpaged.host.viewer import PoolSnapshot
 from jpaged.live import LiveRequests
+from jpaged.logs import open_logs
 from jpaged.models.checkpoint import check_params
 from jpaged.models.config import ModelConfig
 from jpaged.models.generation_config import GenerationConfig
@@ -91,14 +91,7 @@ class Engine(ChatMethods):
         self._plan = plan
         self._scheduler_config = scheduler_config_of(config, model_config, plan)
         self._buckets = ShapeBuckets.of(config)
-        self._log = open_log(
-            config.record_steps,
-            self._scheduler_config,
-            plan.num_pages,
-            config.page_size,
-            deterministic=config.deterministic,
-            num_groups=plan.num_groups,
-        )
+        self._log, self._recorder = open_logs(config, self._scheduler_config, plan)
         room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
             config, model_config, params, plan, tokenizer, backend=backend, num_host_pages=room
@@ -122,7 +115,8 @@ class Engine(ChatMethods):
             self._totals,
             default_dtype(self.config).name,
         )
-        return Pipeline(scheduler, results, self._runner, self._buckets, self._log)
+        logs = self._log, self._recorder
+        return Pipeline(scheduler, results, self._runner, self._buckets, *logs)
 
     @classmethod
     def load(cls, model_path: ModelPath, config: EngineConfig | None = None) -> "Engine":

@@ -17,6 +17,7 @@ from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.step_log import StepLog
 from jpaged.profiling import phase
 from jpaged.results import ResultReader
+from jpaged.telemetry.recorder import Recorder
 
 
 class Pipeline:
@@ -39,14 +40,18 @@ class Pipeline:
         runner: ModelRunner,
         buckets: ShapeBuckets,
         log: StepLog | None = None,
+        recorder: Recorder | None = None,
     ):
-        """Has no step under way; steps that are dispatched are written to the log."""
+        """Has no step under way; those that are dispatched are written to log and recorder."""
         self.scheduler = scheduler
         self.table: PageTable = scheduler.table
         self.results = results
         self._runner = runner
         self._buckets = buckets
         self._log = log
+        self._recorder = recorder
+        if recorder is not None:
+            scheduler.on_preempt = recorder.note
         # Steps that are scheduled but not dispatched, and those that are dispatched but not read.
         self._planned: tuple[list[ScheduledStep], Batch] | None = None
         self._inflight: tuple[list[ScheduledStep], StepResult | BurstResult] | None = None
@@ -73,6 +78,8 @@ class Pipeline:
             with phase("dispatch"):
                 self._inflight = steps, self._runner.run(batch, steps[0].plan.copies)
             self.results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
+            if self._recorder is not None:
+                self._recorder.look(self.scheduler, self.results.totals)
         return self.results.read(*previous) if previous else []
 
     def drop(self) -> None:

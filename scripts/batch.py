@@ -46,6 +46,7 @@ from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
 from jpaged.jobs.output import OutputError, OutputFile
 from jpaged.scripts import flags as programs
 from jpaged.scripts.conversations import chat_options_from_flags, define_chat_flags
+from jpaged.scripts.monitor_flags import define_monitor_flags, monitored
 from jpaged.scripts.sampling_flags import (
     SAMPLING_FLAGS,
     define_sampling_flags,
@@ -92,6 +93,7 @@ _SAMPLING = tuple(name for name in SAMPLING_FLAGS if name != "seed")
 define_sampling_flags(_SAMPLING)
 define_chat_flags()
 programs.define_engine_flags()
+define_monitor_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -173,7 +175,11 @@ class _Job:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
                 write_manifest(self._path, self._manifest)
             self._encode = RecordMaker(engine.tokenizer, _MODEL.value)
-            with interrupts.noted_to_go_on() as note, programs.usage_errors():
+            with (
+                interrupts.noted_to_go_on() as note,
+                programs.usage_errors(),
+                monitored(engine, lambda: output.num_done, total) as tell,
+            ):
                 run(
                     self._rows(engine),
                     output,
@@ -181,6 +187,7 @@ class _Job:
                     seed=_SEED.value,
                     ordered=_ORDERED.value,
                     stop=lambda: note.asked,
+                    on_step=tell,
                     grace_s=_GRACE_S.value,
                     progress=True,
                     total=total,

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import tqdm
 from absl import app, flags, logging
 
 from jpaged.host.compile_plan import UnplannedProgramError
@@ -136,7 +137,7 @@ def usage_errors(prompt: str = "prompt") -> Iterator[None]:
 
 def log_to_stderr() -> None:
     """Has the library tell on standard error what it does."""
-    handler = python_logging.StreamHandler()
+    handler = _AboveBars()
     handler.setFormatter(python_logging.Formatter("%(name)s: %(message)s"))
     logger = python_logging.getLogger("jpaged")
     logger.addHandler(handler)
@@ -205,6 +206,14 @@ def run(main: Callable[[list[str]], Any]) -> None:
         if e.filename is not None or e.errno not in _LOST:
             raise
         _exit_lost(e.strerror)
+
+
+class _AboveBars(python_logging.StreamHandler[Any]):
+    """Writes lines of their own to standard error, above what progress bars are drawn there."""
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        with tqdm.tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class _Forgiving:

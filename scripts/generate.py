@@ -63,6 +63,7 @@ from jpaged.scripts.flags import (
     usage_errors,
 )
 from jpaged.scripts.json_prompts import read_json_prompts
+from jpaged.scripts.monitor_flags import define_monitor_flags, monitored
 from jpaged.scripts.output import EndingSamples, GrowingSample, ResultWriter
 from jpaged.scripts.profile_flags import (
     define_profile_flags,
@@ -106,6 +107,7 @@ define_sampling_flags()
 define_chat_flags()
 define_engine_flags()
 define_profile_flags()
+define_monitor_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -132,11 +134,15 @@ def main(argv: list[str]) -> None:
     fullest = _Fullest(engine)
     first = params[0]
     streams = first.num_samples == first.n and first.beam_width is None
-    with profiled(engine, profile) as look:
+    with contextlib.ExitStack() as stack:
+        with usage_errors():
+            tell = stack.enter_context(monitored(engine, lambda: len(writer.written), len(prompts)))
+        look = stack.enter_context(profiled(engine, profile))
 
         def on_step() -> None:
             fullest.look()
             look()
+            tell()
 
         if len(prompts) == 1 and streams and not as_json:
             interrupted = _stream(engine, prompts[0], first, writer, on_step)

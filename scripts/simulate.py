@@ -87,6 +87,9 @@ _PREEMPTION = flags.DEFINE_enum(
 _RECORD_STEPS = flags.DEFINE_string(
     "record_steps", None, "File for the steps of policy paged, one JSON object a line; may be .gz."
 )
+_RECORD = flags.DEFINE_string(
+    "record", None, "File that tells whom policy paged gave which page when, for jpaged view."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -94,6 +97,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     check_names("policies", _POLICY.value, (*POLICIES, ONE_TABLE))
+    if _RECORD.value is not None and len({"paged", ONE_TABLE} & set(_POLICY.value)) != 1:
+        raise app.UsageError(f"--record is of one policy with pages: give paged or {ONE_TABLE}")
     if not _RATE.value > 0:
         raise app.UsageError(f"rate={_RATE.value:g} must be above 0; inf has all arrive at once")
     if not 0 <= _TIME_SCALE.value < math.inf:
@@ -126,6 +131,7 @@ def main(argv: list[str]) -> None:
                 drain=True,
                 progress=policy,
                 record_steps=_RECORD_STEPS.value,
+                record=_RECORD.value,
                 layers=layers,
             )
             for policy in _POLICY.value

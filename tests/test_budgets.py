@@ -26,6 +26,8 @@ MAX_FOLDER_LINES = {
     # Rows, inputs, records, output and manifest of batch jobs.
     "jpaged/jobs": 1500,
     "jpaged/planning": 700,
+    # Records of runs and their page, lines of JSON, metrics.
+    "jpaged/telemetry": 850,
     "jpaged/simulation": 1500,
     # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
     # perplexity through pages.
@@ -37,8 +39,8 @@ MAX_FOLDER_LINES = {
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,
-    # With `convert`, `plan`, `warmup`, `calibrate` and `batch`, the tenth program.
-    "scripts": 3500,
+    # With `convert`, `plan`, `warmup`, `calibrate`, `batch` and `view`, the eleventh program.
+    "scripts": 3750,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
     # With loading beside safetensors' own.

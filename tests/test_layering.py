@@ -3,8 +3,8 @@
 
 The floors are scripts, jpaged, models, pallas_kernels. On jpaged's, the front (the engine and what
 it reads and writes) stands on two rooms that do not know each other: `host`, which needs no jax,
-and `device`. `simulation` is the host's side without a device, and `planning` says what an engine
-would take of one. `measure` stands on the front,
+and `device`. `telemetry` is what runs tell of the host's side, `simulation` the host's side without
+a device, and `planning` says what an engine would take of one. `measure` stands on the front,
 as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either; what
 a step cannot be faster than it takes from `models`. `jobs` stands on the front likewise: it has an
 engine run rows.
@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "pallas_kernels": set(),
     "models": {"pallas_kernels"},
     "jpaged/host": set(),
-    "jpaged/simulation": {"jpaged/host"},
+    "jpaged/telemetry": {"jpaged/host"},
+    "jpaged/simulation": {"jpaged/host", "jpaged/telemetry"},
     "jpaged/device": {"jpaged/host", "models", "pallas_kernels"},
-    "jpaged": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
+    "jpaged": {"jpaged/host", "jpaged/telemetry", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/planning": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/jobs": {"jpaged", "jpaged/host", "models"},
     "jpaged/measure": {
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     },
     "scripts": {
         *("jpaged", "jpaged/host", "jpaged/device", "jpaged/simulation", "jpaged/measure"),
-        *("jpaged/jobs", "jpaged/planning", "models", "pallas_kernels"),
+        *("jpaged/jobs", "jpaged/planning", "jpaged/telemetry", "models", "pallas_kernels"),
     },
 }
 FLOORS = ("pallas_kernels", "models", "jpaged", "scripts")
@@ -106,7 +107,7 @@ def test_the_host_needs_no_jax():
         *(f"jpaged.{path.stem}" for path in (ROOT / "jpaged").glob("*.py") if path.stem == "cli"),
         *(
             ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            for room in ("host", "simulation")
+            for room in ("host", "telemetry", "simulation")
             for path in sorted((ROOT / "jpaged" / room).rglob("*.py"))
         ),
     ]

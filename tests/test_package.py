@@ -140,7 +140,7 @@ def test_the_command_says_what_there_is(run):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
         "jpaged: there is no program 'genrate': choose among generate, batch, chat, convert, "
-        "calibrate, benchmark, conformance, plan, warmup, simulate\n"
+        "calibrate, benchmark, conformance, plan, warmup, simulate, view\n"
     )
 
 

@@ -94,6 +94,8 @@ class EngineConfig:
         parameters that are None; "ignore" reads its end-of-sequence tokens only.
       record_steps: file that the steps are written to, one JSON object a line, to be run again with
         `jpaged.device.replay`; compressed if its name ends in ".gz". None records none.
+      record: file that tells over time who has which page, who lost theirs and why, for
+        `jpaged view`; an earlier record of that name is replaced. None records nothing.
       compilation_cache_dir: where compiled programs are kept for the next start, for all of the
         process: a directory, or an address such as gs://bucket/path; "" keeps none. None takes
         jax's own setting, JAX_COMPILATION_CACHE_DIR, and without one ~/.cache/jpaged/xla.
@@ -125,6 +127,7 @@ class EngineConfig:
     backend: str | None = None
     generation_config: str = "model"
     record_steps: str | None = None
+    record: str | None = None
     compilation_cache_dir: str | None = None
     step_shapes: str | None = None
     strict_shapes: bool = False

@@ -8,13 +8,14 @@ on the values that are sampled.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from jpaged.host.admission import Admission, SchedulerConfig
 from jpaged.host.burst import next_step
 from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
-from jpaged.host.preemption import take_pages
+from jpaged.host.preemption import Preemption, take_pages
 from jpaged.host.prefix_cache import PrefixCache
 from jpaged.host.queues import Queues
 from jpaged.host.sequence import Request, Sequence, Status
@@ -46,6 +47,8 @@ class Scheduler:
         self.cache = PrefixCache(table.pool, table.kinds)
         self.swap_space = SwapSpace(config.num_host_pages)
         self.num_preemptions = 0
+        # Called with sequences of a request that lost their pages, who needs them, and how.
+        self.on_preempt: Callable[[SequenceOf[Sequence], Request, Preemption], object] | None = None
         self._queues = Queues(config.max_num_seqs)
         self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
         # What is reserved ahead is kept.
@@ -66,6 +69,10 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `schedule` would have a sequence to look at."""
         return bool(self._queues.waiting or self._queues.running)
+
+    def holders(self) -> Iterator[Sequence]:
+        """The sequences that have pages."""
+        return self._queues.holders()
 
     def add(self, request: Request, salt: object = None) -> None:
         """Queues a request that `admission.check_fits` lets pass.
@@ -168,7 +175,7 @@ class Scheduler:
         swapped = (seq.swapped for seq in self._queues.waiting)
         groups = {id(group): group for group in swapped if group is not None}
         self.swap_space.check_invariants(groups.values())
-        holders = list(self._queues.holders())
+        holders = list(self.holders())
         assert len({seq.table_id for seq in holders}) == len(holders) == len(self.table.seqs())
 
     def _drain(self, step: ScheduledStep) -> None:
@@ -357,6 +364,8 @@ class Scheduler:
             wanted_by.request_id,
             choice,
         )
+        if self.on_preempt is not None:
+            self.on_preempt(victims, wanted_by, choice)
 
     def _free_pages(self, seq: Sequence) -> None:
         if seq.table_id is not None:

@@ -22,7 +22,7 @@ _VERSION = 1
 # Settings that change no result: where pages lie, how they are kept, and what is written down.
 _NOT_OF_RESULTS = {
     *("memory_fraction", "prefix_cache", "preemption", "swap_bytes", "swap_bytes_per_s"),
-    *("flops_per_s", "record_steps", "compilation_cache_dir"),
+    *("flops_per_s", "record_steps", "record", "compilation_cache_dir"),
 }
 # What may differ with --mix: the last bits of numbers depend on it, and with them, rarely, a token.
 _MAY_DIFFER = ("engine", "device", "versions")

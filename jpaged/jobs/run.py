@@ -56,6 +56,7 @@ def run(
     ordered: bool = False,
     stop: Callable[[], object] = lambda: False,
     grace_s: float = 0.0,
+    on_step: Callable[[], object] = lambda: None,
     progress: bool = False,
     total: int | None = None,
     num_before: int = 0,
@@ -76,6 +77,7 @@ def run(
       stop: asked after each step; once it is true no row is begun, those that wait are left, and
         those that run have `grace_s` seconds to end.
       grace_s: likewise.
+      on_step: called after each step, as in `Engine.generate`.
       progress: whether to show a progress bar on standard error.
       total: rows of the job, for the bar; None does not say.
       num_before: of these, rows that were done before.
@@ -91,6 +93,7 @@ def run(
     seed = checked("seed", seed, int)
     window = checked("window", window, int | None, at_least(1))
     function("stop", stop)
+    function("on_step", on_step)
     if engine.has_unfinished_requests:
         raise ValueError("the engine has live requests: a job takes an engine for itself")
     job = _Job(sink, engine, seed, window or _WINDOW * engine.config.max_num_seqs, ordered)
@@ -100,7 +103,7 @@ def run(
             # miniters=0 redraws the bar with time, also while no row ends.
             bar = tqdm.tqdm(total=total, initial=num_before, unit="row", miniters=0)
             job.bar = stack.enter_context(bar)
-        return job.run(iter(rows), stop, grace_s)
+        return job.run(iter(rows), stop, grace_s, on_step)
 
 
 class _Job:
@@ -114,7 +117,13 @@ class _Job:
         self._held: dict[int, Result] = {}
         self._num_begun = self._num_done = self._num_errors = 0
 
-    def run(self, rows: Iterator[Row], stop: Callable[[], object], grace_s: float) -> Report:
+    def run(
+        self,
+        rows: Iterator[Row],
+        stop: Callable[[], object],
+        grace_s: float,
+        on_step: Callable[[], object],
+    ) -> Report:
         deadline: float | None = None
         more = True
         while more or self._live:
@@ -132,6 +141,7 @@ class _Job:
             if self._live:
                 for output in self._engine.step():
                     self._end(output)
+                on_step()
             self._sink.tick()
             if self.bar is not None and self._live:
                 self.bar.set_postfix_str(self._engine.stats().progress_line(), refresh=False)

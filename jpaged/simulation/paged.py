@@ -16,12 +16,19 @@ from jpaged.host.step_log import open_log
 from jpaged.simulation.costs import Memory, StepWork
 from jpaged.simulation.layers import ONE_KIND, LayerGroups
 from jpaged.simulation.workload import Item
+from jpaged.telemetry.recorder import open_recorder
 
 
 class PagedSimulator:
     """The host's half of an engine: real scheduler, pool and page table, no model.
 
     Like `jpaged.engine.Engine`, it schedules a step before it ends the sequences of the one before.
+
+    Attributes:
+      table: the pages.
+      scheduler: who computes what.
+      totals: of all steps.
+      clock_s: the time of the next step, which whoever simulates time sets; records tell it.
     """
 
     def __init__(
@@ -31,6 +38,7 @@ class PagedSimulator:
         page_size: int,
         record_steps: str | None = None,
         layers: LayerGroups = ONE_KIND,
+        record: str | None = None,
     ):
         """Makes an empty pool.
 
@@ -40,19 +48,31 @@ class PagedSimulator:
           page_size: tokens a page holds.
           record_steps: as in `EngineConfig`.
           layers: which share pages.
+          record: as in `EngineConfig`.
 
         Raises:
-          ValueError: if the file cannot be written.
+          ValueError: if a file cannot be written.
         """
         pages_per_seq, kinds = -(-config.max_model_len // page_size), layers.table_kinds
         self.table = PageTable(PagePool(num_pages), page_size, pages_per_seq, kinds)
         self._layers = layers
+        self.clock_s = 0.0
         self.scheduler = Scheduler(config, self.table)
         self.totals = Counters()
         self._inflight: ScheduledStep | None = None
         self._log = open_log(
             record_steps, config, num_pages, page_size, num_groups=self.table.num_groups
         )
+        self._recorder = open_recorder(
+            record,
+            page_size=page_size,
+            num_pages=num_pages,
+            kinds=kinds,
+            max_model_len=config.max_model_len,
+            clock=lambda: self.clock_s,
+        )
+        if self._recorder is not None:
+            self.scheduler.on_preempt = self._recorder.note
         self._num_added = 0
 
     @property
@@ -112,6 +132,8 @@ class PagedSimulator:
             if plan.num_rows:
                 self.totals.record_step(plan, self.table)
                 self._inflight = step
+                if self._recorder is not None:
+                    self._recorder.look(self.scheduler, self.totals)
             else:
                 self.totals.record_swaps(plan)
         # Sequences that end below have their pages while the step runs.

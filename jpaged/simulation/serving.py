@@ -115,6 +115,8 @@ def simulate(
             while next_item < len(items) and items[next_item].arrival_s <= clock:
                 simulator.add(items[next_item])
                 next_item += 1
+            if isinstance(simulator, PagedSimulator):
+                simulator.clock_s = clock
             work = simulator.step()
             for number in work.finished:
                 item = items[number]
@@ -166,6 +168,7 @@ def serve(
     drain: bool = False,
     progress: str | None = None,
     record_steps: str | None = None,
+    record: str | None = None,
     layers: LayerGroups = ONE_KIND,
 ) -> Serving:
     """Serves a workload under a policy.
@@ -181,6 +184,7 @@ def serve(
       drain: see `simulate`.
       progress: likewise.
       record_steps: file for the steps of `paged`, as in `EngineConfig`.
+      record: file for its pages over time, likewise.
       layers: of the model; contiguous policies keep all tokens for all of them.
 
     Raises:
@@ -197,15 +201,16 @@ def serve(
         costs=PreemptionCosts(swap_s, costs.flops_per_token / costs.flops_per_s),
     )
 
-    def make(record: str | None = None) -> PagedSimulator | ContiguousSimulator:
+    def make(*files: str | None) -> PagedSimulator | ContiguousSimulator:
         if policy in ("paged", ONE_TABLE):
-            return PagedSimulator(paged_config, num_pages + 1, page_size, record, layers)
+            steps, pages = files or (None, None)
+            return PagedSimulator(paged_config, num_pages + 1, page_size, steps, layers, pages)
         return ContiguousSimulator(policy, config, num_slots)
 
     check = make()
     for item in work.items:
         check.add(item)  # refused now, not when it arrives
-    return simulate(make(record_steps), work.items, costs, drain=drain, progress=progress)
+    return simulate(make(record_steps, record), work.items, costs, drain=drain, progress=progress)
 
 
 def run_scheduler(config: EngineConfig, workload: Workload) -> tuple[EngineStats, Trace]:

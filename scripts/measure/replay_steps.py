@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
             max_model_len=header.max_model_len,
             deterministic=header.deterministic,
             record_steps=None,
+            record=None,
         )
         model_config, params, tokenizer, *_ = read_model(_MODEL.value, config)
         backend = resolve_backend(config.backend)
