@@ -18,10 +18,11 @@ from jpaged.host.step_log import read_header, read_steps
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.variant import AttentionVariant
-from jpaged.placement import runner_of
+from jpaged.placement import decoder_of, read_model, runner_of
 from jpaged.planning import make_plan, memory_of
 from tests.jpaged.exact import EXACT, drawn, everything
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params
+from tests.models.test_kv_scales import named, stored
 
 # Layers that see 12 tokens and layers that see all, each with pages of their own.
 _LAYER = TINY.pattern[0]
@@ -167,6 +168,23 @@ class TestScales:
         # Other pages have none.
         config = dataclasses.replace(config, kv_dtype="float16")
         assert "kv_scales" not in Engine(TINY, params, config)._runner.params
+
+    def test_a_checkpoint_has_its_own_for_float8(self, tmp_path):
+        """Read without a file of scales; those of int8 are found here."""
+        directory = stored(tmp_path, named("k_scale", "v_scale"))
+        given = tmp_path / "scales.json"
+        write_kv_scales(given, np.ones((2, 2)), "float8_e4m3fn")
+        found = []
+        for kv_dtype, path in (("float8_e4m3fn", None), ("float8_e4m3fn", given), ("int8", None)):
+            config = EngineConfig(kv_dtype=kv_dtype, kv_scales=path and str(path), num_pages=20)
+            model_config, params, *_ = read_model(directory, config)
+            _, params = decoder_of(config, model_config, params, backend="xla", max_length=256)
+            found.append(np.asarray(params["kv_scales"]))
+        np.testing.assert_array_equal(found[0], [[0.5, 0.25], [3, 0.125]])
+        np.testing.assert_array_equal(found[1], np.ones((2, 2)))
+        assert found[2].max() < 0.1  # of numbers up to 1 or so, in 127 steps
+        plain = EngineConfig(num_pages=20)
+        assert "kv_scales" not in read_model(directory, plain)[1]
 
     @pytest.mark.parametrize(
         ("text", "message"),
