@@ -50,6 +50,25 @@ def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
     assert facts.collectives == {}
 
 
+@pytest.mark.parametrize(
+    ("kv_dtype", "num_tokens"),
+    [
+        ("int8", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (("float8_e4m3fn", None), ("int8", 256), ("float8_e4m3fn", 256))
+        ),
+    ],
+)
+def test_so_does_one_with_pages_of_eight_bits(tpu_compiler, kv_dtype, num_tokens):
+    mesh, config = tpu_compiler.mesh("v5e"), small("qwen3-0.6b")
+    facts = compile_decode(tpu_compiler, mesh, config, kv_dtype=kv_dtype, num_tokens=num_tokens)
+    assert facts.error is None
+    assert facts.alias_bytes == facts.pool_bytes == 3 * (64 * 128 + 1) * 16 * 8 * 256
+    assert facts.pool_ops == () and facts.weight_copies == 0
+    assert facts.temp_bytes < 0.05 * facts.pool_bytes
+
+
 @pytest.mark.nightly
 def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
     """So `tpu_report` compiles a few layers only."""
