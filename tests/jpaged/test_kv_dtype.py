@@ -89,9 +89,20 @@ class TestSchedules:
         return Engine(WINDOWED, tiny_params(), EngineConfig(**config))
 
     @pytest.mark.parametrize(
-        "kv_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.nightly)]
+        ("kv_dtype", "preemption"),
+        [
+            ("int8", "swap"),
+            *(
+                pytest.param(*case, marks=pytest.mark.nightly)
+                for case in (
+                    ("int8", "recompute"),
+                    ("float8_e4m3fn", "swap"),
+                    ("float8_e4m3fn", "recompute"),
+                )
+            ),
+        ],
     )
-    def test_no_output_changes(self, kv_dtype, tmp_path):
+    def test_no_output_changes(self, kv_dtype, preemption):
         roomy = self.engine(kv_dtype)
         assert roomy.stats().num_groups == 2
         want = everything(roomy.generate(PROMPTS, CROWD))
@@ -99,26 +110,28 @@ class TestSchedules:
         # Known prefixes, found.
         assert everything(roomy.generate(PROMPTS, CROWD)) == want
         assert roomy.stats().totals.num_hit_tokens > 100
+        tight = self.engine(kv_dtype, num_pages=26, preemption=preemption)
+        assert everything(tight.generate(PROMPTS, CROWD)) == want
+        totals = tight.stats().totals
+        assert totals.num_preemptions > 0
+        assert (totals.num_swapped_pages > 0) == (preemption == "swap")
+        tight.check_invariants()
+
+    @pytest.mark.nightly
+    def test_recorded_steps_give_their_tokens_again(self, tmp_path):
+        path = tmp_path / "steps.jsonl"
+        sizes = dict(num_pages=26, preemption="swap")
+        engine = self.engine("int8", **sizes, record_steps=str(path))
+        want = everything(engine.generate(PROMPTS, CROWD))
         plain = everything(self.engine(None).generate(PROMPTS, CROWD))
         assert [c[0] for c in plain[0]] != [c[0] for c in want[0]], "nothing was rounded"
-        for preemption in ("swap", "recompute"):
-            path = tmp_path / f"{preemption}.jsonl"
-            record = {"record_steps": str(path)} if preemption == "swap" else {}
-            tight = self.engine(kv_dtype, num_pages=26, preemption=preemption, **record)
-            assert everything(tight.generate(PROMPTS, CROWD)) == want
-            totals = tight.stats().totals
-            assert totals.num_preemptions > 0
-            assert (totals.num_swapped_pages > 0) == (preemption == "swap")
-            tight.check_invariants()
-        # Recorded steps, run again.
-        path = tmp_path / "swap.jsonl"
-        config = self.engine(kv_dtype, num_pages=26, preemption="swap").config
+        config = self.engine("int8", **sizes).config
         runner = runner_of(
             config, WINDOWED, tiny_params(), plan_pool(config, WINDOWED, "xla"), backend="xla",
             num_host_pages=read_header(path).num_host_pages,
         )  # fmt: skip
         found = {}
-        for step, outcome in replay(read_steps(path), runner, tight._buckets):
+        for step, outcome in replay(read_steps(path), runner, engine._buckets):
             for slot, row in enumerate(step.samples.rows):
                 if step.rows.keys[row][0] == "1":
                     place = step.rows.starts[row] + step.samples.offsets[slot]
