@@ -92,6 +92,17 @@ def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatc
     assert facts.temp_bytes > 3 * 2 * 60e6 * 0.9  # three layers of 60 million weights
 
 
+@pytest.mark.nightly
+def test_an_embedding_would_be_copied_in_every_step(tpu_compiler, monkeypatch):
+    """SmolLM2's, of 49,152 by 576: as `models.sharding.placements` has it, and as libtpu would."""
+    config = dataclasses.replace(SHAPES["smollm2-135m"], num_layers=2)
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh("v5e"), config)
+    assert facts.weight_copies == 0 and facts.temp_bytes < 5e6
+    monkeypatch.setattr("jpaged.models.sharding.placements", lambda params, shardings: shardings)
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh("v5e"), config)
+    assert facts.weight_copies == 1 and facts.temp_bytes > 49_152 * 576 * 2
+
+
 @pytest.mark.parametrize("target", ["v5e", pytest.param("v6e", marks=pytest.mark.nightly)])
 def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target):
     config = small("llama-3.2-1b")
