@@ -131,7 +131,7 @@ def _num_stacked(params: Any) -> list[int]:
         (getattr(path[0], "key", None), leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
-    num_axes = {"layers": 3, "kv_scales": math.inf}
+    num_axes: dict[Any, float] = {"layers": 3, "kv_scales": math.inf}
     return [
         (shape[0] if name == "layers" else 1) if len(shape) >= num_axes.get(name, 2) else 0
         for name, shape in leaves
