@@ -78,7 +78,7 @@ class SafetensorsWeights:
 
         def read(name: str) -> np.ndarray:
             with reading(self._scales[name].file) as reader:
-                return reader.get_tensor(name)
+                return reader.get_tensor(self._scales[name].name)
 
         return read_stored_scales(self._source, self._num_layers, self._scales, read)
 
