@@ -95,12 +95,18 @@ def read_model(
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
     start = time.perf_counter()
     files = ModelFiles.of(source, config)  # what can be refused is, before the weights are read
+    # Made for float8, whose small numbers stay fine in a range that is far too wide for int8.
+    own = config.kv_dtype == "float8_e4m3fn" and config.kv_scales is None
+    scales = checkpoint.kv_scales_of(files.source) if own else None
     model_config, params = checkpoint.load(
         files.source,
         dtype,
         lambda model_config: pool_of(config, model_config, backend),
         scan_layers=scans_layers(config.scan_layers, jax.default_backend()),
     )
+    if scales is not None:
+        logger.info("scales of %s pages are the checkpoint's", config.kv_dtype)
+        params["kv_scales"] = jnp.asarray(scales)
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
         path if isinstance(model_path, GgufFile) else model_path,

@@ -202,6 +202,16 @@ def find_weights(model: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Wei
     return config, OrbaxWeights(resolved(orbax), config)
 
 
+def kv_scales_of(model: str | pathlib.Path | GgufFile) -> np.ndarray | None:
+    """The scales of float8 pages that a model's safetensors have, f32[num_layers, 2].
+
+    Each is what a stored number is multiplied by, as in vLLM; None where there are none. Raises as
+    `load` does, and CheckpointError if they are not one pair of numbers above 0 a layer.
+    """
+    _, weights = find_weights(model)
+    return weights.kv_scales() if isinstance(weights, SafetensorsWeights) else None
+
+
 def read_with_bar(
     weights: Weights,
     targets: Mapping[str, jax.ShapeDtypeStruct],

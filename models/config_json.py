@@ -12,6 +12,7 @@ from jpaged.models.families import FAMILIES, TEXT_PARTS, text_part
 from jpaged.models.families.base import Family
 from jpaged.models.families.fields import Fields, token_ids
 from jpaged.models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
+from jpaged.models.kv_scales import quantizes_kv_alone
 from jpaged.models.paths import is_there
 from jpaged.models.rope import LinearScaling, Llama3Scaling
 
@@ -85,6 +86,8 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
       ModelConfigError: naming the field, its value and what is supported.
     """
     fields = _of_text(fields)
+    if quantizes_kv_alone(fields.get("quantization_config")):
+        fields = fields | {"quantization_config": None}
     try:
         config = _config(fields)
     except ValueError as e:

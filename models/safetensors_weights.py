@@ -21,6 +21,7 @@ from jpaged.models.families.base import Source
 from jpaged.models.fitting import check_dtypes, check_size, check_tensors, wanted_shapes
 from jpaged.models.host_arrays import MOST_THREADS, aligned, is_finite, not_finite
 from jpaged.models.json_fields import shown
+from jpaged.models.kv_scales import is_kv_scale, read_stored_scales
 from jpaged.models.safetensors_files import (
     DTYPES,
     damage,
@@ -50,7 +51,10 @@ class SafetensorsWeights:
           FileNotFoundError: if there are none, or a file that is named is missing.
           CheckpointError: if they are not this model's, or a file is damaged.
         """
-        stored = stored_tensors(directory)
+        found = stored_tensors(directory)
+        stored = {name: tensor for name, tensor in found.items() if not is_kv_scale(name)}
+        self._scales = {name: tensor for name, tensor in found.items() if name not in stored}
+        self._source, self._num_layers = str(directory), config.num_layers
         check_size(str(directory), config, stored)
         # A layer costs a checkpoint nine tensors or more, so this is no longer than what was read.
         self.shapes = wanted_shapes(config, stored)
@@ -64,6 +68,19 @@ class SafetensorsWeights:
         check_tensors(str(directory), wanted, stored)
         self._stored = stored
         self.dtypes = {path: self._dtype_of(source) for path, source in self._sources.items()}
+
+    def kv_scales(self) -> np.ndarray | None:
+        """Scales of float8 pages, f32[num_layers, 2]; None where there are none.
+
+        Raises:
+          CheckpointError: if they are not one pair of numbers above 0 a layer.
+        """
+
+        def read(name: str) -> np.ndarray:
+            with reading(self._scales[name].file) as reader:
+                return reader.get_tensor(self._scales[name].name)
+
+        return read_stored_scales(self._source, self._num_layers, self._scales, read)
 
     def _dtype_of(self, source: Source) -> np.dtype:
         """The smallest dtype that holds all of a parameter's tensors."""

@@ -26,6 +26,7 @@ _SPLIT_AXIS = {
     "embedding": 0,
     "lm_head": 0,
 }
+_TPU_LANES = 128
 
 
 def axis_of(mesh: Mesh | AbstractMesh) -> str:
@@ -101,26 +102,31 @@ def shard_sizes(params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def placements(params: Any, shardings: Any) -> Any:
-    """Where each parameter lies, and how: a 7x multiplies other tiles than it stores arrays in.
+    """Where each parameter lies, and how, so that TPUs copy none in a step (docs/decisions.md).
 
-    A loop over stacked layers would tile all of their weights anew in every step there
-    (docs/decisions.md).
+    A 7x multiplies other tiles than it stores arrays in: a loop over stacked layers would tile all
+    of their weights anew. Embeddings whose width is no multiple of the lanes would be stored by
+    columns, which is smaller, and written anew by rows, which tokens are looked up in.
 
     Args:
       params: a decoder's parameter tree; only shapes and dtypes matter.
       shardings: a tree of where, or one sharding for all.
 
     Returns:
-      What `jax.device_put` takes: `shardings`, with tiles for a 7x's matrices of 16 bits.
+      What `jax.device_put` takes: `shardings`, with rows for a TPU's embedding, and with tiles for
+      a 7x's matrices of 16 bits.
     """
 
     def place(path, leaf, sharding: Sharding):
         device = next(iter(sharding.device_set))
         names = [getattr(entry, "key", None) for entry in path]
         matrix = names[-1] != "bias" and any(name in _SPLIT_AXIS for name in names)
-        if device.device_kind != "TPU7x" or not matrix or leaf.dtype.itemsize != 2:
-            return sharding
-        return Format(Layout(tuple(range(leaf.ndim)), ((16, 128), (2, 1))), sharding)
+        if device.device_kind == "TPU7x" and matrix and leaf.dtype.itemsize == 2:
+            return Format(Layout(tuple(range(leaf.ndim)), ((16, 128), (2, 1))), sharding)
+        by_rows = names == ["embedding"] and leaf.shape[-1] % _TPU_LANES
+        if by_rows and device.device_kind.startswith("TPU"):
+            return Format(Layout(tuple(range(leaf.ndim))), sharding)
+        return sharding
 
     if isinstance(shardings, Sharding):
         one = shardings

@@ -127,12 +127,14 @@ def compile_step(
 
 def _num_stacked(params: Any) -> list[int]:
     """Of each parameter, how many layers' matrices it is; 0 if it is none."""
-    shapes = [
-        (leaf.shape, bool(path) and getattr(path[0], "key", None) == "layers")
+    leaves = [
+        (getattr(path[0], "key", None), leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
+    num_axes: dict[Any, float] = {"layers": 3, "kv_scales": math.inf}
     return [
-        (shape[0] if stacked else 1) if len(shape) - stacked > 1 else 0 for shape, stacked in shapes
+        (shape[0] if name == "layers" else 1) if len(shape) >= num_axes.get(name, 2) else 0
+        for name, shape in leaves
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jpaged.device.memory import default_dtype, pool_dtype
 from jpaged.models.config import ModelConfig
 from jpaged.planning.chips import CHIPS
+from jpaged.planning.kernels import takes_pages
 from jpaged.planning.plan import Asked, num_weights, plan_of
 
 _MOST_DEVICES = 64
@@ -34,8 +35,12 @@ def changes_of(asked: Asked) -> Iterator[str]:
 
 def _first_that_fits(variants: Iterable[tuple[str, Asked]]) -> str | None:
     """What is changed, and the usable pages then."""
-    plans = ((text, plan_of(changed)) for text, changed in variants)
-    fits = (f"{text} ({plan.num_pages - 1:,} pages)" for text, plan in plans if not plan.problems)
+    plans = ((text, changed, plan_of(changed)) for text, changed in variants)
+    fits = (
+        f"{text} ({plan.num_pages - 1:,} pages)"
+        for text, changed, plan in plans
+        if not plan.problems and takes_pages(changed, plan.num_pages // changed.num_devices)
+    )
     return next(fits, None)
 
 

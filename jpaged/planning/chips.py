@@ -20,6 +20,7 @@ class DeviceMemory:
       share: of them that jax allocates.
       source: where the number comes from.
       target: name of what `pallas_kernels.aot` compiles for; None where that knows none.
+      kind: name of the device as jax has it, by which kernels know it; None asks no kernel.
     """
 
     platform: str
@@ -27,6 +28,7 @@ class DeviceMemory:
     source: str
     share: float = 1.0
     target: str | None = None
+    kind: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -39,13 +41,16 @@ class DeviceMemory:
 _GPU_SHARE = 0.75
 
 
-def _gpu(total_gib: float, target: str | None = None) -> DeviceMemory:
+def _gpu(total_gib: float, name: str, target: str | None = None) -> DeviceMemory:
     source = f"{_GPU_SHARE:.0%} of the {total_gib} GiB of CUDA, as jax does unless told"
-    return DeviceMemory("gpu", int(total_gib * GIB), source, _GPU_SHARE, target)
+    kind = f"NVIDIA {name}"
+    return DeviceMemory("gpu", int(total_gib * GIB), source, _GPU_SHARE, target, kind)
 
 
-def _tpu(gib: float, target: str, source: str = "as libtpu 0.0.42.1 says") -> DeviceMemory:
-    return DeviceMemory("tpu", int(gib * GIB), source, target=target)
+def _tpu(
+    gib: float, kind: str, target: str, source: str = "as libtpu 0.0.42.1 says"
+) -> DeviceMemory:
+    return DeviceMemory("tpu", int(gib * GIB), source, target=target, kind=kind)
 
 
 # Of GPUs, what CUDA gives in all, which PyTorch's errors tell and NVIDIA's data sheets round; of
@@ -53,19 +58,19 @@ def _tpu(gib: float, target: str, source: str = "as libtpu 0.0.42.1 says") -> De
 # b200 and a100-40gb nobody has read off a device.
 CHIPS: Mapping[str, DeviceMemory] = MappingProxyType(
     {
-        "a100": _gpu(79.1, "a100"),
-        "a100-40gb": _gpu(39.3, "a100"),
-        "b200": _gpu(178.3, "b200"),
-        "h100": _gpu(79.1, "h100"),
-        "h200": _gpu(139.7, "h200"),
-        "l4": _gpu(22.0),
-        "l40s": _gpu(44.4),
+        "a100": _gpu(79.1, "A100", "a100"),
+        "a100-40gb": _gpu(39.3, "A100", "a100"),
+        "b200": _gpu(178.3, "B200", "b200"),
+        "h100": _gpu(79.1, "H100", "h100"),
+        "h200": _gpu(139.7, "H200", "h200"),
+        "l4": _gpu(22.0, "L4"),
+        "l40s": _gpu(44.4, "L40S"),
         # jax has the two cores of a chip as one device, and libtpu compiles for each of them here.
-        "v4": _tpu(30.5, "v4", "twice what libtpu 0.0.42.1 says of each core"),
-        "v5e": _tpu(15.75, "v5e"),
-        "v5p": _tpu(95.74, "v5p"),
-        "v6e": _tpu(31.25, "v6e"),
-        "7x": _tpu(94.75, "7x", "as libtpu 0.0.42.1 says of a device, half a chip"),
+        "v4": _tpu(30.5, "TPU v4", "v4", "twice what libtpu 0.0.42.1 says of each core"),
+        "v5e": _tpu(15.75, "TPU v5 lite", "v5e"),
+        "v5p": _tpu(95.74, "TPU v5", "v5p"),
+        "v6e": _tpu(31.25, "TPU v6 lite", "v6e"),
+        "7x": _tpu(94.75, "TPU7x", "7x", "as libtpu 0.0.42.1 says of a device, half a chip"),
     }
 )
 

@@ -4,19 +4,18 @@
 import dataclasses
 from collections.abc import Mapping
 
-import jax
 import tqdm
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jpaged.device.compiled_step import StepFacts, compile_step
-from jpaged.device.memory import check_pages, default_dtype, gib, plan_pool
+from jpaged.device.memory import default_dtype, gib, plan_pool
 from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.checks import at_least, checked
 from jpaged.host.config import EngineConfig, engine_config
 from jpaged.models.config import ModelConfig
-from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, GpuTarget, TpuCompiler
+from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
 from jpaged.planning.changes import changes_of
 from jpaged.planning.chips import CHIPS, DeviceMemory
+from jpaged.planning.kernels import check_kernels
 from jpaged.planning.plan import Asked, Plan, free_memory, num_weights, plan_of
 
 # A config.json may ask for any number, with no weights beside it that would refuse it.
@@ -50,7 +49,8 @@ def make_plan(
       The plan; what does not fit is in its `problems`.
 
     Raises:
-      ValueError: if settings contradict each other or the model, which no memory would change.
+      ValueError: if settings contradict each other or the model, or the chip's kernels do not take
+        pages of the dtype that is asked for, which no memory would change.
     """
     config = engine_config(config)
     if model_config.num_layers > _MOST_LAYERS:
@@ -65,23 +65,15 @@ def make_plan(
             f"{sum(asked.lengths)} tokens, more than max_model_len={asked.max_model_len}; lower "
             "one of them"
         )
-    if config.kv_dtype is not None and device.platform == "gpu" and device.target is not None:
-        _check_pages(asked, GPU_TARGETS[device.target])
+    check_kernels(asked)
     plan = plan_of(asked)
+    try:
+        check_kernels(asked, plan.num_pages // num_devices)
+    except ValueError as e:
+        plan = dataclasses.replace(plan, problems=(*plan.problems, str(e)))
     if plan.problems:
         plan = dataclasses.replace(plan, changes=tuple(changes_of(asked)))
     return plan
-
-
-def _check_pages(asked: Asked, gpu: GpuTarget) -> None:
-    """Has a chip's kernels refuse pages of a dtype that they do not take."""
-    config = dataclasses.replace(asked.config, num_pages=2, swap_bytes=None)
-    pool = plan_pool(config, asked.model_config, asked.backend, free_memory(asked, 2**62))
-    chip = AbstractDevice(gpu.name, gpu.num_sms, "gpu")
-    mesh = AbstractMesh((1,), ("tp",), axis_types=(AxisType.Auto,), abstract_device=chip)
-    with jax.sharding.use_abstract_mesh(mesh):
-        dtype = default_dtype(config, asked.device.platform)
-        check_pages(asked.model_config, pool, dtype, asked.backend)
 
 
 def compile_steps(

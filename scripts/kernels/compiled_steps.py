@@ -50,6 +50,7 @@ def compile_decode(
     num_tokens: int | None = None,
     kv_len: int = 2048,
     page_size: int = 16,
+    kv_dtype: str | None = None,
 ) -> StepFacts:
     """Compiles a step of a model in bfloat16 whose pool has room for all of its rows.
 
@@ -61,6 +62,7 @@ def compile_decode(
       num_tokens: of the step; as many as rows by default.
       kv_len: tokens of each that the pool has room for.
       page_size: tokens a page holds.
+      kv_dtype: of pages, as in `EngineConfig`.
     """
     num_groups = cache_groups(config).num_groups
     settings = EngineConfig(
@@ -68,6 +70,7 @@ def compile_decode(
         num_pages=num_groups * num_rows * kv_len // page_size + 1,
         max_model_len=kv_len,
         dtype="bfloat16",
+        kv_dtype=kv_dtype,
     )
     backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
     large = FreeMemory(num_bytes=2**62, name="any device", platform=backend)

@@ -4,6 +4,7 @@
     python -m scripts.kernels.gpu_kernels --target=h100
     python -m scripts.kernels.gpu_kernels --target=a100 --cases='8 rows' --steps=llama-3.2-1b
     python -m scripts.kernels.gpu_kernels --target=h100 --cases=none --steps=llama-3.2-1b
+    python -m scripts.kernels.gpu_kernels --cases=none --steps=llama-3.2-1b --kv_dtype=int8
 
 Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode and of a mixed
 step, the token write and the page copy; and decode steps of the models that --steps names, as the
@@ -23,6 +24,7 @@ from typing import Any
 from absl import app, flags
 
 from jpaged.device.compiled_step import StepFacts
+from jpaged.host.config import CHOICES
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.aot import GPU_TARGETS, GpuCompiler, find_cuda_compiler
 from jpaged.pallas_kernels.aot.cases import coverage_cases
@@ -42,6 +44,12 @@ _CASES = flags.DEFINE_list(
 _STEPS = flags.DEFINE_list("steps", [], f"Models to compile steps of: {', '.join(SHAPES)}.")
 _LAYERS = flags.DEFINE_integer(
     "layers", None, "Layers of the models of --steps; all by default.", lower_bound=1
+)
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype", None, CHOICES["kv_dtype"], "Of the pages of --steps; bfloat16 by default."
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", None, "Tokens of a step of --steps: more than its 64 rows make it a mixed one."
 )
 _NO_CASES = ["none"]
 # What may be done to a pool: the scatter of the token write, in place.
@@ -106,7 +114,13 @@ def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]
     for num_devices in (1, 2):
         if config.num_kv_heads % num_devices:
             continue
-        facts = compile_decode(compiler, compiler.mesh(num_devices), config)
+        facts = compile_decode(
+            compiler,
+            compiler.mesh(num_devices),
+            config,
+            num_tokens=_TOKENS.value,
+            kv_dtype=_KV_DTYPE.value,
+        )
         if facts.error is None and (
             facts.alias_bytes != facts.pool_bytes or not set(facts.pool_ops or ()) <= _POOL_OPS
         ):

@@ -33,6 +33,7 @@ import tqdm
 from absl import app, flags
 
 from jpaged.device.compiled_step import StepFacts
+from jpaged.host.config import CHOICES
 from jpaged.pallas_kernels.aot import TARGETS, TpuCompiler
 from jpaged.pallas_kernels.aot.cases import AttentionShape, coverage_cases
 from jpaged.pallas_kernels.aot.program import MAX_TEMP_SHARE
@@ -55,6 +56,12 @@ _KV_LEN = flags.DEFINE_integer("kv_len", 2048, "Tokens of each sequence.", lower
 _PAGE_SIZE = flags.DEFINE_integer("page_size", 16, "Tokens a page holds.", lower_bound=8)
 _STEP_LAYERS = flags.DEFINE_integer(
     "step_layers", 4, "Layers of a compiled step; 0 compiles kernels only.", lower_bound=0
+)
+_KV_DTYPE = flags.DEFINE_enum(
+    "kv_dtype", None, CHOICES["kv_dtype"], "Of the pages of a step; bfloat16 by default."
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens", None, "Tokens of a step: more than its rows make it a mixed one."
 )
 _COVERAGE = flags.DEFINE_bool(
     "coverage", False, "Compile all combinations, each for decode and prefill."
@@ -107,7 +114,14 @@ def _shapes(compiler: TpuCompiler) -> dict[str, Any]:
         step, pool_bytes = None, 0
         if _STEP_LAYERS.value:
             config = dataclasses.replace(STEP_CONFIGS[name], num_layers=_STEP_LAYERS.value)
-            step = compile_decode(compiler, compiler.mesh(target), config, **options)
+            step = compile_decode(
+                compiler,
+                compiler.mesh(target),
+                config,
+                num_tokens=_TOKENS.value,
+                kv_dtype=_KV_DTYPE.value,
+                **options,
+            )
             layers = STEP_CONFIGS[name].num_layers
             pool_bytes = (step.pool_bytes or 0) // _STEP_LAYERS.value * layers
         least = kv_bytes_per_token(shape, jnp.bfloat16)

@@ -18,10 +18,11 @@ from jpaged.host.step_log import read_header, read_steps
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
 from jpaged.pallas_kernels.variant import AttentionVariant
-from jpaged.placement import runner_of
+from jpaged.placement import decoder_of, read_model, runner_of
 from jpaged.planning import make_plan, memory_of
 from tests.jpaged.exact import EXACT, drawn, everything
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params
+from tests.models.test_kv_scales import named, stored
 
 # Layers that see 12 tokens and layers that see all, each with pages of their own.
 _LAYER = TINY.pattern[0]
@@ -88,9 +89,20 @@ class TestSchedules:
         return Engine(WINDOWED, tiny_params(), EngineConfig(**config))
 
     @pytest.mark.parametrize(
-        "kv_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.nightly)]
+        ("kv_dtype", "preemption"),
+        [
+            ("int8", "swap"),
+            *(
+                pytest.param(*case, marks=pytest.mark.nightly)
+                for case in (
+                    ("int8", "recompute"),
+                    ("float8_e4m3fn", "swap"),
+                    ("float8_e4m3fn", "recompute"),
+                )
+            ),
+        ],
     )
-    def test_no_output_changes(self, kv_dtype, tmp_path):
+    def test_no_output_changes(self, kv_dtype, preemption):
         roomy = self.engine(kv_dtype)
         assert roomy.stats().num_groups == 2
         want = everything(roomy.generate(PROMPTS, CROWD))
@@ -98,26 +110,28 @@ class TestSchedules:
         # Known prefixes, found.
         assert everything(roomy.generate(PROMPTS, CROWD)) == want
         assert roomy.stats().totals.num_hit_tokens > 100
+        tight = self.engine(kv_dtype, num_pages=26, preemption=preemption)
+        assert everything(tight.generate(PROMPTS, CROWD)) == want
+        totals = tight.stats().totals
+        assert totals.num_preemptions > 0
+        assert (totals.num_swapped_pages > 0) == (preemption == "swap")
+        tight.check_invariants()
+
+    @pytest.mark.nightly
+    def test_recorded_steps_give_their_tokens_again(self, tmp_path):
+        path = tmp_path / "steps.jsonl"
+        sizes = dict(num_pages=26, preemption="swap")
+        engine = self.engine("int8", **sizes, record_steps=str(path))
+        want = everything(engine.generate(PROMPTS, CROWD))
         plain = everything(self.engine(None).generate(PROMPTS, CROWD))
         assert [c[0] for c in plain[0]] != [c[0] for c in want[0]], "nothing was rounded"
-        for preemption in ("swap", "recompute"):
-            path = tmp_path / f"{preemption}.jsonl"
-            record = {"record_steps": str(path)} if preemption == "swap" else {}
-            tight = self.engine(kv_dtype, num_pages=26, preemption=preemption, **record)
-            assert everything(tight.generate(PROMPTS, CROWD)) == want
-            totals = tight.stats().totals
-            assert totals.num_preemptions > 0
-            assert (totals.num_swapped_pages > 0) == (preemption == "swap")
-            tight.check_invariants()
-        # Recorded steps, run again.
-        path = tmp_path / "swap.jsonl"
-        config = self.engine(kv_dtype, num_pages=26, preemption="swap").config
+        config = self.engine("int8", **sizes).config
         runner = runner_of(
             config, WINDOWED, tiny_params(), plan_pool(config, WINDOWED, "xla"), backend="xla",
             num_host_pages=read_header(path).num_host_pages,
         )  # fmt: skip
         found = {}
-        for step, outcome in replay(read_steps(path), runner, tight._buckets):
+        for step, outcome in replay(read_steps(path), runner, engine._buckets):
             for slot, row in enumerate(step.samples.rows):
                 if step.rows.keys[row][0] == "1":
                     place = step.rows.starts[row] + step.samples.offsets[slot]
@@ -167,6 +181,23 @@ class TestScales:
         # Other pages have none.
         config = dataclasses.replace(config, kv_dtype="float16")
         assert "kv_scales" not in Engine(TINY, params, config)._runner.params
+
+    def test_a_checkpoint_has_its_own_for_float8(self, tmp_path):
+        """Read without a file of scales; those of int8 are found here."""
+        directory = stored(tmp_path, named("k_scale", "v_scale"))
+        given = tmp_path / "scales.json"
+        write_kv_scales(given, np.ones((2, 2)), "float8_e4m3fn")
+        found = []
+        for kv_dtype, path in (("float8_e4m3fn", None), ("float8_e4m3fn", given), ("int8", None)):
+            config = EngineConfig(kv_dtype=kv_dtype, kv_scales=path and str(path), num_pages=20)
+            model_config, params, *_ = read_model(directory, config)
+            _, params = decoder_of(config, model_config, params, backend="xla", max_length=256)
+            found.append(np.asarray(params["kv_scales"]))
+        np.testing.assert_array_equal(found[0], [[0.5, 0.25], [3, 0.125]])
+        np.testing.assert_array_equal(found[1], np.ones((2, 2)))
+        assert found[2].max() < 0.1  # of numbers up to 1 or so, in 127 steps
+        plain = EngineConfig(num_pages=20)
+        assert "kv_scales" not in read_model(directory, plain)[1]
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -263,6 +263,33 @@ class TestWhatDoesNotFit:
             assert not after.problems, (text, after.problems)
             assert pages == f"{after.num_pages - 1:,} pages)"
 
+    def test_pages_of_eight_bits_are_proposed_where_the_kernels_take_them(self):
+        """On an H100 that is in rows of 32 lanes, as its tensor cores load bytes."""
+        for head_dim, takes in ((64, True), (80, False)):
+            (layer,) = SHAPES["llama-3.2-1b"].pattern
+            rope = dataclasses.replace(layer.attention.rope, dim=head_dim)
+            attention = dataclasses.replace(layer.attention, head_dim=head_dim, rope=rope)
+            pattern = (dataclasses.replace(layer, attention=attention),)
+            model = dataclasses.replace(SHAPES["llama-3.2-1b"], pattern=pattern)
+            found = plan(model, memory_of("h100"), memory_fraction=0.025, max_model_len=60_000)
+            assert found.problems
+            assert any("kv_dtype" in change for change in found.changes) == takes, found.changes
+            if not takes:
+                with pytest.raises(ValueError, match="head_dim that is a multiple of 32 and at"):
+                    plan(model, memory_of("h100"), kv_dtype="int8")
+
+    def test_kernels_are_asked_about_the_size_of_a_pool_too(self):
+        """Of between 2 and 4 GiB of int8, whose offsets Triton's kernels overflow."""
+        model, size = SHAPES["llama-3.2-1b"], {"memory_fraction": 0.08, "max_model_len": 131_072}
+        found = plan(model, memory_of("l40s"), kv_dtype="int8", **size)
+        assert 2**31 < found.pool_bytes < 2**32
+        (problem,) = found.problems
+        assert "between which jax's Triton offsets overflow" in problem
+        assert any(change.startswith("--memory_fraction=0.") for change in found.changes)
+        # What would have room otherwise is not proposed either.
+        found = plan(model, memory_of("l40s"), **size)
+        assert found.problems and not any("kv_dtype" in change for change in found.changes)
+
     def test_nothing_fits_what_no_chip_holds(self):
         huge = dataclasses.replace(SHAPES["llama-3.1-70b"], num_layers=1000)
         found = plan(huge, memory_of("h100"), max_model_len=64)

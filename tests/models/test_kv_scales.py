@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of eight bits, beside a float64 decoder that rounds them with NumPy."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jpaged import pallas_kernels
-from jpaged.models import sharding
+from jpaged.models import checkpoint, sharding
 from jpaged.models.decoder import Decoder, stack_layers
 from tests.models.test_decoder import FIXTURES, LLAMA, QWEN, NaiveDecoder, Pages, load, log_softmax
 from tests.models.test_sharding import CONFIG, mesh, step_inputs
@@ -89,3 +92,100 @@ def test_pages_of_integers_want_scales():
     pool = jax.ShapeDtypeStruct((2, 5, 2, 4, 32), jnp.int8)
     with pytest.raises(ValueError, match="kv_pages of int8 need kv_scale, the size of one step"):
         jax.eval_shape(Decoder(CONFIG, backend="xla").apply, params, step_inputs(), pool)
+
+
+# As llm-compressor writes it where it leaves weights as they are.
+KV_ALONE = {
+    "config_groups": {},
+    "format": "dense",
+    "ignore": [],
+    "kv_cache_scheme": {
+        **{"actorder": None, "dynamic": False, "group_size": None, "num_bits": 8},
+        **{"observer": "minmax", "strategy": "tensor", "symmetric": True, "type": "float"},
+    },
+    "quant_method": "compressed-tensors",
+}
+LAYER = "model.layers.{}.self_attn."
+
+
+def stored(directory, scales, quantization=KV_ALONE):
+    """The fixture of two layers with tensors beside its weights."""
+    fields = json.loads((FIXTURES / LLAMA / "config.json").read_text())
+    fields["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(fields))
+    tensors = safetensors.numpy.load_file(FIXTURES / LLAMA / "model.safetensors")
+    safetensors.numpy.save_file(tensors | scales, directory / "model.safetensors")
+    return directory
+
+
+def named(key, value, numbers=((0.5, 0.25), (3.0, 0.125)), shape=(1,), dtype=np.float32):
+    return {
+        LAYER.format(layer) + name: np.full(shape, number, dtype)
+        for layer, pair in enumerate(numbers)
+        for name, number in zip((key, value), pair, strict=True)
+    }
+
+
+class TestOfCheckpoints:
+    """Files made here, with the names that programs give scales."""
+
+    @pytest.mark.parametrize(
+        "tensors",
+        [
+            named("k_scale", "v_scale", dtype=ml_dtypes.bfloat16),
+            named("k_proj.output_scale", "v_proj.output_scale", shape=()),
+            named("k_proj.k_scale", "v_proj.v_scale", dtype=np.float16),
+        ],
+        ids=["llm-compressor", "as outputs", "of projections"],
+    )
+    def test_are_read_by_layer(self, tensors, tmp_path):
+        directory = stored(tmp_path, tensors)
+        np.testing.assert_array_equal(
+            checkpoint.kv_scales_of(directory), np.array([[0.5, 0.25], [3, 0.125]], np.float32)
+        )
+        # The weights beside them are what they are without.
+        _, params = checkpoint.load(directory, jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, params, load(LLAMA)[2])
+
+    def test_one_for_both(self, tmp_path):
+        tensors = {LAYER.format(i) + "kv_scale": np.ones(1, np.float32) + i for i in range(2)}
+        found = checkpoint.kv_scales_of(stored(tmp_path, tensors, None))
+        np.testing.assert_array_equal(found, [[1, 1], [2, 2]])
+
+    def test_none(self):
+        assert checkpoint.kv_scales_of(FIXTURES / LLAMA) is None
+
+    @pytest.mark.parametrize(
+        ("tensors", "message"),
+        [
+            (named("k_scale", "v_scale", [(1, 1)]), "layer 1 has none of its keys"),
+            (named("k_scale", "v_scale", [(1, 1)] * 3), "of a layer that the model does not have"),
+            (named("k_scale", "v_scale", [(1, 1), (1, 0)]), "v_scale' is 0.0, and must be finite"),
+            (named("k_scale", "v_scale", [(1, np.nan)] * 2), "v_scale' is nan, and must be"),
+            (named("k_scale", "v_scale", shape=(2,)), r"has shape \[2\] and dtype F32; a layer"),
+            (
+                named("k_scale", "v_scale") | named("k_proj.k_scale", "v_proj.v_scale"),
+                "k_scale' and 'model.layers.0.self_attn.k_scale' are both there",
+            ),
+        ],
+    )
+    def test_are_refused(self, tensors, message, tmp_path):
+        with pytest.raises(checkpoint.CheckpointError, match=message) as e:
+            checkpoint.kv_scales_of(stored(tmp_path, tensors))
+        assert "\n" not in str(e.value) and str(e.value).endswith("give others (--kv_scales)")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
+            {"kv_cache_scheme": KV_ALONE["kv_cache_scheme"] | {"type": "int"}},
+            {"kv_cache_scheme": KV_ALONE["kv_cache_scheme"] | {"dynamic": True}},
+            {"kv_cache_scheme": KV_ALONE["kv_cache_scheme"] | {"strategy": "attn_head"}},
+            {"kv_cache_scheme": None},
+            {"quant_method": "fp8"},
+        ],
+    )
+    def test_what_else_is_quantised_is_refused(self, change, tmp_path):
+        directory = stored(tmp_path, named("k_scale", "v_scale"), KV_ALONE | change)
+        with pytest.raises(ValueError, match=r"quantization_config=.*supported: null"):
+            checkpoint.load(directory, jnp.float32)

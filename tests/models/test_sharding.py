@@ -130,16 +130,22 @@ class Device:
         self.device_kind = kind
 
 
-@pytest.mark.parametrize("kind", ["TPU7x", "TPU v6e"])
-def test_only_matrices_of_16_bits_on_a_7x_get_tiles_of_their_own(kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["TPU7x", "TPU v6 lite", "NVIDIA H100"])
+@pytest.mark.parametrize("width", [96, 128])
+def test_matrices_of_16_bits_on_a_7x_get_tiles_and_narrow_embeddings_rows(kind, width, monkeypatch):
     where = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     monkeypatch.setattr(type(where), "device_set", property(lambda self: {Device(kind)}))
     formats = []
     monkeypatch.setattr(sharding, "Format", lambda layout, where: formats.append(layout) or where)
     for dtype in (jnp.bfloat16, jnp.float32):
-        params = Decoder(SINKS, True).abstract_params(dtype)
+        config = dataclasses.replace(SINKS, hidden_size=width)
+        params = Decoder(config, True).abstract_params(dtype)
         placed = sharding.placements(params, where)
         assert all(leaf is where for leaf in jax.tree.leaves(placed))
+    tiled = [layout for layout in formats if layout.tiling == ((16, 128), (2, 1))]
     # Seven of the stacked layers, the embedding and the head.
-    assert len(formats) == (9 if kind == "TPU7x" else 0)
-    assert all(layout.tiling == ((16, 128), (2, 1)) for layout in formats)
+    assert len(tiled) == (9 if kind == "TPU7x" else 0)
+    rows = [layout for layout in formats if layout not in tiled]
+    # The embedding, where it has no tiles, in a width that is no multiple of 128.
+    narrow = {"TPU7x": 1, "TPU v6 lite": 2, "NVIDIA H100": 0}[kind] if width == 96 else 0
+    assert [(layout.major_to_minor, layout.tiling) for layout in rows] == narrow * [((0, 1), None)]

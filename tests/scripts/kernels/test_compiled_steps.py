@@ -51,6 +51,25 @@ def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
     assert facts.collectives == {}
 
 
+@pytest.mark.parametrize(
+    ("kv_dtype", "num_tokens"),
+    [
+        ("int8", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (("float8_e4m3fn", None), ("int8", 256), ("float8_e4m3fn", 256))
+        ),
+    ],
+)
+def test_so_does_one_with_pages_of_eight_bits(tpu_compiler, kv_dtype, num_tokens):
+    mesh, config = tpu_compiler.mesh("v5e"), small("qwen3-0.6b")
+    facts = compile_decode(tpu_compiler, mesh, config, kv_dtype=kv_dtype, num_tokens=num_tokens)
+    assert facts.error is None
+    assert facts.alias_bytes == facts.pool_bytes == 3 * (64 * 128 + 1) * 16 * 8 * 256
+    assert facts.pool_ops == () and facts.weight_copies == 0
+    assert facts.temp_bytes < 0.05 * facts.pool_bytes
+
+
 @pytest.mark.nightly
 def test_temporaries_do_not_grow_with_the_layers(tpu_compiler):
     """So `tpu_report` compiles a few layers only."""
@@ -72,6 +91,17 @@ def test_a_7x_would_tile_all_weights_anew_in_every_step(tpu_compiler, monkeypatc
     monkeypatch.setattr("jpaged.models.sharding.placements", lambda params, shardings: shardings)
     facts = compile_decode(tpu_compiler, tpu_compiler.mesh("7x"), small("llama-3.2-1b"))
     assert facts.temp_bytes > 3 * 2 * 60e6 * 0.9  # three layers of 60 million weights
+
+
+@pytest.mark.nightly
+def test_an_embedding_would_be_copied_in_every_step(tpu_compiler, monkeypatch):
+    """SmolLM2's, of 49,152 by 576: as `models.sharding.placements` has it, and as libtpu would."""
+    config = dataclasses.replace(SHAPES["smollm2-135m"], num_layers=2)
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh("v5e"), config)
+    assert facts.weight_copies == 0 and facts.temp_bytes < 5e6
+    monkeypatch.setattr("jpaged.models.sharding.placements", lambda params, shardings: shardings)
+    facts = compile_decode(tpu_compiler, tpu_compiler.mesh("v5e"), config)
+    assert facts.weight_copies == 1 and facts.temp_bytes > 49_152 * 576 * 2
 
 
 @pytest.mark.parametrize("target", ["v5e", pytest.param("v6e", marks=pytest.mark.nightly)])

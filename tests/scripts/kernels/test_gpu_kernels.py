@@ -136,6 +136,19 @@ class TestCompiled:
         # the token write. Nothing that lengths alone decide, and nothing that grows with depth.
         assert steps["1"]["kernels_per_layer"] <= 14
 
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+    @pytest.mark.parametrize("tokens", [64, 256], ids=["decode", "mixed"])
+    def test_nor_does_one_with_pages_of_eight_bits(self, kv_dtype, tokens):
+        flags = ["--cases=none", "--steps=llama-3.2-1b", "--layers=2", f"--tokens={tokens}"]
+        done = run("--target=h100", f"--kv_dtype={kv_dtype}", *flags)
+        assert done.returncode == 0, done.stdout[-3000:]
+        for step in json.loads(done.stdout.splitlines()[-1])["steps"]["llama-3.2-1b"].values():
+            assert step["alias_bytes"] == step["pool_bytes"] and step["weight_copies"] == 0
+            assert step["attention_kernels"] == 1
+            # Beside hidden states, whose number is that of the step's tokens.
+            assert step["temp_bytes"] < 5e6 * tokens / 64
+
     def test_the_compiler_refuses_too_much_shared_memory(self):
         """Ours plans for more than the chip has, and is stopped."""
         program = (
