@@ -23,8 +23,8 @@ MAX_FOLDER_LINES = {
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, and memory that is not this machine's.
     "jpaged/device": 1900,
-    # Rows, inputs, records, output and manifest of batch jobs.
-    "jpaged/jobs": 1500,
+    # Rows, inputs, records, output and manifest of batch jobs, and their shards.
+    "jpaged/jobs": 1600,
     "jpaged/planning": 700,
     "jpaged/simulation": 1500,
     # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
@@ -38,11 +38,11 @@ MAX_FOLDER_LINES = {
     # With what is read off the text of programs.
     "pallas_kernels": 6750,
     # With `convert`, `plan`, `warmup`, `calibrate` and `batch`, the tenth program.
-    "scripts": 3500,
+    "scripts": 3700,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
-    # With loading beside safetensors' own.
-    "scripts/measure": 1400,
+    # With loading beside safetensors' own, and what a job costs beside its engine.
+    "scripts/measure": 1600,
     "scripts/demo": 400,
     "scripts/fixtures": 1550,
 }

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 
 import jax
@@ -231,21 +232,54 @@ WRONG = [
     (body() | {"custom_id": "h", "bodi": 1}, "'bodi'"),
     ({"custom_id": "i", "url": "/v1/chat/completions", "body": {}}, "messages is missing"),
     ({"messages": []}, "messages"),
+    (b"[" * 100_000, "nested too deeply"),
+    ({"custom_id": "j" * 513, "prompt": [1]}, "1 to 512 characters"),
+    ({"custom_id": "\ud800", "prompt": [1]}, "half of a surrogate pair"),
+    ({"custom_id": "k", "url": "/v1/completions", "body": 5}, "body=5"),
+    ({"custom_id": "l", "url": "/v1/completions", "body": {}}, "prompt is missing"),
+    ({"prompt": [1], "temperature": "hot"}, "temperature='hot'"),
+    ({"prompt": [1], "stop": 5}, "stop=5"),
+    ({"prompt": [1] * 500}, "500 tokens"),
 ]
 
 
-def test_wrong_rows_are_records_and_good_ones_are_served(tmp_path, engine):
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row, _ in WRONG]
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(len(WRONG), id="each"),
+        pytest.param(500, marks=[pytest.mark.slow, pytest.mark.nightly]),
+    ],
+)
+def test_wrong_rows_are_records_and_good_ones_are_served(tmp_path, engine, number):
+    assert len(WRONG) >= 30
+    wrong = [WRONG[i % len(WRONG)] for i in range(number)]
     good = json.dumps({"prompt": [1, 2], "max_tokens": 2}).encode()
+    lines = [with_id(row, i) for i, (row, _) in enumerate(wrong)]
+    # Good ones among them, after every tenth; and empty lines at the end, which are none.
+    lines = [part for i, line in enumerate(lines) for part in ([line, good][: 1 + (i % 10 == 9)])]
     source, path = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
-    source.write_bytes(gzip.compress(b"\n".join([*lines, good]) + b"\n\n"))
+    source.write_bytes(gzip.compress(b"\n".join(lines) + b"\n\n"))
     report = go_on(source, path, engine)
-    assert (report.num_done, report.num_errors) == (len(WRONG) + 1, len(WRONG))
+    assert (report.num_done, report.num_errors) == (len(lines), number)
+    says = iter(says for _, says in wrong)
     records = [json.loads(line) for line in path.read_bytes().splitlines()]
-    for number, (record, (_, says)) in enumerate(zip(records, WRONG, strict=False), 1):
-        message = record["error"]["message"]
-        assert message.startswith(f"line {number}: ") and says in message
-    assert records[-1]["response"]["body"]["usage"]["completion_tokens"] == 2
+    assert len(records) == len(lines)
+    for place, (record, line) in enumerate(zip(records, lines, strict=True), 1):
+        if line == good:
+            assert record["response"]["body"]["usage"]["completion_tokens"] == 2
+        else:
+            message = record["error"]["message"]
+            assert message.startswith(f"line {place}: ") and next(says) in message
+            assert len(message) < 1000 and "\n" not in message
+
+
+def with_id(row, number):
+    """A row as a line; its custom_id, where that is one, is made its own."""
+    if isinstance(row, bytes):
+        return row
+    if re.fullmatch("[a-z]", str(row.get("custom_id"))):
+        row = row | {"custom_id": f"{row['custom_id']}{number}"}
+    return json.dumps(row).encode()
 
 
 def test_ids_that_are_there_twice(tmp_path):
