@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps that are under way: one on the device, and the one that is planned meanwhile."""
+"""The steps that are under way: those on the device, and those that are planned meanwhile."""
+
+import dataclasses
 
 import numpy as np
 
-from jpaged.device.runner import ModelRunner, StepResult
+from jpaged.device.runner import ModelRunner
+from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, ShapeBuckets, build_batch
+from jpaged.host.burst import burst_of, can_burst
 from jpaged.host.outputs import RequestOutput
 from jpaged.host.page_table import PageTable
 from jpaged.host.scheduler import Scheduler
@@ -16,10 +20,11 @@ from jpaged.results import ResultReader
 
 
 class Pipeline:
-    """Keeps the device one step ahead of what the host has read.
+    """Keeps the device one dispatch ahead of what the host has read.
 
     It schedules and dispatches the next step before it reads the samples of the one before. A
-    sequence that a sample ends may therefore compute one token too many, which is dropped.
+    sequence that a sample ends may therefore compute one token too many, which is dropped. Steps
+    that do nothing but decode are dispatched several together (see `jpaged.host.burst`).
 
     Attributes:
       scheduler: who computes what.
@@ -42,12 +47,12 @@ class Pipeline:
         self._runner = runner
         self._buckets = buckets
         self._log = log
-        # A step that is scheduled but not dispatched, and one that is dispatched but not read.
-        self._planned: tuple[ScheduledStep, Batch] | None = None
-        self._inflight: tuple[ScheduledStep, StepResult] | None = None
+        # Steps that are scheduled but not dispatched, and those that are dispatched but not read.
+        self._planned: tuple[list[ScheduledStep], Batch] | None = None
+        self._inflight: tuple[list[ScheduledStep], StepResult | BurstResult] | None = None
 
     def step(self) -> list[RequestOutput]:
-        """Dispatches the next step, then reads the samples of the one before.
+        """Dispatches the next step or burst, then reads the samples of the one before.
 
         Returns:
           Of the requests that have grown, those that ended and those with `stream=True`.
@@ -61,10 +66,12 @@ class Pipeline:
             # Samples that are there already do not wait for a compilation.
             self._planned = planned
         elif planned:
-            step, batch = planned
-            self._begin(step.plan, batch.page_table)
+            steps, batch = planned
+            for step in steps:
+                self._begin(step.plan, batch.page_table)
+            self.results.totals.num_dispatches += 1
             with phase("dispatch"):
-                self._inflight = step, self._runner.run(batch, step.plan.copies)
+                self._inflight = steps, self._runner.run(batch, steps[0].plan.copies)
             self.results.skip(self._inflight[1].compile_s, overlapped=previous is not None)
         return self.results.read(*previous) if previous else []
 
@@ -82,7 +89,7 @@ class Pipeline:
             compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
         self.results.skip(compile_s, overlapped=False)
 
-    def _plan(self) -> tuple[ScheduledStep, Batch] | None:
+    def _plan(self) -> tuple[list[ScheduledStep], Batch] | None:
         if not self.scheduler.has_work:
             return None
         with phase("schedule"):
@@ -91,6 +98,16 @@ class Pipeline:
             totals.record_swaps(step.plan)
             self._begin(step.plan, self.table.snapshot((), 0))
             return None
+        totals.record_step(step.plan, self.table)
+        steps, most = [step], self._runner.decode_steps
+        bursts = most > 1 and can_burst(step)
+        with phase("schedule"):
+            while bursts and len(steps) < most and (after := self.scheduler.extend(steps[-1])):
+                totals.record_step(after.plan, self.table)
+                steps.append(after)
         with phase("pack"):
-            totals.record_step(step.plan, self.table)
-            return step, build_batch(step.plan, self.table, self._buckets)
+            batch = build_batch(step.plan, self.table, self._buckets)
+            if bursts:
+                burst = burst_of(steps, self.results.eos_token_ids, batch.shape.num_rows)
+                batch = dataclasses.replace(batch, burst=burst)
+        return steps, batch

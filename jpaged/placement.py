@@ -16,6 +16,7 @@ import tokenizers
 
 from jpaged.chat import ChatTemplate
 from jpaged.device.ahead import AheadCompiler
+from jpaged.device.burst import default_decode_steps
 from jpaged.device.compiler_options import scans_layers
 from jpaged.device.kv_scales import calibrate, calibration_prompt, read_kv_scales
 from jpaged.device.memory import PoolPlan, check_pages, default_dtype, plan_pool, pool_dtype
@@ -165,6 +166,7 @@ def runner_of(
         vocab_size=model_config.vocab_size,
         backend=backend,
         num_host_pages=num_host_pages,
+        decode_steps=default_decode_steps(config),
         strict=config.strict_shapes,
     )
 
@@ -183,8 +185,13 @@ def compiler_of(config: EngineConfig, model_config: ModelConfig) -> tuple[AheadC
     plan = pool_of(config, model_config, backend, unread)
     scan_layers = scans_layers(config.scan_layers, jax.default_backend())
     decoder = Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len)
-    sizes = {"max_num_samples": config.max_num_seqs, "vocab_size": model_config.vocab_size}
-    programs = Programs(decoder.apply, backend=backend, **sizes)
+    programs = Programs(
+        decoder.apply,
+        max_num_samples=config.max_num_seqs,
+        vocab_size=model_config.vocab_size,
+        backend=backend,
+        decode_steps=default_decode_steps(config),
+    )
     params = Decoder(model_config, scan_layers, "xla").abstract_params(dtype)
     if config.kv_dtype in EIGHT_BITS:
         shape = (model_config.num_layers, 2)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import tokenizers
 
 from jpaged.detokenizer import Detokenizer
-from jpaged.device.runner import StepResult
+from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.outputs import Completion, RequestOutput
 from jpaged.host.reader import StepReader
 from jpaged.host.scheduler import Scheduler
@@ -86,21 +86,27 @@ class ResultReader(StepReader):
                 text.add(token)
         return text.copy(params.stop)
 
-    def read(self, step: ScheduledStep, result: StepResult) -> list[RequestOutput]:
-        """Reads a step's samples, ends the sequences that they end, and reports."""
+    def read(
+        self, steps: Sequence[ScheduledStep], result: StepResult | BurstResult
+    ) -> list[RequestOutput]:
+        """Reads the samples of a dispatch, ends the sequences that they end, and reports."""
         with phase("read"):
-            outcome = result.read()
+            outcomes = result.outcomes()
         now = time.perf_counter()
         took, self._last_step_end_s = now - self._last_step_end_s, now
-        if step.plan.num_prefill_tokens:
+        if steps[0].plan.num_prefill_tokens:
             self.totals.prefill_s += took
         else:
             self.totals.decode_s += took
         with phase("detokenize"):
-            grown = self.take(step, outcome)
+            grown: dict[str, Request] = {}
+            for step, outcome in zip(steps, outcomes, strict=True):
+                for request in self.take(step, outcome):
+                    grown.pop(request.request_id, None)  # those that end first are told of first
+                    grown[request.request_id] = request
             return [
                 self.output(request, finished=request.finished)
-                for request in grown
+                for request in grown.values()
                 if request.stream or request.finished
             ]
 

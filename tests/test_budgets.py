@@ -3,7 +3,7 @@
 
 A folder is what a newcomer reads to change one thing, so each has a budget: what it has, and room
 for a tenth more. The memory management is what this project explains: pool, table, sequence,
-scheduler and engine together are to be read in an evening, hence 1,630 lines. A file of more than
+scheduler and engine together are to be read in an evening, hence 1,650 lines. A file of more than
 400 lines has a second subject that wants a file of its own. Comments and blank lines count, and the
 tables of the demo's corpus do not. A change that breaks a budget simplifies something, or argues in
 CHANGELOG.md for the number that it puts here.
@@ -21,8 +21,8 @@ MAX_FOLDER_LINES = {
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
     "jpaged/host": 5950,
     "jpaged/host/growth": 500,
-    # Steps compiled ahead of time, their options, and memory that is not this machine's.
-    "jpaged/device": 1900,
+    # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
+    "jpaged/device": 2050,
     # Rows, inputs, records, output and manifest of batch jobs, and their shards.
     "jpaged/jobs": 1600,
     "jpaged/planning": 700,
@@ -50,7 +50,7 @@ CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
     "engine.py",
 ]
-MAX_CORE_LINES = 1640
+MAX_CORE_LINES = 1660
 MAX_FILE_LINES = 400
 TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 

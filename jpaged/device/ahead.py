@@ -13,6 +13,7 @@ from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import Programs
 from jpaged.device.runner import SWAP_PAGES, inputs_of, zeros
 from jpaged.host.batch import BeamBatch, StepShape, empty_batch
+from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.models.sharding import placements
 
@@ -47,6 +48,7 @@ class AheadCompiler:
     def compile_step(
         self,
         shape: StepShape,
+        bursts: Collection[StepShape] = (),
         num_logprobs: int = 0,
         beams: Sequence[BeamBatch] = (),
         processors: Collection[int] = (),
@@ -55,7 +57,8 @@ class AheadCompiler:
 
         Args:
           shape: the shape.
-          num_logprobs: as in `ModelRunner.warm_up`.
+          bursts: as in `ModelRunner.warm_up`.
+          num_logprobs: likewise.
           beams: likewise.
           processors: likewise.
 
@@ -69,6 +72,12 @@ class AheadCompiler:
             self._tokens,
         )  # fmt: skip
         tokens, logprobs = self._compile(programs.sample, logits, batch.sampling)
+        if programs.decode_steps > 1 and shape in bursts:
+            self._compile(
+                programs.burst, self._params, self._kv_pages, inputs_of(batch),
+                batch.previous_slots, self._tokens, batch.sampling,
+                idle_burst(shape.num_rows).rows,
+            )  # fmt: skip
         if num_logprobs:
             self._compile(programs.top_logprobs, logits, programs.num_likeliest(batch))
         for beam in beams:

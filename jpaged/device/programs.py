@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jpaged import pallas_kernels
 from jpaged.device import sampling
+from jpaged.device.burst import burst_function
 from jpaged.device.compiler_options import compiler_options
 from jpaged.host.batch import Batch
 from jpaged.host.compile_plan import UnplannedProgramError
@@ -41,18 +42,29 @@ class Programs:
 
     Attributes:
       num_compilations: programs compiled so far.
+      decode_steps: most steps of a burst; with 1 there are none.
       ran: keys, as of `needed`, of those that ran before.
       step: `step_function`'s; the pool, its second argument, is donated.
       sample: (logits, rows) -> tokens i32[max_num_samples], and their log-probabilities.
+      burst: `burst.burst_function`'s, likewise.
       process, model_logprobs: `sampling.process_logits` and `sampling.model_logprobs`.
       top_logprobs, beam_candidates, processed_beam_candidates: those of `sampling`.
       copy_pages, get_pages, set_pages: of a pool, which the first and the last are donated.
     """
 
-    def __init__(self, apply: ApplyFn, *, max_num_samples: int, vocab_size: int, backend: str):
+    def __init__(
+        self,
+        apply: ApplyFn,
+        *,
+        max_num_samples: int,
+        vocab_size: int,
+        backend: str,
+        decode_steps: int = 1,
+    ):
         """Compiles nothing yet; see `runner.ModelRunner`, which has the same arguments."""
         self.num_compilations = 0
         self.ran: set[Hashable] = set()
+        self.decode_steps = decode_steps
         self._vocab_size = vocab_size
 
         def sample(logits, rows):
@@ -67,6 +79,12 @@ class Programs:
             "step", step_function(apply), donate_argnums=1, compiler_options=options
         )
         self.sample = self._jit("sample", sample, compiler_options=options)
+        self.burst = self._jit(
+            "burst",
+            burst_function(apply, decode_steps, max_num_samples),
+            donate_argnums=1,
+            compiler_options=options,
+        )
         self.process = self._jit("process_logits", sampling.process_logits)
         self.model_logprobs = self._jit("model_logprobs", sampling.model_logprobs)
         self.top_logprobs = self._jit("top_logprobs", sampling.top_logprobs, static_argnums=1)
@@ -103,6 +121,8 @@ class Programs:
 
     def needed(self, batch: Batch) -> set[Hashable]:
         """What is called for a batch, as keys; the step and the sampler have the same."""
+        if batch.burst is not None:
+            return {(batch.shape, "burst")}
         rows, processors = batch.shape.num_rows, batch.processors
         needed: set[Hashable] = {batch.shape}
         if batch.num_logprobs:

@@ -27,4 +27,5 @@ def replay(
         plan = step.plan
         runner.swap(plan.swap_outs, plan.swap_ins)
         if plan.num_rows:
-            yield plan, runner.run(build_batch(plan, step, buckets), plan.copies).read()
+            (found,) = runner.run(build_batch(plan, step, buckets), plan.copies).outcomes()
+            yield plan, found

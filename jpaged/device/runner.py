@@ -3,7 +3,6 @@
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -16,8 +15,9 @@ from jpaged import pallas_kernels
 from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import ApplyFn, Programs
+from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
-from jpaged.host.growth.base import Candidate, Outcome
+from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
@@ -32,43 +32,6 @@ SWAP_PAGES = 16
 zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """One step's samples, still on the device until they are read.
-
-    Attributes:
-      tokens: i32[max_num_seqs], the first `num_samples` live.
-      logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
-      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
-      beams: for each beam search of the step, what `sampling.beam_candidates`, or
-        `processed_beam_candidates`, returned.
-      num_samples: live samples.
-      compile_s: seconds that compiling took before the step was on its way; 0 mostly.
-    """
-
-    tokens: jax.Array
-    logprobs: jax.Array
-    top: tuple[jax.Array, jax.Array] | None
-    beams: list[tuple[jax.Array, ...]]
-    num_samples: int
-    compile_s: float = 0.0
-
-    def read(self) -> Outcome:
-        """Waits for the step and returns what it found."""
-        tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
-        logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
-        likeliest = None
-        if self.top is not None:
-            ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
-            pairs = zip(ids, values, strict=True)
-            likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
-        candidates = []
-        for parts in self.beams:
-            found = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
-            candidates.append([Candidate(*each) for each in found if each[0] > -math.inf])
-        return Outcome(tokens, logprobs, likeliest, candidates)
-
-
 class ModelRunner:
     """The device side of an engine, and the only owner of the page pool.
 
@@ -78,6 +41,7 @@ class ModelRunner:
     Attributes:
       programs: what it calls.
       num_unplanned_compilations: those compiled after `warm_up`; each is logged with its shape.
+      decode_steps: most steps of a burst; with 1 there are none.
     """
 
     def __init__(
@@ -90,6 +54,7 @@ class ModelRunner:
         vocab_size: int,
         backend: str,
         num_host_pages: int = 0,
+        decode_steps: int = 1,
         strict: bool = False,
     ):
         """Allocates the pool.
@@ -102,6 +67,7 @@ class ModelRunner:
           vocab_size: of the logits.
           backend: which kernels copy pages.
           num_host_pages: pages that host memory has room for.
+          decode_steps: most steps of a burst.
           strict: whether a step that would compile something after `warm_up` is refused.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
@@ -110,10 +76,15 @@ class ModelRunner:
         where = placements(params, jax.sharding.SingleDeviceSharding(device))
         self.params = jax.device_put(params, where)
         self.programs = Programs(
-            apply, max_num_samples=max_num_samples, vocab_size=vocab_size, backend=backend
+            apply,
+            max_num_samples=max_num_samples,
+            vocab_size=vocab_size,
+            backend=backend,
+            decode_steps=decode_steps,
         )
         self.num_unplanned_compilations = 0
         self._warm, self._strict = False, strict
+        self.decode_steps = decode_steps
         self._plan = plan
         self._swap_pages = SWAP_PAGES * plan.num_groups
         self._vocab_size = vocab_size
@@ -126,8 +97,8 @@ class ModelRunner:
         """Whether `run` would start at once: all that it calls ran before, but for page copies."""
         return self.programs.ran.issuperset(self.programs.needed(batch))
 
-    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult:
-        """Dispatches a step and returns without waiting for it.
+    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult | BurstResult:
+        """Dispatches a step, or those of a burst, and returns without waiting for it.
 
         Args:
           batch: what to compute.
@@ -143,9 +114,39 @@ class ModelRunner:
         if self._strict and self._warm:
             programs.check_planned(batch)
         start, compiled = time.perf_counter(), programs.num_compilations
-        waited_s = 0.0
         if copies := list(copies):
             self._kv_pages = programs.copy_pages(self._kv_pages, *_pad_copies(copies))
+        result, waited_s = self._run_step(batch) if batch.burst is None else self._run_burst(batch)
+        programs.ran |= programs.needed(batch)
+        took_s = time.perf_counter() - start - waited_s
+        compile_s = took_s if programs.num_compilations > compiled else 0.0
+        if self._warm and programs.num_compilations > compiled:
+            logger.warning(
+                "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
+                programs.num_compilations - compiled,
+                batch.shape,
+                len(copies),
+                took_s,
+            )
+            self.num_unplanned_compilations += programs.num_compilations - compiled
+        return dataclasses.replace(result, compile_s=compile_s)
+
+    def _run_burst(self, batch: Batch) -> tuple[BurstResult, float]:
+        assert batch.burst is not None
+        self._kv_pages, self._tokens, tokens, logprobs = self.programs.burst(
+            self.params,
+            self._kv_pages,
+            inputs_of(batch),
+            batch.previous_slots,
+            self._tokens,
+            batch.sampling,
+            batch.burst.rows,
+        )
+        return BurstResult(tokens, logprobs, batch.burst.samples), 0.0
+
+    def _run_step(self, batch: Batch) -> tuple[StepResult, float]:
+        """Dispatches a step by itself. Returns: its samples, and seconds that it was waited for."""
+        programs, waited_s = self.programs, 0.0
         logits, self._kv_pages = programs.step(
             self.params, self._kv_pages, inputs_of(batch), batch.previous_slots, self._tokens
         )
@@ -171,19 +172,7 @@ class ModelRunner:
         top = None
         if batch.num_logprobs:
             top = programs.top_logprobs(logits, programs.num_likeliest(batch))
-        programs.ran |= programs.needed(batch)
-        took_s = time.perf_counter() - start - waited_s
-        compile_s = took_s if programs.num_compilations > compiled else 0.0
-        if self._warm and programs.num_compilations > compiled:
-            logger.warning(
-                "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
-                programs.num_compilations - compiled,
-                batch.shape,
-                len(copies),
-                took_s,
-            )
-            self.num_unplanned_compilations += programs.num_compilations - compiled
-        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, compile_s)
+        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples), waited_s
 
     def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
         """Copies pages to host memory, and others back; after the steps before, before the next.
@@ -215,6 +204,7 @@ class ModelRunner:
     def warm_up(
         self,
         shapes: Iterable[StepShape],
+        bursts: Iterable[StepShape] = (),
         num_logprobs: int = 0,
         beams: Iterable[BeamBatch] = (),
         processors: Collection[int] = (),
@@ -223,6 +213,7 @@ class ModelRunner:
 
         Args:
           shapes: what to compile; later steps of other shapes count as unplanned.
+          bursts: also compile bursts of these shapes, where there are any.
           num_logprobs: also compile the report of this many likeliest tokens.
           beams: also compile beam searches of these widths and numbers of candidates.
           processors: also compile what changes logits before tokens are chosen, with lists of these
@@ -237,6 +228,9 @@ class ModelRunner:
                 rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)
                 processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
                 self.run(dataclasses.replace(batch, beams=processed, processors=rows))
+        for shape in bursts if self.programs.decode_steps > 1 else ():
+            batch = empty_batch(shape, self._plan.pages_per_seq, 0, self._plan.num_groups)
+            self.run(dataclasses.replace(batch, burst=idle_burst(shape.num_rows)))
         self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count, most = 1, self._max_num_samples * self._plan.num_groups

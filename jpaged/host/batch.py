@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jpaged.host.burst import Burst
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
 from jpaged.host.config import EngineConfig, step_shapes
 from jpaged.host.growth import growth_of
@@ -181,6 +182,8 @@ class Batch:
       beams: one for each beam search.
       processors: what changes the logits of samples before tokens are chosen; None where nothing
         does.
+      burst: the steps that follow this one in the same dispatch; None where it is not dispatched
+        so. The page table has the pages of all of them.
     """
 
     shape: StepShape
@@ -197,6 +200,7 @@ class Batch:
     num_logprobs: int
     beams: tuple[BeamBatch, ...]
     processors: ProcessorRows | None
+    burst: Burst | None = None
 
 
 def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch:
@@ -318,6 +322,7 @@ def warm_up_plan(
             widths.update(processors.widths(min(own.max_tokens or 0, max_model_len)))
     return {
         "shapes": list(shapes),
+        "bursts": [own for own in shapes if buckets.single or own.num_tokens == own.num_rows],
         "num_logprobs": num_logprobs,
         "beams": [idle_beams(own, eos_token_ids) for own in resolved if own.beam_width is not None],
         "processors": sorted(widths),

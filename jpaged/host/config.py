@@ -29,6 +29,7 @@ _RULES = {
     "max_num_seqs": at_least(1),
     "max_num_batched_tokens": at_least(1),
     "max_model_len": at_least(2),
+    "decode_steps": (*at_least(1), Rule("at most 64", lambda count: count <= 64)),
     "swap_bytes": (
         Rule("at least 0", lambda count: count >= 0),
         Rule("below 2**63", lambda count: count < 2**63),
@@ -60,6 +61,10 @@ class EngineConfig:
       max_num_batched_tokens: tokens a step computes at most, prefill and decode together.
       max_model_len: tokens a sequence has at most, prompt and generated together; None takes the
         model's max_position_embeddings.
+      decode_steps: decode steps that are dispatched together at most, while no request waits, so
+        that the device need not wait for the host between them. Outputs are the same, but streams
+        get so many tokens at once, and what comes meanwhile waits for them. None takes 8, and 1 on
+        CPU and where deterministic is set.
       dtype: of weights: "float32", "bfloat16" or "float16"; pages have the same, but float32 for
         bfloat16 weights on CPU. None takes float32 on CPU and bfloat16 elsewhere.
       kv_dtype: of keys and values in pages; None takes that of dtype, as said there. "int8" and
@@ -105,6 +110,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024
     max_model_len: int | None = None
+    decode_steps: int | None = None
     dtype: str | None = None
     kv_dtype: str | None = None
     kv_scales: str | None = None

@@ -24,13 +24,14 @@ class StepReader:
 
     Attributes:
       totals: brought up to date with each step.
+      eos_token_ids: tokens that end a sequence.
     """
 
     def __init__(self, scheduler: Scheduler, eos_token_ids: Collection[int], totals: Counters):
         """Remembers whose sequences they are, and which tokens end them."""
         self.totals = totals
         self._scheduler = scheduler
-        self._eos_token_ids = eos_token_ids
+        self.eos_token_ids = eos_token_ids
 
     def take(self, step: ScheduledStep, outcome: Outcome) -> list[Request]:
         """Takes what a step has found.
@@ -74,7 +75,7 @@ class StepReader:
 
     def stop_reason(self, sample: Sequence) -> str | None:
         """Why the newest token ends a sequence; None if it does not."""
-        return sample.stop_reason(self._eos_token_ids)
+        return sample.stop_reason(self.eos_token_ids)
 
     def finish(self, sample: Sequence, reason: str) -> None:
         """Ends a sequence."""

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence as SequenceOf
 
 from jpaged.host.admission import Admission, SchedulerConfig
+from jpaged.host.burst import next_step
 from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import take_pages
@@ -111,13 +112,23 @@ class Scheduler:
             # Of sequences that were just admitted, each waited for the others of its request.
             self._plan_running(step)
         planned = step.build()
-        for seq in planned.samples:
-            length = len(seq.token_ids) + seq.num_inflight_tokens  # num_tokens, for every sample
-            if length >= seq.max_total_tokens and not seq.request.growth.waits_for_host:
-                # Its last token is on its way. The next step may have its pages: steps run in order
-                # on the device, so what writes there comes after what reads.
-                self._queues.drain(seq)
+        self._drain(planned)
         return planned
+
+    def extend(self, step: ScheduledStep) -> ScheduledStep | None:
+        """Plans a step to be dispatched together with the one planned last, as they burst.
+
+        Returns:
+          The step; None where it is for `schedule` to say what comes next, as a sequence waits, or
+          one that runs is not in the step, or pages lack.
+        """
+        num_running = sum(seq.status is Status.RUNNING for seq in step.samples)
+        if self._queues.waiting or num_running != len(self._queues.running):
+            return None
+        after = next_step(step, self.table)
+        if after is not None:
+            self._drain(after)
+        return after
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """Ends a sequence, wherever it is; its pages are free from now on."""
@@ -159,6 +170,14 @@ class Scheduler:
         self.swap_space.check_invariants(groups.values())
         holders = list(self._queues.holders())
         assert len({seq.table_id for seq in holders}) == len(holders) == len(self.table.seqs())
+
+    def _drain(self, step: ScheduledStep) -> None:
+        for seq in step.samples:
+            length = len(seq.token_ids) + seq.num_inflight_tokens  # num_tokens, for every sample
+            if length >= seq.max_total_tokens and not seq.request.growth.waits_for_host:
+                # Its last token is on its way. The next step may have its pages: steps run in order
+                # on the device, so what writes there comes after what reads.
+                self._queues.drain(seq)
 
     def _plan_running(self, step: StepBuilder) -> int:
         """Plans all that run, oldest first, and preempts where pages lack.

@@ -41,8 +41,8 @@ class Sequence:
       num_computed_tokens: tokens whose keys and values are in pages, or are about to be by steps
         already scheduled.
       num_lost_tokens: how many were when it was preempted, to be computed again; 0 once it runs.
-      num_inflight_tokens: tokens sampled on the device, or about to be, and not read yet: at most
-        one of a step that runs and one of a step that waits.
+      num_inflight_tokens: tokens sampled on the device, or about to be, and not read yet: those of
+        steps that run and of steps that wait.
       sample_slot: where the newest of them stands among its step's samples.
       max_total_tokens: prompt and generated tokens at which the sequence ends by length.
       table_id: the sequence's key in the `PageTable`, or None while it holds no pages.

@@ -12,6 +12,7 @@ import collections
 import pytest
 
 from jpaged.host.admission import RequestTooLongError, SchedulerConfig, check_fits
+from jpaged.host.burst import can_burst
 from jpaged.host.groups import ONE_GROUP
 from jpaged.host.growth import growth_of
 from jpaged.host.growth.base import Candidate
@@ -34,7 +35,10 @@ from tests.jpaged.expected import (
 class Simulation:
     """Runs jobs to their end and checks every step on the way."""
 
-    def __init__(self, jobs, *, num_usable_pages, page_size, kinds=ONE_GROUP, **config):
+    def __init__(
+        self, jobs, *, num_usable_pages, page_size, kinds=ONE_GROUP, decode_steps=1, **config
+    ):
+        self.decode_steps = decode_steps
         self.config = SchedulerConfig(**config)
         self.page_size = page_size
         self.jobs = jobs
@@ -61,7 +65,7 @@ class Simulation:
         self.added = []
         self.started = []
         self.num_copies = self.num_forked_rows = self.num_steps = self.num_hits = 0
-        self.num_swapped = 0
+        self.num_swapped = self.num_extended = 0
 
     def make_request(self, request_id, job):
         prompt = prompt_of((job.family, job.prompt_len))
@@ -92,7 +96,7 @@ class Simulation:
 
     def __repr__(self):
         pages = f"{self.table.pool.num_usable_pages} pages of {self.page_size}"
-        return f"{self.jobs}, {pages}, {self.kinds}, {self.config}"
+        return f"{self.jobs}, {pages}, {self.kinds}, {self.decode_steps} steps, {self.config}"
 
     def run(self):
         # The oldest sequence computes a token or more in every step, from when it is the oldest.
@@ -125,7 +129,7 @@ class Simulation:
         return self.scheduler.has_work or self.inflight is not None
 
     def step(self):
-        """`Engine.step`: dispatches a step, then reads the samples of the one before."""
+        """`Engine.step`: dispatches steps, then reads the samples of those before."""
         previous, self.inflight = self.inflight, None
         if self.scheduler.has_work:
             oldest = min(
@@ -138,28 +142,32 @@ class Simulation:
             }
             self.addressed.clear()
             step = self.scheduler.schedule()
-            self.num_steps += 1
             rows = [(self.seq_of(row), row) for row in step.plan.rows.each()]
             if not rows:
                 # Beams whose last step has not been read are all that there is to do.
-                assert previous is not None and previous[0].searchers
+                assert previous is not None and previous[0][0].searchers
                 assert self.scheduler.num_running, "nobody waits for an idle device"
             elif oldest is not None and not (oldest.request.growth.chooser and previous):
                 assert rows[0][0].request is oldest.request, "the oldest must always go on"
-            self.check_budgets(step)
-            self.check_order(step)
-            for seq, row in rows:
-                assert row.table_id == seq.table_id
-                assert row.start + row.num_tokens == seq.num_computed_tokens
-                assert seq not in computed or row.start == computed[seq], "tokens skipped"
-            results = self.execute(step)
+            self.check_plan(step, computed)
+            steps = [step]
+            while rows and len(steps) < self.decode_steps and can_burst(step):
+                computed = {seq: seq.num_computed_tokens for seq in self.live()}
+                after = self.scheduler.extend(steps[-1])
+                if after is None:
+                    break
+                self.check_plan(after, computed)
+                steps.append(after)
+            # On the pages as the last one leaves them.
+            results = [(each, *self.execute(each)) for each in steps]
+            self.num_extended += len(steps) - 1
             if rows:
-                self.inflight = step, *results
+                self.inflight = results
             self.check_memory()
             self.check_counts()
             self.scheduler.check_invariants()
-        if previous is not None:
-            self.process(*previous)
+        for each in previous or ():
+            self.process(*each)
             self.scheduler.check_invariants()
 
     def execute(self, step):
@@ -185,7 +193,7 @@ class Simulation:
             end = row.start + row.num_tokens
             tokens = row.token_ids
             if row.source >= 0:
-                assert row.num_tokens == 1 and end == len(seq.token_ids) + 1
+                assert row.num_tokens == 1 and end > len(seq.token_ids)
                 assert self.previous_samples[row.source] is seq
                 tokens = [self.previous_tokens[row.source]]
             assert len(tokens) == row.num_tokens, "tokens that the host does not know yet"
@@ -210,7 +218,8 @@ class Simulation:
             assert sample.offset == row.num_tokens - 1
             assert sample.draw.sample_index == seq.sample_index
             self.num_forked_rows += parent is not seq
-            tokens.append(draw(seq.sample_index, self.attended(parent, row.start)))
+            context = self.attended(parent, row.start, row.start + row.num_tokens)
+            tokens.append(draw(seq.sample_index, context))
         self.previous_samples, self.previous_tokens = samples, tokens
         candidates = []
         for search in step.searches:
@@ -239,6 +248,22 @@ class Simulation:
                 self.scheduler.finish(seq, "stop")
             elif len(seq.token_ids) >= seq.max_total_tokens:
                 self.scheduler.finish(seq, "length")
+
+    def check_plan(self, step, computed):
+        """What holds of each step when it was just planned.
+
+        Args:
+          step: which.
+          computed: tokens that sequences had computed before it.
+        """
+        self.num_steps += 1
+        self.check_budgets(step)
+        self.check_order(step)
+        for row in step.plan.rows.each():
+            seq = self.seq_of(row)
+            assert row.table_id == seq.table_id
+            assert row.start + row.num_tokens == seq.num_computed_tokens
+            assert seq not in computed or row.start == computed[seq], "tokens skipped"
 
     def check_budgets(self, step):
         plan, num_tokens = step.plan, sum(step.plan.rows.num_tokens)
@@ -319,12 +344,12 @@ class Simulation:
         assert [beam.score for beam in found] == pytest.approx([score for score, _ in expected])
         assert [beam.token_ids for beam in found] == [tokens for _, tokens in expected]
 
-    def attended(self, seq, start=None):
-        """All that a query from `start` on, or the next one, attends to, in every group the same.
+    def attended(self, seq, start=None, end=None):
+        """All that queries from `start` to `end`, or the next, attend to, in every group the same.
 
         What is below the windows of all groups is not read, but taken for right.
         """
-        size, end = self.table.page_size, seq.num_computed_tokens
+        size, end = self.table.page_size, seq.num_computed_tokens if end is None else end
         known, contexts = self.known_or_expected(seq), []
         for kind in self.kinds:
             low = first_seen(kind.window, end if start is None else start)

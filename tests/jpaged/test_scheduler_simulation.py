@@ -71,6 +71,7 @@ def mixes(draw, reservation="paged", kinds=(ONE_GROUP,)):
         preemption=draw(st.sampled_from(["recompute", "swap", "auto"])),
         num_host_pages=draw(st.integers(0, 20)) * sum(kind.num_groups for kind in kinds),
         costs=PreemptionCosts(1.0, draw(st.sampled_from([0.1, 0.5, 2.0]))),
+        decode_steps=draw(st.sampled_from([1, 3, 8])),
     )
     while kinds != ONE_GROUP and reservation == "paged":
         # With windows, what is refused nowhere is enough.
@@ -85,6 +86,7 @@ def mixes(draw, reservation="paged", kinds=(ONE_GROUP,)):
 @given(mixes())
 def test_every_sample_gets_its_tokens_whatever_the_schedule(simulation):
     simulation.run()
+    event(f"burst: {simulation.num_extended > 0}")
     event(f"preempted: {simulation.scheduler.num_preemptions > 0}")
     event(f"copied: {simulation.num_copies > 0}")
     event(f"swapped: {simulation.num_swapped > 0}")
@@ -164,6 +166,44 @@ def test_a_crowded_pool_makes_the_simulation_preempt_fork_and_copy():
     assert simulation.scheduler.num_preemptions >= 2
     assert simulation.num_copies >= 2
     assert simulation.num_forked_rows == 3
+
+
+def add_all(simulation):
+    for request in simulation.requests:
+        simulation.scheduler.add(request)
+        simulation.added.append(request)
+
+
+@pytest.mark.parametrize(("decode_steps", "dispatches"), [(1, [1] * 17), (8, [1, 8, 8])])
+def test_bursts_by_hand(decode_steps, dispatches):
+    """17 tokens: one of the prompt, and sixteen that are decoded."""
+    simulation = Simulation(
+        [Job(prompt_len=5, max_tokens=17)], num_usable_pages=6, page_size=4,
+        max_num_batched_tokens=8, max_num_seqs=2, max_model_len=24, decode_steps=decode_steps,
+    )  # fmt: skip
+    add_all(simulation)
+    found = []
+    while simulation.busy:
+        simulation.step()
+        found.append(len(simulation.inflight or ()))
+    simulation.check_end()
+    assert found == [*dispatches, 0]
+
+
+def test_rows_leave_a_burst_as_they_end():
+    """Of 4, 6 and 9 tokens the first is the prompt's: the others go on without them."""
+    jobs = [Job(prompt_len=2, max_tokens=count) for count in (4, 6, 9)]
+    simulation = Simulation(
+        jobs, num_usable_pages=20, page_size=4,
+        max_num_batched_tokens=8, max_num_seqs=4, max_model_len=24, decode_steps=8,
+    )  # fmt: skip
+    add_all(simulation)
+    simulation.step()
+    simulation.step()
+    assert [len(step.samples) for step, *_ in simulation.inflight] == [3, 3, 3, 2, 2]
+    while simulation.busy:
+        simulation.step()
+    simulation.check_end()
 
 
 def test_eight_samples_hold_a_prompt_once_and_copy_what_diverges():

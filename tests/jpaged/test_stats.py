@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jpaged import SamplingParams
-from jpaged.device.runner import StepResult
+from jpaged.device.step_result import StepResult
 from jpaged.host.growth.base import Outcome
 from jpaged.host.stats import Counters
 from jpaged.host.step import StepPlan
@@ -37,9 +37,9 @@ class Result:
     def __init__(self, clock):
         self._clock, self._done = clock, clock.device_done
 
-    def read(self):
+    def outcomes(self):
         self._clock.wait(self._done)
-        return Outcome([], [], None, [])
+        return [Outcome([], [], None, [])]
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def reader_of(totals):
     return ResultReader(None, None, (), totals, "float32")
 
 
-PREFILL = ScheduledStep(StepPlan(num_prefill_tokens=10))
-DECODE = ScheduledStep(StepPlan())
+PREFILL = [ScheduledStep(StepPlan(num_prefill_tokens=10))]
+DECODE = [ScheduledStep(StepPlan())]
 
 
 class TestReader:
@@ -111,7 +111,7 @@ def test_a_cold_run_by_hand(clock, monkeypatch):
 
     timed("step", 5, lambda *args: 2 if args[2].token_ids.shape[0] > 4 else 0.5)
     timed("sample", 4, lambda *_: 0)
-    read, run, done = StepResult.read, runner.run, {}
+    read, run, done = StepResult.outcomes, runner.run, {}
 
     def wait(arrays):
         clock.wait(clock.device_done)
@@ -128,7 +128,7 @@ def test_a_cold_run_by_hand(clock, monkeypatch):
 
     monkeypatch.setattr(runner, "run", run_and_note)
     monkeypatch.setattr(jax, "block_until_ready", wait)
-    monkeypatch.setattr(StepResult, "read", read_late)
+    monkeypatch.setattr(StepResult, "outcomes", read_late)
     (prompt,) = prompts_of([20])
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     for compile_s in (2 * (5 + 4), 0):

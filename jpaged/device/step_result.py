@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dispatch has sampled, on the device until the host reads it."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jpaged.host.growth.base import Candidate, Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One step's samples, still on the device until they are read.
+
+    Attributes:
+      tokens: i32[max_num_seqs], the first `num_samples` live.
+      logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
+      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
+      beams: for each beam search of the step, what `sampling.beam_candidates`, or
+        `processed_beam_candidates`, returned.
+      num_samples: live samples.
+      compile_s: seconds that compiling took before the step was on its way; 0 mostly.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    top: tuple[jax.Array, jax.Array] | None
+    beams: list[tuple[jax.Array, ...]]
+    num_samples: int
+    compile_s: float = 0.0
+
+    def outcomes(self) -> list[Outcome]:
+        """Waits for the step and returns what it found, as of each of a burst."""
+        tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
+        logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
+        likeliest = None
+        if self.top is not None:
+            ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
+            pairs = zip(ids, values, strict=True)
+            likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
+        candidates = []
+        for parts in self.beams:
+            found = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
+            candidates.append([Candidate(*each) for each in found if each[0] > -math.inf])
+        return [Outcome(tokens, logprobs, likeliest, candidates)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BurstResult:
+    """The samples of a burst, still on the device until they are read.
+
+    Attributes:
+      tokens, logprobs: i32 and f32[max_steps, num_rows], as in `StepResult`, of each step.
+      samples: as in `jpaged.host.burst.Burst`.
+      compile_s: as in `StepResult`.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    samples: tuple[tuple[int, ...], ...]
+    compile_s: float = 0.0
+
+    def outcomes(self) -> list[Outcome]:
+        """Waits for the last step. Returns: what each has found."""
+        tokens, logprobs = np.asarray(self.tokens), np.asarray(self.logprobs)
+        found = ((step, list(rows)) for step, rows in enumerate(self.samples))
+        return [Outcome(tokens[at].tolist(), logprobs[at].tolist(), None, []) for at in found]
