@@ -282,10 +282,8 @@ class _Job:
             options=self._asked.options,
             complete=complete,
         )
-        return (reader.row(line) for line in self._asked.input if self._is_left(line.row_id))
-
-    def _is_left(self, row_id: str) -> bool:
-        return self._ids.index(row_id) is not None and not self.output.has(row_id)
+        lacks = self.output.lacks
+        return (reader.row(line) for line in self._asked.input if lacks(line.row_id))
 
 
 def _engine_config() -> EngineConfig:
@@ -323,6 +321,8 @@ def _check_shards() -> None:
     number, shard = _NUM_SHARDS.value, _SHARD.value
     if shard is None and not _MERGE.value and flags.FLAGS["num_shards"].present:
         raise ValueError(f"--num_shards={number} needs --shard, 0 to {number - 1}, or --merge")
+    if (shard is not None or _MERGE.value) and not flags.FLAGS["num_shards"].present:
+        raise ValueError("--shard and --merge need --num_shards, the same for all of a job")
     if shard is not None and _MERGE.value:
         raise ValueError("--shard and --merge exclude each other: merge when all shards are done")
     if shard is not None and not 0 <= shard < number:

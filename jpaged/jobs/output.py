@@ -89,10 +89,10 @@ class OutputFile(Sink):
             os.close(self._fd)
             raise
 
-    def has(self, row_id: str) -> bool:
-        """Whether a row has a record."""
+    def lacks(self, row_id: str) -> bool:
+        """Whether a row is one of this output's, and has no record on disk."""
         index = self._ids.index(row_id)
-        return index is not None and self._offsets[index] != _NONE
+        return index is not None and self._offsets[index] == _NONE
 
     @property
     def is_done(self) -> bool:

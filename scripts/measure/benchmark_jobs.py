@@ -146,7 +146,7 @@ def _measure(engine: _Clocked, directory: pathlib.Path) -> dict[str, Any]:
 
     with _Tenths(directory / "out.jsonl", ids, encode) as output:
         output.notes, output.every = [_now()], max(number // 10, 1)
-        left = (line for line in given if not output.has(line.row_id))
+        left = (line for line in given if output.lacks(line.row_id))
         run(map(reader.row, left), output, engine, progress=True, total=number)
         output.sync()
         begun_sort = time.process_time()

@@ -56,7 +56,7 @@ def go_on(source, path, engine, sync_rows=2, **options):
     ids = given.check()
     with OutputFile(path, ids, encode, sync_rows=sync_rows) as output:
         reader = RowReader()
-        rows = (reader.row(line) for line in given if not output.has(line.row_id))
+        rows = (reader.row(line) for line in given if output.lacks(line.row_id))
         report = run(rows, output, engine, **options)
         output.sync()
         if output.is_done:
@@ -90,7 +90,7 @@ def test_it_goes_on_from_every_byte(source, tmp_path, engine, step):
             whole_lines = bisect.bisect_right(ends, length) - 1
             assert output.num_done == whole_lines
             assert output.num_dropped_bytes == length - ends[whole_lines]
-            missing = [line.row_id for line in given if not output.has(line.row_id)]
+            missing = [line.row_id for line in given if output.lacks(line.row_id)]
             for row_id in reversed(missing):  # they end in another order
                 output.write(Result(Row(row_id=row_id), None, None))
             output.sync()

@@ -80,11 +80,7 @@ class Job:
         with open_output(path, ids, encode) as output:
             if before is None:
                 write_manifest(path, manifest)
-            lines = [
-                line
-                for line in self.input
-                if ids.index(line.row_id) is not None and not output.has(line.row_id)
-            ]
+            lines = [line for line in self.input if output.lacks(line.row_id)]
             run(map(RowReader().row, lines[:rows]), output, engine)
             output.sync()
             if output.is_done:
