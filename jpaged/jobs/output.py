@@ -15,7 +15,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -150,7 +150,7 @@ class OutputFile(Sink):
         """Lets others write it. What is pending is dropped; the end of `with` syncs it first."""
         os.close(self._fd)
 
-    def __enter__(self) -> "OutputFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
