@@ -21,6 +21,7 @@ MODULES = (
     "jpaged.host.prefix_cache",
     "jpaged.host.stats",
     "jpaged.host.viewer",
+    "jpaged.jobs",
     "jpaged.measure.runs",
     "jpaged.models",
     "jpaged.models.checkpoint",

@@ -18,10 +18,17 @@ The same command goes on where it was stopped, however that was, and the finishe
 the order of the input, has the same bytes as that of a run that nothing stopped. A manifest beside
 the output has what results depend on, and a job that would mix others in is refused.
 
+On several machines each runs the same command with a --shard of its own, and when all are done,
+--merge in its place makes the same bytes, whatever the number of shards:
+
+    jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --shard=0
+    jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --shard=1
+    jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --merge
+
 Ctrl-C and SIGTERM begin no more rows, and give those that run --grace_s seconds; once more ends at
-once. The exit code is 75 where rows are left, so run it again, also when the disk is full; 0 when
-all are done; 1 when some of them have an error; 2 for bad usage; 74 if the output cannot be
-written.
+once. The exit code is 75 where rows are left, so run it again; 0 when all are done; 1 when some of
+them have an error; 2 for bad usage; 74 if the output cannot be written, such as to a full disk, and
+71 if the device fails: neither loses a result, and the same command goes on then too.
 """
 
 from jpaged.scripts import interrupts
@@ -36,14 +43,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.jobs import Result, Row, run
 from jpaged.jobs.inputs import Input, RowIds, open_input
-from jpaged.jobs.manifest import check_same, make_manifest, read_manifest, write_manifest
+from jpaged.jobs.manifest import asked_for, check_same, read_manifest, run_with, write_manifest
 from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
-from jpaged.jobs.output import OutputError, OutputFile
+from jpaged.jobs.output import OutputError
+from jpaged.jobs.shards import ShardsMissingError, merge, open_output, shard_entry, shard_path
+from jpaged.recovery import EngineDeadError
 from jpaged.scripts import flags as programs
 from jpaged.scripts.conversations import chat_options_from_flags, define_chat_flags
 from jpaged.scripts.monitor_flags import define_monitor_flags, monitored
@@ -55,6 +65,8 @@ from jpaged.scripts.sampling_flags import (
 )
 
 _OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
+_DEVICE_LOST = 71  # EX_OSERR: also when run again, it may fail
+_MAX_REASON = 500  # characters of what the device says, which may be pages
 # With one shape for every step, this many tokens a sequence that runs: enough for prompts to come
 # in while others decode, and little to compute in vain.
 _TOKENS_PER_SEQ = 4
@@ -89,6 +101,20 @@ _MIX = flags.DEFINE_bool(
     "Go on with an output that was begun with other engine settings, on another device or with "
     "other versions. Rows may then differ from those of a run in one piece.",
 )
+_NUM_SHARDS = flags.DEFINE_integer(
+    "num_shards", 1, "Parts that rows are in, by their ids, for as many machines.", 1
+)
+_SHARD = flags.DEFINE_integer(
+    "shard",
+    None,
+    "Run this part alone, from 0. Its output is --output with .K-of-N behind, such as "
+    "results.jsonl.0-of-2.",
+)
+_MERGE = flags.DEFINE_bool(
+    "merge",
+    False,
+    "Run nothing, and make --output of the outputs of all --num_shards: the bytes of a job in one.",
+)
 _SAMPLING = tuple(name for name in SAMPLING_FLAGS if name != "seed")
 define_sampling_flags(_SAMPLING)
 define_chat_flags()
@@ -102,61 +128,108 @@ def main(argv: list[str]) -> None:
     programs.log_to_stderr()
     try:
         with programs.usage_errors():
-            job = _Job(argv)
+            asked = _Asked(argv)
+            if _MERGE.value:
+                sys.exit(_merge(asked))
+            job = _Job(asked)
         with job.output:
             code = job.run()
-    except OutputError as e:
-        if not e.is_full:
-            _tell(str(e))
-            sys.exit(_OUTPUT_LOST)
-        _tell(f"{e}; what is there is whole: make room, and run the same command again")
+    except ShardsMissingError as e:
+        _tell(f"{e}: run what is missing, and merge again")
         sys.exit(interrupts.AGAIN)
+    except OutputError as e:
+        hint = "; what is there is whole: make room, and run the same command again"
+        _tell(f"{e}{hint if e.is_full else ''}")
+        sys.exit(_OUTPUT_LOST)
+    except (jax.errors.JaxRuntimeError, EngineDeadError) as e:
+        # What had ended by then is written: see `OutputFile.__exit__`.
+        text = " ".join(str(e).split())
+        _tell(
+            f"the device failed: {text[:_MAX_REASON]}: results so far are kept; run the same "
+            "command again, for want of memory with a smaller --memory_fraction"
+        )
+        sys.exit(_DEVICE_LOST)
     sys.exit(code)
 
 
-class _Job:
-    """What the flags ask for.
+class _Asked:
+    """What the flags ask for, of which nothing is done yet.
 
     Attributes:
-      output: open, with what is done already.
+      input, ids: the rows.
+      output: where all of them go, in the end.
+      model: its files.
+      params: of rows that say nothing else.
+      options: of the chat template.
+      config: the engine's.
+      manifest: what the results depend on, on whatever machine.
     """
 
     def __init__(self, argv: list[str]):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments {argv[1:]}; give files as --input=...")
-        self._params = sampling_params_from_flags(_SAMPLING)
-        self._options = chat_options_from_flags()
-        config = _engine_config()
-        path = _output_path()
+        _check_shards()
+        self.params = sampling_params_from_flags(_SAMPLING)
+        self.options = chat_options_from_flags()
+        self.config = _engine_config()
+        self.output = _output_path()
         if not _MODEL.value:
             raise ValueError("--model is empty; name a directory, or leave the flag out")
         if not _INPUT.value:
             raise ValueError("no input: give --input=FILE, or --input=- for standard input")
-        self._input = open_input(_INPUT.value, None if sys.stdin is None else sys.stdin.buffer)
-        _check_apart(self._input, path)
-        self._ids: RowIds = self._input.check(progress=True)
-        self._model = programs.model_path(_MODEL.value)
+        self.input = open_input(_INPUT.value, None if sys.stdin is None else sys.stdin.buffer)
+        _check_apart(self.input, self.output)
+        self.ids: RowIds = self.input.check(progress=True)
+        self.model = programs.model_path(_MODEL.value)
+        self.manifest = asked_for(
+            input_sha256=self.input.sha256,
+            num_rows=len(self.ids),
+            model=self.model,
+            params=self.params,
+            options={**self.options},
+            seed=_SEED.value,
+        )
+
+
+def _merge(asked: _Asked) -> int:
+    """Merges the shards' outputs. Returns: the exit code."""
+    number = _NUM_SHARDS.value
+    num_errors = merge(
+        asked.output, asked.ids, number, asked.manifest, mix=_MIX.value, progress=True
+    )
+    return _tell_done(len(asked.ids), num_errors)
+
+
+class _Job:
+    """The rows that this process is asked to do.
+
+    Attributes:
+      output: open, with what is done already.
+    """
+
+    def __init__(self, asked: _Asked):
+        self._asked, self._ids, path, config = asked, asked.ids, asked.output, asked.config
+        manifest = asked.manifest
+        if _SHARD.value is not None:
+            shard = _SHARD.value, _NUM_SHARDS.value
+            self._ids, path = self._ids.shard(*shard), shard_path(path, *shard)
+            manifest = manifest | shard_entry(*shard)
         programs.require_device()
         self._path, self._encode = path, RecordMaker(None, _MODEL.value)
-        self.output = _open(path, self._ids, self._line, read_manifest(path) is not None)
+        self.output = open_output(
+            path, self._ids, self._line, sync_rows=_SYNC_ROWS.value, sync_s=_SYNC_S.value
+        )
         try:
             before = read_manifest(path)
             if before is not None and config.num_pages is None:
                 # As many pages as the first run found memory for: what has room depends on it.
-                config = dataclasses.replace(config, num_pages=before["engine"].get("num_pages"))
-            self._config = config
-            self._manifest = make_manifest(
-                input_sha256=self._input.sha256,
-                num_rows=len(self._ids),
-                model=self._model,
-                params=self._params,
-                options={**self._options},
-                seed=_SEED.value,
-                config=config,
-            )
+                config = dataclasses.replace(
+                    config, num_pages=before.get("engine", {}).get("num_pages")
+                )
+            self._config, self._is_new = config, before is None
+            self._manifest = manifest | run_with(config)
             if before is not None:
                 check_same(path, before, self._manifest, mix=_MIX.value)
-            self._is_new = before is None
         except BaseException:
             self.output.close()
             raise
@@ -170,7 +243,7 @@ class _Job:
             _tell(f"{output.num_done} of {total} rows are done already")
         if not output.is_done:
             with programs.usage_errors():
-                engine = Engine.load(self._model, self._config)
+                engine = Engine.load(self._asked.model, self._config)
             if self._is_new:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
                 write_manifest(self._path, self._manifest)
@@ -195,13 +268,12 @@ class _Job:
                 )
                 output.sync()
         left = total - output.num_done
-        errors = f", {output.num_errors} of them with an error" if output.num_errors else ""
         if left:
-            _tell(f"{output.num_done} of {total} rows are done{errors}; run the same command again")
+            done = f"{output.num_done} of {total} rows are done"
+            _tell(f"{done}{_with(output.num_errors)}; run the same command again")
             return interrupts.AGAIN
         output.sort()
-        _tell(f"{total} rows are done{errors}")
-        return 1 if output.num_errors else 0
+        return _tell_done(total, output.num_errors)
 
     def _line(self, result: Result) -> bytes:
         return encode_record(self._encode.record(result))
@@ -211,13 +283,14 @@ class _Job:
             return with_fallbacks(params, engine.defaults)
 
         reader = RowReader(
-            params=self._params,
+            params=self._asked.params,
             tokenizer=engine.tokenizer,
             template=engine.chat_template,
-            options=self._options,
+            options=self._asked.options,
             complete=complete,
         )
-        return (reader.row(line) for line in self._input if not self.output.has(line.row_id))
+        lacks = self.output.lacks
+        return (reader.row(line) for line in self._asked.input if lacks(line.row_id))
 
 
 def _engine_config() -> EngineConfig:
@@ -251,15 +324,26 @@ def _check_apart(given: Input, output: pathlib.Path) -> None:
         raise ValueError(f"--output={output} is an input too; name another file")
 
 
-def _open(path: pathlib.Path, ids: RowIds, line: Any, has_manifest: bool) -> OutputFile:
-    if not has_manifest and path.exists() and path.stat().st_size:
-        raise ValueError(
-            f"--output={path} has no manifest beside it, so it is of no job: name another file"
-        )
-    try:
-        return OutputFile(path, ids, line, sync_rows=_SYNC_ROWS.value, sync_s=_SYNC_S.value)
-    except BlockingIOError:
-        raise ValueError(f"--output={path} is being written by another process") from None
+def _check_shards() -> None:
+    number, shard = _NUM_SHARDS.value, _SHARD.value
+    if shard is None and not _MERGE.value and flags.FLAGS["num_shards"].present:
+        raise ValueError(f"--num_shards={number} needs --shard, 0 to {number - 1}, or --merge")
+    if (shard is not None or _MERGE.value) and not flags.FLAGS["num_shards"].present:
+        raise ValueError("--shard and --merge need --num_shards, the same for all of a job")
+    if shard is not None and _MERGE.value:
+        raise ValueError("--shard and --merge exclude each other: merge when all shards are done")
+    if shard is not None and not 0 <= shard < number:
+        raise ValueError(f"--shard={shard} must be between 0 and {number - 1}, as is --num_shards")
+
+
+def _with(num_errors: int) -> str:
+    return f", {num_errors} of them with an error" if num_errors else ""
+
+
+def _tell_done(total: int, num_errors: int) -> int:
+    """Says that all rows are done. Returns: the exit code."""
+    _tell(f"{total} rows are done{_with(num_errors)}")
+    return 1 if num_errors else 0
 
 
 def _tell(text: str) -> None:

@@ -23,8 +23,8 @@ MAX_FOLDER_LINES = {
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     "jpaged/device": 2050,
-    # Rows, inputs, records, output and manifest of batch jobs.
-    "jpaged/jobs": 1500,
+    # Rows, inputs, records, output and manifest of batch jobs, and their shards.
+    "jpaged/jobs": 1600,
     "jpaged/planning": 700,
     # Records of runs and their page, lines of JSON, metrics.
     "jpaged/telemetry": 850,
@@ -40,11 +40,11 @@ MAX_FOLDER_LINES = {
     # With what is read off the text of programs.
     "pallas_kernels": 6750,
     # With `convert`, `plan`, `warmup`, `calibrate`, `batch` and `view`, the eleventh program.
-    "scripts": 3750,
+    "scripts": 3850,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
-    # With loading beside safetensors' own.
-    "scripts/measure": 1400,
+    # With loading beside safetensors' own, and what a job costs beside its engine.
+    "scripts/measure": 1600,
     # A program a peer, and how they are driven.
     "scripts/measure/peers": 1000,
     "scripts/demo": 400,

@@ -2,6 +2,7 @@
 """The files that a job's rows are read from: JSON Lines, checked before any work."""
 
 import contextlib
+import copy
 import glob
 import gzip
 import hashlib
@@ -11,11 +12,13 @@ import pathlib
 import shutil
 import tempfile
 import typing
+import weakref
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import tqdm
 
 from jpaged.host.checks import lone_surrogate, shown
@@ -54,6 +57,21 @@ class RowIds:
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def shard(self, shard: int, num_shards: int) -> "RowIds":
+        """The ids of one shard, which are in the order that they have in the whole input."""
+        mine = self._low % num_shards == shard
+        places = self._order[mine]
+        found = copy.copy(self)
+        found._order = np.searchsorted(np.sort(places), places)
+        found._high, found._low = self._high[mine], self._low[mine]
+        return found
+
+    def shards(self, num_shards: int) -> npt.NDArray[np.int64]:
+        """The shard of each row, in order, from 0: the last 8 bytes of the id's digest, modulo."""
+        found = np.empty(len(self), np.int64)
+        found[self._order] = self._low % num_shards
+        return found
 
     def twice(self) -> tuple[int, int] | None:
         """Two rows, from 0, that have one id; None if all differ."""
@@ -95,6 +113,8 @@ class Input:
         self.paths = list(paths)
         self.sha256 = ""
         self._spooled = spooled
+        if spooled is not None:
+            weakref.finalize(self, spooled.close)
         self._starts: list[int] = []
 
     def check(self, *, progress: bool = False) -> RowIds:

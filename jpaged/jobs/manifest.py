@@ -15,7 +15,7 @@ import jpaged
 from jpaged.host.checks import shown
 from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
-from jpaged.jobs.output import OutputError, sync_directory
+from jpaged.jobs.output import replacing
 from jpaged.models.json_fields import read_json
 
 _VERSION = 1
@@ -39,7 +39,7 @@ def manifest_path(output: pathlib.Path) -> pathlib.Path:
     return output.with_name(f"{output.name}.manifest.json")
 
 
-def make_manifest(
+def asked_for(
     *,
     input_sha256: str,
     num_rows: int,
@@ -47,9 +47,8 @@ def make_manifest(
     params: SamplingParams,
     options: Mapping[str, Any],
     seed: int,
-    config: EngineConfig,
 ) -> dict[str, Any]:
-    """What the results of a job depend on; jax finds its device for it.
+    """What of a manifest is the same on every machine.
 
     Args:
       input_sha256: of the input.
@@ -58,29 +57,41 @@ def make_manifest(
       params: of rows that say nothing else; what is neutral is left out.
       options: of the chat template.
       seed: of the job.
-      config: the engine's; its num_pages is what the first run had, where it is None.
     """
     asked = {
         field.name: value
         for field in dataclasses.fields(SamplingParams)
         if (value := getattr(params, field.name)) != field.default
     }
+    return _as_read(
+        {
+            "manifest": _VERSION,
+            "input": {"sha256": input_sha256, "rows": num_rows},
+            "model": {"sha256": model_identity(model)},
+            "parameters": {**asked, **options, "seed": seed},
+        }
+    )
+
+
+def run_with(config: EngineConfig) -> dict[str, Any]:
+    """What of a manifest is of a machine; jax finds its device for it.
+
+    Args:
+      config: the engine's; its num_pages is what the first run had, where it is None.
+    """
     engine = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(EngineConfig)
         if field.name not in _NOT_OF_RESULTS
     }
     device = jax.devices()[0]
-    manifest = {
-        "manifest": _VERSION,
-        "input": {"sha256": input_sha256, "rows": num_rows},
-        "model": {"sha256": model_identity(model)},
-        "parameters": {**asked, **options, "seed": seed},
-        "engine": engine,
-        "device": {"platform": device.platform, "kind": device.device_kind},
-        "versions": {"jpaged": jpaged.__version__, "jax": jax.__version__},
-    }
-    return json.loads(json.dumps(manifest))  # as it will be read: tuples are lists
+    return _as_read(
+        {
+            "engine": engine,
+            "device": {"platform": device.platform, "kind": device.device_kind},
+            "versions": {"jpaged": jpaged.__version__, "jax": jax.__version__},
+        }
+    )
 
 
 def read_manifest(output: pathlib.Path) -> dict[str, Any] | None:
@@ -132,18 +143,8 @@ def check_same(
 
 def write_manifest(output: pathlib.Path, manifest: Mapping[str, Any]) -> None:
     """Puts a manifest beside an output, whole or not at all. Raises: OutputError."""
-    path = manifest_path(output)
-    target = path.with_name(f"{path.name}.writing")
-    try:
-        with open(target, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(target, path)
-        sync_directory(path.parent)
-    except OSError as e:
-        raise OutputError(path, e) from e
+    with replacing(manifest_path(output), "writing") as file:
+        file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 def model_identity(path: pathlib.Path) -> str:
@@ -179,6 +180,10 @@ def _files(path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
             yield from ((f"{file.name}/{name}", inner) for name, inner in _files(file))
         else:
             yield file.name, file
+
+
+def _as_read(manifest: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(manifest))  # tuples are lists
 
 
 def _differences(before: Any, now: Any, name: str) -> Iterator[str]:

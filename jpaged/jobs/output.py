@@ -15,6 +15,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class OutputFile(Sink):
     """Appends records to a file that this process alone writes.
 
     Attributes:
+      path: of the file.
       num_done: rows with a record, those of earlier runs included.
       num_errors: of these, with an error.
       num_dropped_bytes: what an earlier run had not written whole, and is gone.
@@ -72,7 +74,7 @@ class OutputFile(Sink):
           ValueError: if it has records of other rows.
           OSError: if it cannot be opened.
         """
-        self._path, self._ids, self._encode = path, ids, encode
+        self.path, self._ids, self._encode = path, ids, encode
         self._sync_rows, self._sync_s = sync_rows, sync_s
         self._offsets = np.full(len(ids), _NONE, np.int64)
         self._pending: list[tuple[int, bytes]] = []
@@ -87,10 +89,10 @@ class OutputFile(Sink):
             os.close(self._fd)
             raise
 
-    def has(self, row_id: str) -> bool:
-        """Whether a row has a record."""
+    def lacks(self, row_id: str) -> bool:
+        """Whether a row is one of this output's, and has no record on disk."""
         index = self._ids.index(row_id)
-        return index is not None and self._offsets[index] != _NONE
+        return index is not None and self._offsets[index] == _NONE
 
     @property
     def is_done(self) -> bool:
@@ -124,7 +126,7 @@ class OutputFile(Sink):
             os.fsync(self._fd)
         except OSError as e:
             self._cut(pending)
-            raise OutputError(self._path, e) from e
+            raise OutputError(self.path, e) from e
         for index, line in pending:
             self._offsets[index] = self._size
             self._size += len(line)
@@ -138,27 +140,17 @@ class OutputFile(Sink):
         assert self.is_done and not self._pending, "rows are missing"
         if self._is_sorted and self._size == os.fstat(self._fd).st_size:
             return
-        target = self._path.with_name(f"{self._path.name}.sorting")
-        try:
-            with open(self._path, "rb") as source, open(target, "wb", _BUFFER_BYTES) as file:
-                for offset in self._offsets.tolist():
-                    source.seek(offset)
-                    file.write(source.readline())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(target, self._path)
-            sync_directory(self._path.parent)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                target.unlink()
-            raise OutputError(self._path, e) from e
+        with replacing(self.path, "sorting") as file, open(self.path, "rb") as source:
+            for offset in self._offsets.tolist():
+                source.seek(offset)
+                file.write(source.readline())
         self._is_sorted = True
 
     def close(self) -> None:
-        """Lets others write it; what is pending is dropped."""
+        """Lets others write it. What is pending is dropped; the end of `with` syncs it first."""
         os.close(self._fd)
 
-    def __enter__(self) -> "OutputFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -167,7 +159,11 @@ class OutputFile(Sink):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            if self._pending:
+                self.sync()
+        finally:
+            self.close()
 
     def _count(self, index: int, *, failed: bool) -> None:
         self._is_sorted &= index > self._last
@@ -188,7 +184,7 @@ class OutputFile(Sink):
     def _recover(self) -> int:
         """Finds what there is, and drops what is no whole record. Returns: the size then."""
         size = 0
-        for line in _whole_lines(self._path):
+        for line in _whole_lines(self.path):
             try:
                 record = json.loads(line)
                 row_id, failed = record["custom_id"], record["error"] is not None
@@ -197,7 +193,7 @@ class OutputFile(Sink):
             index = self._ids.index(row_id) if isinstance(row_id, str) else None
             if index is None:
                 raise ValueError(
-                    f"{self._path} has a record of custom_id={shown(row_id)}, which the input has "
+                    f"{self.path} has a record of custom_id={shown(row_id)}, which the input has "
                     "not; name another --output"
                 )
             if self._offsets[index] == _NONE:
@@ -211,6 +207,31 @@ class OutputFile(Sink):
             os.ftruncate(self._fd, size)
             os.fsync(self._fd)
         return size
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, suffix: str) -> Iterator[BinaryIO]:
+    """Writes a file that takes the place of another when it is on disk as a whole.
+
+    Args:
+      path: of the file.
+      suffix: of its name until then.
+
+    Raises:
+      OutputError: if it cannot be written; nothing has changed then.
+    """
+    target = path.with_name(f"{path.name}.{suffix}")
+    try:
+        with open(target, "wb", _BUFFER_BYTES) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(target, path)
+        sync_directory(path.parent)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            target.unlink()
+        raise OutputError(path, e) from e
 
 
 def sync_directory(path: pathlib.Path) -> None:

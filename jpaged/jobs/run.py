@@ -21,6 +21,8 @@ from jpaged.jobs.rows import Result, Row, Sink
 _WINDOW = 4
 # In order, results wait for a slow row before them: so many for each row in the engine.
 _MAX_HELD = 16
+# Looking at the engine for the progress bar takes longer than all else that a step is here.
+_SHOW_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,7 @@ class _Job:
 
     def __init__(self, sink: Sink, engine: Engine, seed: int, window: int, ordered: bool):
         self.bar: tqdm.tqdm | None = None
+        self._show_at = 0.0
         self._sink, self._engine, self._seed = sink, engine, seed
         self._window, self._max_held = window, _MAX_HELD * window if ordered else None
         self._live: dict[str, tuple[int, Row]] = {}
@@ -143,9 +146,7 @@ class _Job:
                     self._end(output)
                 on_step()
             self._sink.tick()
-            if self.bar is not None and self._live:
-                self.bar.set_postfix_str(self._engine.stats().progress_line(), refresh=False)
-                self.bar.update(0)
+            self._show()
         num_left = self._num_begun - self._num_done
         return Report(self._num_done, self._num_errors, num_left, deadline is not None)
 
@@ -196,6 +197,12 @@ class _Job:
         self._num_errors += result.error is not None
         if self.bar is not None:
             self.bar.update()
+
+    def _show(self) -> None:
+        if self.bar is not None and self._live and time.monotonic() >= self._show_at:
+            self._show_at = time.monotonic() + _SHOW_S
+            self.bar.set_postfix_str(self._engine.stats().progress_line(), refresh=False)
+            self.bar.update(0)
 
     def _leave_waiting(self) -> None:
         """Aborts the rows that have no pages: they would only begin as others end."""

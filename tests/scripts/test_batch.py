@@ -1,43 +1,304 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scripts/batch.py, killed and run again."""
+"""scripts/batch.py, ended in every way and run again: the bytes of a run that nothing stopped."""
 
+import functools
 import json
+import random
+import resource
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.scripts.programs import ended, start
+from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.chat import ChatTemplate
+from jpaged.jobs import run
+from jpaged.jobs.inputs import open_input
+from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
+from jpaged.jobs.output import OutputFile
+from jpaged.models import DEMO
+from jpaged.scripts.sampling_flags import with_fallbacks
+from tests.chatting import chatty_model
+from tests.scripts.programs import ROOT, ended, environment, start
 
-pytestmark = [pytest.mark.slow, pytest.mark.nightly]
+PROMPTS = ("Once upon a time", "The dog", "Lily and Tom were in the garden, and")
+# So small that requests are preempted; `whole` sees to it.
+CONFIG = EngineConfig(
+    max_num_seqs=8, page_size=4, num_pages=25, deterministic=True, max_num_batched_tokens=32
+)
+FLAGS = [
+    *("--max_num_seqs=8", "--page_size=4", "--num_pages=25", "--max_num_batched_tokens=32"),
+    *("--max_tokens=16", "--sync_rows=1"),
+]
 
 
-def test_killed_and_run_again(tmp_path):
+@functools.cache
+def demo_engine():
+    return Engine.load(DEMO, CONFIG)
+
+
+def write_rows(path, number):
     rows = [
-        {"custom_id": f"r{i}", "prompt": "Once upon a time", "n": 1 + i % 2, "stop": [" young"]}
-        for i in range(60)
+        {"custom_id": f"r{i}", "prompt": PROMPTS[i % 3], "n": 1 + i % 3, "stop": [" young"]}
+        | ({"seed": i} if i % 4 == 0 else {})
+        | ({"logprobs": 2} if i % 5 == 0 else {})
+        for i in range(number)
     ]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--max_num_seqs=4", "--num_pages=25", "--max_tokens=60", "--sync_rows=1"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
-    def command(name):
-        return ["jpaged", "batch", f"--input={tmp_path}/in.jsonl", f"--output={tmp_path}/{name}",
-                *flags]  # fmt: skip
 
-    path, sizes = tmp_path / "out.jsonl", []
-    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        before = path.stat().st_size if path.exists() else 0
-        process = start(*command("out.jsonl"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not path.exists() or path.stat().st_size < before + 2000:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert process.wait() == code
-        sizes.append(path.stat().st_size)
-    for name in ("out.jsonl", "whole.jsonl"):
-        done = ended(*command(name))
-        assert done.returncode == 0, done.stderr
-    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    done = ended(*command("out.jsonl"), "--seed=1")
-    assert done.returncode == 2 and "parameters.seed was 0, and is 1" in done.stderr
+def whole(source, path):
+    """What the job comes to in this process, without a stop."""
+    engine = demo_engine()
+    before = engine.stats().totals.num_preemptions
+    given = open_input([str(source)])
+    reader = RowReader(
+        params=SamplingParams(max_tokens=16),
+        tokenizer=engine.tokenizer,
+        template=engine.chat_template,
+        complete=lambda params: with_fallbacks(params, engine.defaults),
+    )
+    maker = RecordMaker(engine.tokenizer, "demo")
+
+    def encode(result):
+        return encode_record(maker.record(result))
+
+    with OutputFile(path, given.check(), encode) as output:
+        report = run(map(reader.row, given), output, engine)
+        output.sync()
+        output.sort()
+    assert report.num_errors == report.num_left == 0
+    assert engine.stats().totals.num_preemptions > before
+    return path.read_bytes()
+
+
+def command(source, path, *flags):
+    return ["jpaged", "batch", f"--input={source}", f"--output={path}", *FLAGS, *flags]
+
+
+def started(source, path, *flags, **options):
+    return start(
+        *command(source, path, *flags),
+        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
+    )
+
+
+def wait_for(process, path, size):
+    while not path.exists() or path.stat().st_size < size:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def ids_of(data):
+    return [json.loads(line)["custom_id"] for line in data.splitlines()]
+
+
+def go_on(source, path, *flags, stdin=""):
+    done = ended(*command(source, path, *flags), stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    return path.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", 18)
+    want = whole(source, tmp_path / "whole.jsonl")
+    path = tmp_path / "out.jsonl"
+    process = started(source, path)
+    wait_for(process, path, 2000)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert path.stat().st_size < len(want)
+    assert go_on(source, path) == want
+
+
+@pytest.mark.slow
+def test_a_conversation_is_answered_as_its_template_says(tmp_path):
+    engine = demo_engine()
+    template = ChatTemplate.load(chatty_model(tmp_path / "model"))
+    row = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+    source = tmp_path / "in.jsonl"
+    wrong = {"messages": [{"role": "narrator", "content": "x"}]}
+    source.write_text(f"{json.dumps(row)}\n{json.dumps(wrong)}\n")
+    reader = RowReader(tokenizer=engine.tokenizer, template=template)
+    good, bad = map(reader.row, open_input([str(source)]))
+    # tests/chatting.py has the template.
+    want = engine.tokenizer.encode("You said: hello\n", add_special_tokens=False).ids
+    assert list(good.prompt) == want and good.kind == "chat"
+    assert "narrators do not talk" in bad.error
+    results = []
+
+    class Sink:
+        def write(self, result):
+            results.append(RecordMaker(engine.tokenizer, "demo").record(result))
+
+        def tick(self):
+            pass
+
+    run([good], Sink(), engine)
+    (answer,) = engine.generate([want], SamplingParams(max_tokens=4, temperature=0))
+    body = results[0]["response"]["body"]
+    message = {"role": "assistant", "content": answer.outputs[0].text}
+    assert body["choices"][0]["message"] == message
+    assert body["usage"]["prompt_tokens"] == len(want)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+class TestEnds:
+    """Of a job of 60 rows, as programs."""
+
+    @pytest.fixture(scope="class")
+    def job(self, tmp_path_factory):
+        directory = tmp_path_factory.mktemp("job")
+        source = write_rows(directory / "in.jsonl", 60)
+        return source, whole(source, directory / "whole.jsonl")
+
+    @pytest.mark.parametrize("grace_s", [0, 60])
+    def test_sigterm(self, job, tmp_path, grace_s):
+        source, want = job
+        path = tmp_path / "out.jsonl"
+        process = started(source, path, f"--grace_s={grace_s}", stderr=subprocess.PIPE)
+        wait_for(process, path, 2000)
+        process.terminate()
+        _, stderr = process.communicate()
+        assert process.returncode == 75, stderr
+        num_done = len(ids_of(path.read_bytes()))
+        assert 0 < num_done < 60
+        said = stderr.decode().splitlines()[-1]
+        assert said == f"jpaged batch: {num_done} of 60 rows are done; run the same command again"
+        assert go_on(source, path) == want
+
+    def test_in_order_from_standard_input(self, job, tmp_path):
+        source, want = job
+        path = tmp_path / "out.jsonl"
+        with source.open("rb") as stdin:
+            process = started("-", path, "--ordered", stdin=stdin)
+            wait_for(process, path, 4000)
+            process.kill()
+            process.wait()
+        there = ids_of(path.read_bytes()[: path.read_bytes().rfind(b"\n") + 1])
+        assert there == [f"r{i}" for i in range(len(there))]
+        assert go_on("-", path, "--ordered", stdin=source.read_text()) == want
+
+    def test_a_disk_that_is_full_and_freed(self, job, tmp_path):
+        source, want = job
+        path = tmp_path / "out.jsonl"
+        process = started(
+            source,
+            path,
+            "--compilation_cache_dir=",  # whose files are larger
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+        )
+        _, stderr = process.communicate()
+        assert process.returncode == 74, stderr
+        assert b"cannot be written: File too large" in stderr and b"Traceback" not in stderr
+        data = path.read_bytes()
+        assert 0 < len(data) <= 5000 and data.endswith(b"\n")
+        assert go_on(source, path) == want
+
+    def test_other_settings_are_refused_or_mixed(self, job, tmp_path):
+        source, want = job
+        path = tmp_path / "out.jsonl"
+        process = started(source, path)
+        wait_for(process, path, 2000)
+        process.kill()
+        process.wait()
+        done = ended(*command(source, path, "--seed=1", "--mix"))
+        assert done.returncode == 2 and "parameters.seed was 0, and is 1" in done.stderr
+        done = ended(*command(source, path, "--page_size=8"))
+        assert done.returncode == 2 and "engine.page_size was 4, and is 8" in done.stderr
+        data = go_on(source, path, "--page_size=8", "--num_pages=49", "--mix")
+        assert ids_of(data) == ids_of(want)
+
+    def test_a_device_that_fails(self, job, tmp_path):
+        source, want = job
+        path = tmp_path / "out.jsonl"
+        code = f"""
+import sys
+import jax
+from jpaged import cli
+from jpaged.engine import Engine
+step = Engine.step
+calls = iter(range(10**6))
+def fail(engine):
+    if next(calls) == 100:
+        raise jax.errors.JaxRuntimeError("INTERNAL: it fell off the bus\\nwith details")
+    return step(engine)
+Engine.step = fail
+sys.argv = {["jpaged", *command(source, path, "--sync_rows=1000")[1:]]}
+cli.main()
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True,
+            stdin=subprocess.DEVNULL, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 71, done.stderr
+        assert "Traceback" not in done.stderr
+        assert (
+            "the device failed: INTERNAL: it fell off the bus with details: results so far"
+            in (done.stderr.splitlines()[-1])
+        )
+        assert 0 < len(ids_of(path.read_bytes())) < 60
+        assert go_on(source, path) == want
+
+    def test_shards(self, job, tmp_path):
+        source, want = job
+        for number in (1, 2, 3):
+            path = tmp_path / f"of{number}.jsonl"
+            shards = [[f"--num_shards={number}", f"--shard={i}"] for i in range(number)]
+            for flags in shards:
+                done = ended(*command(source, path, f"--num_shards={number}", "--merge"))
+                assert done.returncode == 75 and "has not begun" in done.stderr
+                done = ended(*command(source, path, *flags))
+                assert done.returncode == 0, done.stderr
+            assert go_on(source, path, f"--num_shards={number}", "--merge") == want
+            # It is a job's output like any other.
+            assert go_on(source, path) == want
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(4))  # a test may take minutes
+def test_killed_a_hundred_times(tmp_path, seed):
+    kill_at_random(tmp_path, num_rows=300, num_kills=25, seed=seed)
+
+
+def kill_at_random(directory, num_rows, num_kills, seed):
+    """Kills a job at random moments; each time that it gets to its end, it begins anew.
+
+    Returns: how many jobs came to their end, and how many of the kills found a record written.
+    """
+    source = write_rows(directory / "in.jsonl", num_rows)
+    want = whole(source, directory / "whole.jsonl")
+    path, manifest = directory / "out.jsonl", directory / "out.jsonl.manifest.json"
+    begun = time.monotonic()
+    assert go_on(source, path) == want
+    longest = time.monotonic() - begun
+    path.unlink()
+    manifest.unlink()
+    rng = random.Random(seed)
+    num_killed = num_ended = num_begun = 0
+    while num_killed < num_kills:
+        process = started(source, path)
+        try:
+            assert process.wait(rng.uniform(0, longest)) == 0
+            assert path.read_bytes() == want
+            path.unlink()
+            manifest.unlink()
+            num_ended += 1
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            num_killed += 1
+            num_begun += path.exists() and path.stat().st_size > 0
+            if path.exists():
+                data = path.read_bytes()
+                there = ids_of(data[: data.rfind(b"\n") + 1])
+                assert len(there) == len(set(there))
+    assert go_on(source, path) == want
+    return num_ended + 1, num_begun
