@@ -146,8 +146,9 @@ class Engine(ChatMethods):
           FileNotFoundError: if the directory or something in it is missing, or cannot be had.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
-        model_config, params, *rest = read_model(model_path, engine_config(config), compile_first)
-        return cls(model_config, params, config, *rest)
+        read = read_model(model_path, engine_config(config), compile_first)
+        model_config, params, tokenizer, defaults, template, ahead = read
+        return cls(model_config, params, config, tokenizer, defaults, template, ahead)
 
     @property
     def has_unfinished_requests(self) -> bool:
