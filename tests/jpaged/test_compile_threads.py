@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """First steps compiled while weights are read: found when they are called; faults and Ctrl-C."""
 
-import _thread
 import json
 import shutil
+import signal
 import threading
-import time
 
 import jax
 import pytest
@@ -55,7 +54,7 @@ class Compiler:
 
         def compile(program):
             self.begun += 1
-            self.go.wait(60)
+            assert self.go.wait(300)
             if self.error is not None:
                 raise self.error
             return real(program)
@@ -98,12 +97,14 @@ def test_a_fault_is_what_the_first_step_says_and_the_next_one_compiles(compiler,
 
 
 def test_ctrl_c_does_not_wait_for_the_compiler(compiler, expected):
-    engine = load()
-    threading.Timer(0.3, _thread.interrupt_main).start()
-    start = time.monotonic()
-    with pytest.raises(GenerationInterrupted):
-        engine.generate([PROMPT], GREEDY)
-    assert time.monotonic() - start < 20
+    engine, main = load(), threading.get_ident()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    try:
+        with pytest.raises(GenerationInterrupted):
+            engine.generate([PROMPT], GREEDY)
+    finally:
+        signal.signal(signal.SIGINT, before)
     compiler.go.set()
     assert token_ids(engine.generate([PROMPT], GREEDY)) == expected
     assert engine._runner.programs.num_compiled_here == 0
