@@ -4,9 +4,9 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jax
 
@@ -15,11 +15,17 @@ from jpaged.device.programs import Programs
 from jpaged.host.batch import StepShape
 from jpaged.models.config import ModelConfig
 
-if TYPE_CHECKING:  # which imports the runner, and that this
-    from jpaged.device.ahead import AheadCompiler
-
 # Each may take gigabytes of memory, and compilers have threads of their own.
 _MOST_THREADS = 4
+
+
+class Lowering(Protocol):
+    """What traces steps: an `ahead.AheadCompiler`."""
+
+    @property
+    def lower_step(self) -> Callable[..., Iterable[jax.stages.Lowered]]:
+        """Takes a shape, and what else is wanted of it."""
+        ...
 
 
 class CompileThreads:
@@ -40,7 +46,7 @@ class CompileThreads:
         plan: PoolPlan,
         model_config: ModelConfig,
         shapes: Sequence[StepShape],
-        compiler: "Callable[[], AheadCompiler]",
+        compiler: Callable[[], Lowering],
         **wanted: Any,
     ):
         """Begins.
@@ -94,7 +100,7 @@ class CompileThreads:
     def _lower(
         self,
         shapes: list[tuple[StepShape, Future[list[Future[None]]]]],
-        compiler: "Callable[[], AheadCompiler]",
+        compiler: Callable[[], Lowering],
         wanted: dict[str, Any],
     ) -> None:
         begun: dict[jax.stages.Lowered, Future[None]] = {}
