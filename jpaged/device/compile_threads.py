@@ -104,7 +104,7 @@ class CompileThreads:
         wanted: dict[str, Any],
     ) -> None:
         begun: dict[jax.stages.Lowered, Future[None]] = {}
-        made: AheadCompiler | None = None
+        made: Lowering | None = None
         for shape, future in shapes:
             start = time.perf_counter()
             try:
