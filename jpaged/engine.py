@@ -11,6 +11,7 @@ from jpaged.chat import ChatTemplate
 from jpaged.chat_methods import ChatMethods
 from jpaged.defaults import model_defaults
 from jpaged.device.compilation_cache import keep_programs
+from jpaged.device.compile_threads import CompileThreads
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype
 from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
@@ -58,6 +59,7 @@ class Engine(ChatMethods):
         tokenizer: tokenizers.Tokenizer | None = None,
         generation_config: GenerationConfig | None = None,
         chat_template: ChatTemplate | None = None,
+        ahead: CompileThreads | None = None,
     ):
         """Allocates the page pool around a model that is in memory; see `load` for one on disk.
 
@@ -68,6 +70,7 @@ class Engine(ChatMethods):
           tokenizer: None serves prompts given as token ids.
           generation_config: defaults of `SamplingParams`; None has none.
           chat_template: for `chat`; None has none.
+          ahead: what compiles its first steps, as `load` has it.
 
         Raises:
           ValueError: if a setting cannot be met, or the parameters are not this model's; the
@@ -83,7 +86,7 @@ class Engine(ChatMethods):
         self.chat_template = instance_of("chat_template", chat_template, ChatTemplate)
         backend = resolve_backend(config.backend)
         self.defaults = model_defaults(generation_config, model_config.vocab_size)
-        plan = pool_of(config, model_config, backend)
+        plan = ahead.plan if ahead is not None else pool_of(config, model_config, backend)
         logger.info("page pool: %s", plan)
         self.model_config = model_config
         self.config = config
@@ -94,7 +97,7 @@ class Engine(ChatMethods):
         self._log, self._recorder = open_logs(config, self._scheduler_config, plan)
         room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
-            config, model_config, params, plan, tokenizer, backend=backend, num_host_pages=room
+            config, model_config, params, plan, tokenizer, backend, room, ahead
         )
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
@@ -108,26 +111,27 @@ class Engine(ChatMethods):
         table = PageTable(pool, page_size, plan.pages_per_seq, plan.kinds)
         scheduler = Scheduler(config, table)
         self._maker = RequestMaker(self.model_config, tokenizer, config, table, self.defaults)
-        results = ResultReader(
-            scheduler,
-            tokenizer,
-            self.model_config.eos_token_ids,
-            self._totals,
-            default_dtype(self.config).name,
-        )
+        dtype, eos = default_dtype(self.config).name, self.model_config.eos_token_ids
+        results = ResultReader(scheduler, tokenizer, eos, self._totals, dtype)
         logs = self._log, self._recorder
         return Pipeline(scheduler, results, self._runner, self._buckets, *logs)
 
     @classmethod
-    def load(cls, model_path: ModelPath, config: EngineConfig | None = None) -> "Engine":
+    def load(
+        cls,
+        model_path: ModelPath,
+        config: EngineConfig | None = None,
+        compile_first: Callable[[], CompileThreads] | None = None,
+    ) -> "Engine":
         """Makes an engine for a model directory, Hugging Face's or our own, or a GGUF file.
 
         Args:
           model_path: holds config.json, weights (safetensors or Orbax) and maybe tokenizer.json;
             or a GGUF file, or its path; or a model's name on the Hugging Face hub, "org/name",
             where no such path exists; or the address of an Orbax checkpoint in a bucket, as
-            gs://bucket/model; "demo" is the shipped checkpoint.
+            gs://bucket/model; "demo" is the shipped checkpoint. Or a `placement.ModelFiles`.
           config: the engine's settings.
+          compile_first: begins to compile steps; see `placement.compile_ahead`.
 
         Returns:
           An engine; its tokenizer is None where the model has none.
@@ -136,10 +140,9 @@ class Engine(ChatMethods):
           FileNotFoundError: if the directory or something in it is missing, or cannot be had.
           ValueError: if the model is not supported, damaged, or does not fit the settings.
         """
-        config = engine_config(config)
-        keep_programs(config.compilation_cache_dir)  # reading compiles too
-        model_config, params, tokenizer, defaults, template = read_model(model_path, config)
-        return cls(model_config, params, config, tokenizer, defaults, template)
+        read = read_model(model_path, engine_config(config), compile_first)
+        model_config, params, tokenizer, defaults, template, ahead = read
+        return cls(model_config, params, config, tokenizer, defaults, template, ahead)
 
     @property
     def has_unfinished_requests(self) -> bool:

@@ -2,11 +2,12 @@
 """Reads a model from disk, and puts one that is in memory on the device, ready to run steps."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,16 +16,21 @@ import numpy as np
 import tokenizers
 
 from jpaged.chat import ChatTemplate
+from jpaged.defaults import model_defaults
 from jpaged.device.ahead import AheadCompiler
 from jpaged.device.burst import default_decode_steps
+from jpaged.device.compilation_cache import keep_programs
+from jpaged.device.compile_threads import CompileThreads
 from jpaged.device.compiler_options import scans_layers
 from jpaged.device.kv_scales import calibrate, calibration_prompt, read_kv_scales
 from jpaged.device.memory import PoolPlan, check_pages, default_dtype, plan_pool, pool_dtype
 from jpaged.device.programs import Programs
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
+from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
 from jpaged.host.checks import directory
 from jpaged.host.config import EIGHT_BITS, EngineConfig
+from jpaged.host.params import SamplingParams
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
 from jpaged.models.config_json import load_config
@@ -37,8 +43,6 @@ from jpaged.text import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-ModelPath = str | pathlib.Path | GgufFile
-"""What names a model on disk, or is a GGUF file whose header was read."""
 
 # Dtypes of pages, and what to take instead.
 _SLOW_ON_CPU = {"bfloat16": "float32", "float8_e4m3fn": "int8"}
@@ -73,48 +77,91 @@ class ModelFiles(typing.NamedTuple):
         return cls(file, tokenizer, defaults, chat_template)
 
     @property
+    def path(self) -> pathlib.Path:
+        """Where they are."""
+        return self.source.path if isinstance(self.source, GgufFile) else self.source
+
+    @property
     def config(self) -> ModelConfig:
         """The model's shape, whose weights are not looked at."""
         source = self.source
         return config_of(source) if isinstance(source, GgufFile) else load_config(source)
 
 
+ModelPath = str | pathlib.Path | GgufFile | ModelFiles
+"""What names a model on disk, or is what was read of one."""
+
+
 def read_model(
-    model_path: ModelPath, config: EngineConfig
-) -> tuple[ModelConfig, Any, tokenizers.Tokenizer | None, GenerationConfig | None, ChatTemplate]:
+    model_path: ModelPath,
+    config: EngineConfig,
+    compile_first: Callable[[], CompileThreads] | None = None,
+) -> tuple[
+    ModelConfig,
+    Any,
+    tokenizers.Tokenizer | None,
+    GenerationConfig | None,
+    ChatTemplate,
+    CompileThreads | None,
+]:
     """Reads what a model directory or a GGUF file holds; see `Engine.load`.
 
     Returns:
-      Config, parameters, tokenizer, sampling settings, unless the engine ignores them, and chat
-      templates.
+      Config, parameters, tokenizer, sampling settings, unless the engine ignores them, chat
+      templates, and what compiles its steps meanwhile: all of them, if no other may be.
     """
-    if isinstance(model_path, GgufFile):
-        source, path = model_path, model_path.path
-    else:
-        source = path = directory("model_path", find(model_path))
+    keep_programs(config.compilation_cache_dir)  # reading compiles too
+    files = files_of(model_path, config)  # what can be refused is, before the weights are read
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
+    ahead: CompileThreads | None = None
     start = time.perf_counter()
-    files = ModelFiles.of(source, config)  # what can be refused is, before the weights are read
     # Made for float8, whose small numbers stay fine in a range that is far too wide for int8.
     own = config.kv_dtype == "float8_e4m3fn" and config.kv_scales is None
     scales = checkpoint.kv_scales_of(files.source) if own else None
-    model_config, params = checkpoint.load(
-        files.source,
-        dtype,
-        lambda model_config: pool_of(config, model_config, backend),
-        scan_layers=scans_layers(config.scan_layers, jax.default_backend()),
-    )
+
+    def before_reading(found: ModelConfig) -> None:
+        nonlocal ahead
+        if compile_first is not None:
+            ahead = compile_first()
+        elif config.strict_shapes or config.deterministic:
+            ahead = compile_ahead(config, files, ShapeBuckets.of(config).all_shapes())
+        else:
+            pool_of(config, found, backend)
+
+    try:
+        model_config, params = checkpoint.load(
+            files.source,
+            dtype,
+            before_reading,
+            scan_layers=scans_layers(config.scan_layers, jax.default_backend()),
+        )
+    except BaseException:
+        if ahead is not None:
+            ahead.close()
+        raise
     if scales is not None:
         logger.info("scales of %s pages are the checkpoint's", config.kv_dtype)
         params["kv_scales"] = jnp.asarray(scales)
     logger.info(
         "loaded %s: %.1f M parameters as %s in %.2f s",
-        path if isinstance(model_path, GgufFile) else model_path,
+        model_path if isinstance(model_path, str | pathlib.Path) else files.path,
         sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6,
         dtype.name,
         time.perf_counter() - start,
     )
-    return (model_config, params, *files[1:])
+    if ahead is not None and model_config != ahead.model_config:
+        ahead.close()  # it has a head of its own, which only the weights' content could say
+        ahead = None
+    return (model_config, params, *files[1:], ahead)
+
+
+def files_of(model_path: ModelPath, config: EngineConfig) -> ModelFiles:
+    """Finds a model, and reads what is there beside weights; see `Engine.load` for the errors."""
+    if isinstance(model_path, ModelFiles):
+        return model_path
+    if isinstance(model_path, GgufFile):
+        return ModelFiles.of(model_path, config)
+    return ModelFiles.of(directory("model_path", find(model_path)), config)
 
 
 def pool_of(
@@ -139,10 +186,10 @@ def runner_of(
     model_config: ModelConfig,
     params: Any,
     plan: PoolPlan,
-    tokenizer: tokenizers.Tokenizer | None = None,
-    *,
+    tokenizer: tokenizers.Tokenizer | None,
     backend: str,
     num_host_pages: int,
+    ahead: CompileThreads | None = None,
 ) -> ModelRunner:
     """Makes the runner of an engine, and its pool.
 
@@ -154,6 +201,7 @@ def runner_of(
       tokenizer: the model's, for the text that scales of pages are found on.
       backend: whose kernels run.
       num_host_pages: pages that host memory has room for.
+      ahead: what compiles its first steps.
     """
     if plan.dtype.name in _SLOW_ON_CPU and jax.default_backend() == "cpu":
         logger.warning(
@@ -174,6 +222,7 @@ def runner_of(
         num_host_pages=num_host_pages,
         decode_steps=default_decode_steps(config),
         strict=config.strict_shapes,
+        ahead=ahead,
     )
 
 
@@ -186,23 +235,91 @@ def compiler_of(config: EngineConfig, model_config: ModelConfig) -> tuple[AheadC
     Raises:
       ValueError: if settings or memory do not allow the engine.
     """
-    backend, dtype = resolve_backend(config.backend), default_dtype(config)
-    unread = Decoder(model_config).num_params * dtype.itemsize
-    plan = pool_of(config, model_config, backend, unread)
+    plan = unread_pool_of(config, model_config)
+    return _compiler_of(config, model_config, _programs_of(config, model_config, plan), plan), plan
+
+
+def compile_ahead(
+    config: EngineConfig,
+    files: ModelFiles,
+    shapes: Sequence[StepShape],
+    num_logprobs: int = 0,
+    params: Sequence[SamplingParams] = (),
+) -> CompileThreads:
+    """Begins to compile steps of an engine in threads, while its weights are read.
+
+    `Engine.load(files, config, compile_first=functools.partial(compile_ahead, config, files,
+    shapes))` calls it when config.json and the weights have been found to fit each other.
+
+    Args:
+      config: the engine's settings.
+      files: its model.
+      shapes: the steps; the first is needed first.
+      num_logprobs: as in `Engine.warm_up`.
+      params: likewise.
+
+    Raises:
+      ValueError: if settings or memory do not allow the engine.
+    """
+    model_config = files.config
+    plan = unread_pool_of(config, model_config)
+    programs = _programs_of(config, model_config, plan)
+    wanted = wanted_programs(config, files, plan, shapes, num_logprobs, params)
+    make = functools.partial(_compiler_of, config, model_config, programs, plan)
+    return CompileThreads(programs, plan, model_config, compiler=make, **wanted)
+
+
+def wanted_programs(
+    config: EngineConfig,
+    files: ModelFiles,
+    plan: PoolPlan,
+    shapes: Sequence[StepShape],
+    num_logprobs: int,
+    params: Sequence[SamplingParams],
+) -> dict[str, Any]:
+    """What steps of some shapes call; see `warm_up_plan` for what is returned."""
+    model = files.config
+    defaults = model_defaults(files.generation_config, model.vocab_size).params
+    return warm_up_plan(
+        dataclasses.replace(ShapeBuckets.of(config), given=tuple(shapes)),
+        model.vocab_size,
+        model.eos_token_ids,
+        defaults,
+        plan.max_model_len,
+        shapes,
+        num_logprobs,
+        list({repr(own): own for own in params}.values()),
+    )
+
+
+def unread_pool_of(config: EngineConfig, model_config: ModelConfig) -> PoolPlan:
+    """Plans the pool as it will be beside weights that are not read yet; see `pool_of`."""
+    unread = Decoder(model_config).num_params * default_dtype(config).itemsize
+    return pool_of(config, model_config, resolve_backend(config.backend), unread)
+
+
+def _programs_of(config: EngineConfig, model_config: ModelConfig, plan: PoolPlan) -> Programs:
+    backend = resolve_backend(config.backend)
     scan_layers = scans_layers(config.scan_layers, jax.default_backend())
     decoder = Decoder(model_config, scan_layers, backend, max_length=plan.max_model_len)
-    programs = Programs(
+    return Programs(
         decoder.apply,
         max_num_samples=config.max_num_seqs,
         vocab_size=model_config.vocab_size,
         backend=backend,
         decode_steps=default_decode_steps(config),
     )
-    params = Decoder(model_config, scan_layers, "xla").abstract_params(dtype)
+
+
+def _compiler_of(
+    config: EngineConfig, model_config: ModelConfig, programs: Programs, plan: PoolPlan
+) -> AheadCompiler:
+    scan_layers = scans_layers(config.scan_layers, jax.default_backend())
+    params = Decoder(model_config, scan_layers, "xla").abstract_params(default_dtype(config))
     if config.kv_dtype in EIGHT_BITS:
         shape = (model_config.num_layers, 2)
         params["kv_scales"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return AheadCompiler(programs, params, plan, max_num_samples=config.max_num_seqs), plan
+    return AheadCompiler(programs, params, plan, max_num_samples=config.max_num_seqs)
 
 
 def decoder_of(

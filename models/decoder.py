@@ -145,8 +145,17 @@ class Decoder:
 @functools.lru_cache(maxsize=8)
 def _abstract_leaves(decoder: Decoder, dtype: jnp.dtype) -> tuple[list[Any], Any]:
     """The leaves of `Decoder.abstract_params`, and their tree."""
-    init = functools.partial(decoder.init, dtype=dtype)
-    return jax.tree.flatten(jax.eval_shape(init, jax.random.key(0)))
+    config, period = decoder.config, len(decoder.config.pattern)
+    one = Decoder(dataclasses.replace(config, num_layers=period))
+    # With the key inside, which would be compiled outside.
+    params = dict(jax.eval_shape(lambda: one.init(jax.random.key(0), dtype)))
+    pattern = [params.pop(f"layers_{i}") for i in range(period)]
+    params |= {f"layers_{i}": pattern[i % period] for i in range(config.num_layers)}
+
+    def stack(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype)
+
+    return jax.tree.flatten(stack_layers(params, config, stack) if decoder.scan_layers else params)
 
 
 def num_repetitions(config: ModelConfig) -> int:
@@ -155,12 +164,17 @@ def num_repetitions(config: ModelConfig) -> int:
     return repetitions if repetitions > 1 else 0
 
 
-def stack_layers(params: Params, config: ModelConfig) -> Params:
+def stack_layers(
+    params: Params,
+    config: ModelConfig,
+    stack: Callable[..., Any] = lambda *leaves: jnp.stack(leaves),
+) -> Params:
     """Turns `layers_0 .. layers_n` into one tree `layers`, for a scan.
 
     Args:
       params: as `Decoder.init` makes them with scan_layers=False.
       config: the model's.
+      stack: what makes one of those of all repetitions.
 
     Returns:
       The parameters, in `layers` those of each layer of the pattern by its number, with an axis of
@@ -171,7 +185,7 @@ def stack_layers(params: Params, config: ModelConfig) -> Params:
         return params
     stacked = {
         str(index): jax.tree.map(
-            lambda *leaves: jnp.stack(leaves),
+            stack,
             *(params[f"layers_{index + period * k}"] for k in range(repetitions)),
         )
         for index in range(period)

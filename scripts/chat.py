@@ -33,7 +33,10 @@ from absl import app, flags
 
 from jpaged import Engine, RequestOutput, SamplingParams
 from jpaged.chat import ChatOptions
+from jpaged.host.batch import ShapeBuckets, StepShape
+from jpaged.host.config import EngineConfig
 from jpaged.host.stats import Counters
+from jpaged.placement import ModelFiles, compile_ahead
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
@@ -51,6 +54,7 @@ from jpaged.scripts.flags import (
 from jpaged.scripts.output import ResultWriter
 from jpaged.scripts.prompts import decode_flag
 from jpaged.scripts.sampling_flags import define_sampling_flags, sampling_params_from_flags
+from jpaged.text import encode
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> None:
             )
         model = opened(model_path(_MODEL.value))
         # What a template says to such a conversation it says before the weights are read.
-        probe = [*system, {"role": "user", "content": "Hello"}]
+        probe = [*system, {"role": "user", "content": "What do people say to begin with?"}]
         chat_template_of(model).render(probe, **options, add_generation_prompt=True)
         config = engine_config_from_flags()
         if not flags.FLAGS["max_num_seqs"].present:
@@ -100,7 +104,12 @@ def main(argv: list[str]) -> None:
             # On a CPU too, where unrolled steps are quicker, but compile for as long as many tokens
             # take: whoever talks waits for the first.
             config = dataclasses.replace(config, scan_layers=True)
-        engine = Engine.load(model, config)
+        files = ModelFiles.of(model, config)
+        shapes = _first_steps(files, config, probe, options)
+        if shapes and not (config.step_shapes or config.strict_shapes or config.deterministic):
+            # Shorter prompts, as of later turns, are padded to what is compiled already.
+            config = dataclasses.replace(config, step_shapes=",".join(map(str, shapes)))
+        engine = Engine.load(files, config, lambda: compile_ahead(config, files, shapes))
     if params.temperature is None and engine.defaults.params.temperature is None:
         params = dataclasses.replace(params, temperature=0.7)
     dialog = Dialog(engine, params, system, options)
@@ -204,6 +213,19 @@ class Dialog:
         text = output.outputs[0].text
         self._writer.text(text[shown:])
         return len(text)
+
+
+def _first_steps(
+    files: ModelFiles, config: EngineConfig, messages: list[dict[str, str]], options: ChatOptions
+) -> list[StepShape]:
+    """The steps that a conversation will probably begin with: a prompt like this, and decoding."""
+    if files.tokenizer is None:
+        return []  # which is refused
+    text = files.chat_template.render(messages, **options, add_generation_prompt=True)
+    buckets = ShapeBuckets.of(config)
+    length = len(encode(files.tokenizer, text, add_special_tokens=False))
+    length = min(length, buckets.max_num_tokens)
+    return [buckets.shape(length, 1, 1), buckets.shape(1, 1, 1)]
 
 
 def _summary(output: RequestOutput, before: Counters, after: Counters, *, stopped: bool) -> str:

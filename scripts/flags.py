@@ -257,16 +257,22 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _exit_usage(error: object) -> typing.NoReturn:
     _say(f"{error} (--help lists the flags)")
-    sys.exit(2)
+    _leave(2)
 
 
 def _exit_interrupted() -> typing.NoReturn:
-    """Leaves without taking everything down first, where another Ctrl-C would be a traceback."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        pass
-    os._exit(interrupts.CODE)
+    """Leaves at once, as while things are taken down another Ctrl-C would be a traceback."""
+    _leave(interrupts.CODE)
+
+
+def _leave(code: int) -> typing.NoReturn:
+    """Leaves without taking everything down first, and without waiting for threads that compile."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # or it is closed
+            pass
+    os._exit(code)
 
 
 def _exit_lost(reason: object) -> typing.NoReturn:

@@ -42,9 +42,14 @@ from typing import Any
 from absl import app, flags
 
 from jpaged import Engine, RequestOutput, SamplingParams
+from jpaged.defaults import model_defaults
+from jpaged.device.compile_threads import CompileThreads
+from jpaged.host.compile_plan import CompilePlan
+from jpaged.host.config import EngineConfig
 from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
+from jpaged.placement import ModelFiles, compile_ahead, files_of
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
@@ -62,6 +67,7 @@ from jpaged.scripts.flags import (
     run,
     usage_errors,
 )
+from jpaged.scripts.job import encoded, first_shapes, plan_of, wait_for_all
 from jpaged.scripts.json_prompts import read_json_prompts
 from jpaged.scripts.monitor_flags import define_monitor_flags, monitored
 from jpaged.scripts.output import EndingSamples, GrowingSample, ResultWriter
@@ -70,13 +76,12 @@ from jpaged.scripts.profile_flags import (
     profile_config_from_flags,
     profiled,
 )
-from jpaged.scripts.prompts import parse_token_ids, read_prompts
+from jpaged.scripts.prompts import read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
     with_fallbacks,
 )
-from jpaged.text import encode
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -99,6 +104,13 @@ _SHOW_PAGES = flags.DEFINE_bool(
     False,
     "Draw who owned which page after the step that left most pages in use, the last of them if "
     "there are several, to standard error. At the end all pages are free. NO_COLOR is respected.",
+)
+_PRINT_COMPILE_PLAN = flags.DEFINE_bool(
+    "print_compile_plan",
+    False,
+    "Before the first step, compile every step shape that the job can have, and print each to "
+    "standard error: how many steps will have it if every answer is as long as it may be, how much "
+    "of them is padding, and what compiling took. `jpaged warmup` has the same without the job.",
 )
 _CHAT = flags.DEFINE_bool(
     "chat", False, "Each prompt is a conversation in JSON, to be answered by the chat template."
@@ -123,9 +135,10 @@ def main(argv: list[str]) -> None:
         elif options:
             raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
         require_device()
-        engine = Engine.load(model, engine_config_from_flags())
+        config = engine_config_from_flags()
+        engine = _engine(config, files_of(model, config), prompts, params)
         params = [with_fallbacks(own, engine.defaults) for own in params]
-        prompts = _encoded(prompts, engine)
+        prompts = encoded(prompts, engine.tokenizer, rendered=_CHAT.value)
         if engine.config.strict_shapes:
             engine.warm_up(num_logprobs=max(own.logprobs or 0 for own in params), params=params)
     as_json = _OUTPUT.value == "json"
@@ -189,6 +202,33 @@ def read_flags(argv: list[str]) -> tuple[list[SamplingParams], list[Any], pathli
     return [own for _, own in given], [prompt for prompt, _ in given], model
 
 
+def _engine(
+    config: EngineConfig, files: ModelFiles, prompts: list[Any], params: list[SamplingParams]
+) -> Engine:
+    """Loads the model, while threads compile what the job begins with; with its plan, all of it."""
+    begun: list[tuple[CompilePlan, CompileThreads]] = []
+
+    def compile_first() -> CompileThreads:
+        defaults = model_defaults(files.generation_config, files.config.vocab_size)
+        own = [with_fallbacks(each, defaults) for each in params]
+        ready = encoded(prompts, files.tokenizer, rendered=_CHAT.value)
+        if not _PRINT_COMPILE_PLAN.value:
+            return compile_ahead(config, files, first_shapes(ready, own, config, files))
+        with _prompt_errors():
+            plan = plan_of(ready, own, config, files)
+        shapes = [each.shape for each in plan.shapes]
+        num_logprobs = max(each.logprobs or 0 for each in own)
+        begun.append((plan, compile_ahead(config, files, shapes, num_logprobs, own)))
+        return begun[0][1]
+
+    strict = config.strict_shapes and not _PRINT_COMPILE_PLAN.value  # then all that it can have
+    engine = Engine.load(files, config, None if strict else compile_first)
+    for plan, threads in begun:
+        seconds = wait_for_all(threads, [each.shape for each in plan.shapes])
+        print("\n".join(plan.timed(seconds).table()), file=sys.stderr)
+    return engine
+
+
 def _has_json_lines() -> bool:
     path = _PROMPTS_FILE.value
     return path is not None and path.endswith(".jsonl") and not _CHAT.value
@@ -197,19 +237,6 @@ def _has_json_lines() -> bool:
 def _prompt_errors() -> contextlib.AbstractContextManager[None]:
     """As `usage_errors`, with the prompt named by its line where that is what people see."""
     return usage_errors(f"{_PROMPTS_FILE.value}: line" if _has_json_lines() else "prompt")
-
-
-def _encoded(prompts: Sequence[Any], engine: Engine) -> list[str] | list[list[int]]:
-    """The prompts as the engine is given them.
-
-    Conversations have the special tokens that their template wrote, and get no others; a model
-    without a tokenizer has token ids.
-    """
-    if engine.tokenizer is None:
-        return [parse_token_ids(p) if isinstance(p, str) else p for p in prompts]
-    if not _CHAT.value:
-        return list(prompts)
-    return [encode(engine.tokenizer, prompt, add_special_tokens=False) for prompt in prompts]
 
 
 class _Fullest:

@@ -4,6 +4,7 @@
     jpaged warmup --model=DIR --prompts_file=prompts.txt --max_tokens=64
     jpaged warmup --model=DIR --num_requests=500 --prompt_len=sharegpt --output_len=sharegpt
     jpaged warmup --model=DIR --prompts_file=prompts.jsonl --max_padding=0.1
+    jpaged warmup --model=DIR --chat --prompts_file=conversations.jsonl
     jpaged warmup --model=DIR
 
 The programs go to the compilation cache, where the next engine of the same settings, sampling
@@ -17,27 +18,30 @@ The table goes to standard output, everything else to standard error. Exits with
 or if something does not compile.
 """
 
-import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tqdm
 from absl import app, flags
 
-from jpaged.defaults import Defaults, model_defaults
+from jpaged.defaults import model_defaults
 from jpaged.device.ahead import AheadCompiler
 from jpaged.device.compilation_cache import keep_programs
-from jpaged.device.costs import scheduler_config_of
+from jpaged.device.compile_threads import CompileThreads
 from jpaged.device.memory import PoolPlan
-from jpaged.host.batch import ShapeBuckets, warm_up_plan
+from jpaged.host.batch import ShapeBuckets
 from jpaged.host.compile_plan import CompilePlan, JobSteps, StepSize, fewest_shapes
 from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
-from jpaged.models.config import ModelConfig
-from jpaged.placement import ModelFiles, compiler_of
-from jpaged.requests import RequestMaker
+from jpaged.placement import ModelFiles, compiler_of, wanted_programs
+from jpaged.scripts.conversations import (
+    chat_options_from_flags,
+    chat_template_of,
+    define_chat_flags,
+    opened,
+    read_conversations,
+    render_conversations,
+)
 from jpaged.scripts.flags import (
     define_engine_flags,
     engine_config_from_flags,
@@ -47,14 +51,15 @@ from jpaged.scripts.flags import (
     run,
     usage_errors,
 )
+from jpaged.scripts.job import encoded, items_of, simulator_of, wait_for_all
 from jpaged.scripts.json_prompts import read_json_prompts
-from jpaged.scripts.prompts import parse_token_ids, read_prompts
+from jpaged.scripts.prompts import read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
     with_fallbacks,
 )
-from jpaged.simulation import Item, LayerGroups, PagedSimulator, make_workload, parse_lengths
+from jpaged.simulation import Item, make_workload, parse_lengths
 from jpaged.simulation.job_steps import job_steps
 from jpaged.simulation.lengths import SPEC_HELP
 
@@ -76,7 +81,9 @@ _MAX_PADDING = flags.DEFINE_float(
     lower_bound=0.0,
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Plan, and compile nothing.")
+_CHAT = flags.DEFINE_bool("chat", False, "Each prompt is a conversation, as of `jpaged generate`.")
 define_sampling_flags()
+define_chat_flags()
 define_engine_flags()
 
 
@@ -89,23 +96,32 @@ def main(argv: list[str]) -> None:
     log_to_stderr()
     with usage_errors():
         config, own = engine_config_from_flags(), sampling_params_from_flags()
+        options = chat_options_from_flags()
+        if options and not _CHAT.value:
+            raise ValueError(f"--{next(iter(options))} is for conversations; give --chat too")
         prompts, params = _read_job(own)
         cache = keep_programs(config.compilation_cache_dir)
         require_device()
-        files = ModelFiles.of(model_path(_MODEL.value), config)
+        model = opened(model_path(_MODEL.value))
+        if _CHAT.value:
+            chat_template_of(model)  # which says what the model lacks to be talked to
+        files = ModelFiles.of(model, config)
         defaults = model_defaults(files.generation_config, files.config.vocab_size)
         params = [with_fallbacks(each, defaults) for each in params]
         compiler, pool = compiler_of(config, files.config)
-        items = _items(prompts, params, config, files, pool, defaults)
+        if _CHAT.value:
+            prompts = render_conversations(prompts, files.chat_template, options)
+        prompts = encoded(prompts, files.tokenizer, rendered=_CHAT.value)
+        items = _items(prompts, params, config, files, pool)
         buckets = ShapeBuckets.of(config)
         job = JobSteps(StepSize(config.max_num_batched_tokens, config.max_num_seqs))
         if items:
-            job = job_steps(_simulator(config, files.config, pool), items, progress=True)
+            job = job_steps(simulator_of(config, files, pool), items, progress=True)
         if _MAX_PADDING.value is not None:
             buckets = fewest_shapes(buckets, job, _MAX_PADDING.value)
         plan = CompilePlan.of(buckets, job)
         if not _DRY_RUN.value:
-            plan = _compile(plan, compiler, config, files.config, pool, buckets, defaults, params)
+            plan = _compile(plan, compiler, config, files, pool, params)
     print("\n".join(plan.table()), flush=True)
     _say(plan, config, pool, cache)
 
@@ -114,6 +130,8 @@ def _read_job(params: SamplingParams) -> tuple[list[Any], list[SamplingParams]]:
     """The prompts that the flags name, none where they name none, and the parameters of each."""
     path = _PROMPTS_FILE.value
     if not _PROMPT.value and path is None:
+        if _CHAT.value:
+            raise ValueError("--chat is for prompts: give --prompts_file or --prompt")
         if _MAX_PADDING.value is not None and _NUM_REQUESTS.value is None:
             raise ValueError(
                 "--max_padding chooses shapes for a job: give --prompts_file, --prompt or "
@@ -123,6 +141,9 @@ def _read_job(params: SamplingParams) -> tuple[list[Any], list[SamplingParams]]:
     if _NUM_REQUESTS.value is not None:
         raise ValueError("--num_requests and prompts exclude each other; give one of them")
     lines = read_prompts(_PROMPT.value, path)
+    if _CHAT.value:
+        conversations = read_conversations(lines, params)
+        return [given for given, _ in conversations], [own for _, own in conversations]
     if path is None or not path.endswith(".jsonl"):
         return list(lines), [params] * len(lines)
     given = read_json_prompts(lines, path, params)
@@ -135,7 +156,6 @@ def _items(
     config: EngineConfig,
     files: ModelFiles,
     pool: PoolPlan,
-    defaults: Defaults,
 ) -> list[Item]:
     """The requests of the job, as they will be; their answers as long as they may be."""
     if not prompts:
@@ -150,65 +170,31 @@ def _items(
             seed=0,
             num_samples=params[0].num_samples,
         ).items
-    if files.tokenizer is None:
-        prompts = [parse_token_ids(p) if isinstance(p, str) else p for p in prompts]
-    simulator = _simulator(config, files.config, pool)
-    maker = RequestMaker(
-        files.config, files.tokenizer, simulator.scheduler.config, simulator.table, defaults
-    )
-    requests = maker.make_all(prompts, params, map(str, itertools.count()))
-    return [
-        Item(
-            request.prompt_token_ids,
-            request.max_total_tokens - len(request.prompt_token_ids),
-            request.params.beam_width or request.params.num_samples,
-        )
-        for request in requests
-    ]
-
-
-def _simulator(config: EngineConfig, model: ModelConfig, pool: PoolPlan) -> PagedSimulator:
-    budgets = scheduler_config_of(config, model, pool)
-    layers = LayerGroups(kinds=pool.kinds, num_layers=(1,) * len(pool.kinds))
-    return PagedSimulator(budgets, pool.num_pages, config.page_size, layers=layers)
+    return items_of(prompts, params, config, files, pool)
 
 
 def _compile(
     plan: CompilePlan,
     compiler: AheadCompiler,
     config: EngineConfig,
-    model: ModelConfig,
+    files: ModelFiles,
     pool: PoolPlan,
-    buckets: ShapeBuckets,
-    defaults: Defaults,
     params: Sequence[SamplingParams],
 ) -> CompilePlan:
     """Compiles the plan's shapes, and what else steps call; returns it with the seconds."""
     shapes = [each.shape for each in plan.shapes]
-    wanted = warm_up_plan(
-        dataclasses.replace(buckets, given=tuple(shapes)),
-        model.vocab_size,
-        model.eos_token_ids,
-        defaults.params,
-        pool.max_model_len,
-        shapes,
-        max(own.logprobs or 0 for own in params),
-        list({repr(own): own for own in params}.values()),
+    num_logprobs = max(own.logprobs or 0 for own in params)
+    wanted = wanted_programs(config, files, pool, shapes, num_logprobs, params)
+    threads = CompileThreads(
+        compiler.programs, pool, files.config, compiler=lambda: compiler, **wanted
     )
-    del wanted["shapes"]
-    seconds = {}
-    bar = tqdm.tqdm(shapes, desc="compiling", unit="shape", disable=None)
+    plan = plan.timed(wait_for_all(threads, shapes))
     try:
-        for shape in bar:
-            bar.set_postfix_str(str(shape))
-            seconds[shape] = compiler.compile_step(shape, **wanted)
         compiler.compile_rest(swaps=pool.num_host_pages(config) > 0)
     except Exception as e:
         lines = str(e).splitlines() or [type(e).__name__]
-        raise ValueError(f"a step of {shape} does not compile: {lines[0]}") from e
-    finally:
-        bar.close()
-    return plan.timed(seconds)
+        raise ValueError(f"what copies pages does not compile: {lines[0]}") from e
+    return plan
 
 
 def _say(plan: CompilePlan, config: EngineConfig, pool: PoolPlan, cache: str | None) -> None:

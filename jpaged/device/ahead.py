@@ -2,7 +2,7 @@
 """Compiles a runner's programs before there are weights, a pool, or a step to run."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,16 +44,19 @@ class AheadCompiler:
         self._params = jax.tree.map(self._placed, params, where)
         self._kv_pages = self._struct(plan.shape, plan.dtype)
         self._tokens = self._struct((max_num_samples,), jnp.int32)
+        self._lowered: dict[Hashable, jax.stages.Lowered] = {}
 
-    def compile_step(
+    def lower_step(
         self,
         shape: StepShape,
         bursts: Collection[StepShape] = (),
         num_logprobs: int = 0,
         beams: Sequence[BeamBatch] = (),
         processors: Collection[int] = (),
-    ) -> float:
-        """Compiles what steps of a shape call; returns the seconds that it took.
+    ) -> Iterator[jax.stages.Lowered]:
+        """Traces what steps of a shape call; each may be compiled in any thread.
+
+        What several shapes call is the same object for all.
 
         Args:
           shape: the shape.
@@ -65,35 +68,36 @@ class AheadCompiler:
         Raises:
           Exception: whatever the compiler has to say.
         """
-        start, programs = time.perf_counter(), self.programs
+        programs = self.programs
         batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs, self._plan.num_groups)
-        logits, _ = self._compile(
+        yield (lowered := self._lower(
             programs.step, self._params, self._kv_pages, inputs_of(batch), batch.previous_slots,
             self._tokens,
-        )  # fmt: skip
-        tokens, logprobs = self._compile(programs.sample, logits, batch.sampling)
+        ))  # fmt: skip
+        logits, _ = self._outputs(lowered)
+        yield (lowered := self._lower(programs.sample, logits, batch.sampling))
+        tokens, logprobs = self._outputs(lowered)
         if programs.decode_steps > 1 and shape in bursts:
-            self._compile(
+            yield self._lower(
                 programs.burst, self._params, self._kv_pages, inputs_of(batch),
                 batch.previous_slots, self._tokens, batch.sampling,
                 idle_burst(shape.num_rows).rows,
             )  # fmt: skip
         if num_logprobs:
-            self._compile(programs.top_logprobs, logits, programs.num_likeliest(batch))
+            yield self._lower(programs.top_logprobs, logits, programs.num_likeliest(batch))
         for beam in beams:
-            self._compile(
+            yield self._lower(
                 programs.beam_candidates, logits, beam.slots, beam.scores, beam.num_candidates
             )
         for width in processors:
             rows = idle_rows(shape.num_rows, -(-logits.shape[-1] // 8), width)
-            self._compile(programs.process, logits, rows, tokens)
-            self._compile(programs.model_logprobs, logits, tokens, logprobs, rows)
+            yield self._lower(programs.process, logits, rows, tokens)
+            yield self._lower(programs.model_logprobs, logits, tokens, logprobs, rows)
             for beam in beams:
-                self._compile(
+                yield self._lower(
                     programs.processed_beam_candidates, logits, beam.slots, beam.scores, rows,
                     tokens, beam.num_candidates,
                 )  # fmt: skip
-        return time.perf_counter() - start
 
     def compile_rest(self, *, swaps: bool) -> float:
         """Compiles what no step's shape changes; returns the seconds that it took.
@@ -118,8 +122,19 @@ class AheadCompiler:
 
     def _compile(self, program: Any, *arguments: Any) -> Any:
         """Compiles a program, and says what it returns."""
-        lowered = program.lower(*arguments)
+        lowered = self._lower(program, *arguments)
         lowered.compile()
+        return self._outputs(lowered)
+
+    def _lower(self, program: Any, *arguments: Any) -> jax.stages.Lowered:
+        leaves, tree = jax.tree.flatten(arguments)
+        shapes = (jax.typeof(x) if hasattr(x, "shape") else x for x in leaves)
+        key = program, tree, tuple(shapes)
+        if key not in self._lowered:
+            self._lowered[key] = program.lower(*arguments)
+        return self._lowered[key]
+
+    def _outputs(self, lowered: jax.stages.Lowered) -> Any:
         return jax.tree.map(lambda out: self._struct(out.shape, out.dtype), lowered.out_info)
 
     def _struct(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs that steps call: which there are, which ran before, how many were compiled."""
 
+import collections
 import dataclasses
 import functools
 import logging
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -41,7 +43,6 @@ class Programs:
     """The jitted functions of a runner; each compiles once for every shape that it is called with.
 
     Attributes:
-      num_compilations: programs compiled so far.
       decode_steps: most steps of a burst; with 1 there are none.
       ran: keys, as of `needed`, of those that ran before.
       step: `step_function`'s; the pool, its second argument, is donated.
@@ -62,7 +63,8 @@ class Programs:
         decode_steps: int = 1,
     ):
         """Compiles nothing yet; see `runner.ModelRunner`, which has the same arguments."""
-        self.num_compilations = 0
+        # By thread, each of which adds to its own.
+        self._compilations: collections.Counter[int] = collections.Counter()
         self.ran: set[Hashable] = set()
         self.decode_steps = decode_steps
         self._vocab_size = vocab_size
@@ -97,6 +99,16 @@ class Programs:
         self.copy_pages = self._jit("copy_pages", copy_pages, donate_argnums=0)
         self.get_pages = self._jit("get_pages", layout.take_pages)
         self.set_pages = self._jit("set_pages", layout.put_pages, donate_argnums=0)
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far."""
+        return sum(list(self._compilations.values()))
+
+    @property
+    def num_compiled_here(self) -> int:
+        """Those of them that this thread compiled, and not one that is ahead of it."""
+        return self._compilations[threading.get_ident()]
 
     def num_likeliest(self, batch: Batch) -> int:
         """A power of two, so that requests that differ a little share a program."""
@@ -141,7 +153,7 @@ class Programs:
         """Counts the traces of a function, each of which jit follows with a compilation."""
 
         def traced(*args, **kwargs):
-            self.num_compilations += 1
+            self._compilations[threading.get_ident()] += 1
             shapes = [
                 f"{leaf.dtype}{list(leaf.shape)}"
                 for leaf in jax.tree.leaves((args[1:], kwargs))

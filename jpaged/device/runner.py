@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import pallas_kernels
+from jpaged.device.compile_threads import CompileThreads
 from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import ApplyFn, Programs
@@ -56,6 +57,7 @@ class ModelRunner:
         num_host_pages: int = 0,
         decode_steps: int = 1,
         strict: bool = False,
+        ahead: CompileThreads | None = None,
     ):
         """Allocates the pool.
 
@@ -69,18 +71,24 @@ class ModelRunner:
           num_host_pages: pages that host memory has room for.
           decode_steps: most steps of a burst.
           strict: whether a step that would compile something after `warm_up` is refused.
+          ahead: what compiles first steps for the same arguments; its programs are called.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
         device = jax.devices()[0]
         where = placements(params, jax.sharding.SingleDeviceSharding(device))
         self.params = jax.device_put(params, where)
-        self.programs = Programs(
-            apply,
-            max_num_samples=max_num_samples,
-            vocab_size=vocab_size,
-            backend=backend,
-            decode_steps=decode_steps,
+        self._ahead = ahead
+        self.programs = (
+            ahead.programs
+            if ahead is not None
+            else Programs(
+                apply,
+                max_num_samples=max_num_samples,
+                vocab_size=vocab_size,
+                backend=backend,
+                decode_steps=decode_steps,
+            )
         )
         self.num_unplanned_compilations = 0
         self._warm, self._strict = False, strict
@@ -113,22 +121,24 @@ class ModelRunner:
         programs = self.programs
         if self._strict and self._warm:
             programs.check_planned(batch)
-        start, compiled = time.perf_counter(), programs.num_compilations
+        start, compiled = time.perf_counter(), programs.num_compiled_here
+        waited = self._ahead is not None and self._ahead.wait(batch.shape)
         if copies := list(copies):
             self._kv_pages = programs.copy_pages(self._kv_pages, *_pad_copies(copies))
         result, waited_s = self._run_step(batch) if batch.burst is None else self._run_burst(batch)
         programs.ran |= programs.needed(batch)
         took_s = time.perf_counter() - start - waited_s
-        compile_s = took_s if programs.num_compilations > compiled else 0.0
-        if self._warm and programs.num_compilations > compiled:
+        compiled = programs.num_compiled_here - compiled
+        compile_s = took_s if compiled or waited else 0.0
+        if self._warm and compiled:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
-                programs.num_compilations - compiled,
+                compiled,
                 batch.shape,
                 len(copies),
                 took_s,
             )
-            self.num_unplanned_compilations += programs.num_compilations - compiled
+            self.num_unplanned_compilations += compiled
         return dataclasses.replace(result, compile_s=compile_s)
 
     def _run_burst(self, batch: Batch) -> tuple[BurstResult, float]:
@@ -188,7 +198,7 @@ class ModelRunner:
         needed = {name for name, pages in (("get_pages", outs), ("set_pages", ins)) if pages}
         if not programs.ran.issuperset(needed):
             jax.block_until_ready(self._kv_pages)  # as in `run`
-        start, compiled = time.perf_counter(), programs.num_compilations
+        start, compiled = time.perf_counter(), programs.num_compiled_here
         self._host_pages.settle()
         for part in self._parts(outs):
             ids = self._pad_pages([page for page, _ in part])
@@ -199,7 +209,7 @@ class ModelRunner:
             pages = self._host_pages.get([host_page for host_page, _ in part], len(ids))
             self._kv_pages = programs.set_pages(self._kv_pages, ids, pages)
         programs.ran |= needed
-        return time.perf_counter() - start if programs.num_compilations > compiled else 0.0
+        return time.perf_counter() - start if programs.num_compiled_here > compiled else 0.0
 
     def warm_up(
         self,

@@ -12,14 +12,21 @@ from jpaged.simulation.workload import Item
 
 
 def job_steps(
-    simulator: PagedSimulator, items: Sequence[Item], *, progress: bool = False
+    simulator: PagedSimulator,
+    items: Sequence[Item],
+    *,
+    progress: bool = False,
+    most_steps: int | None = None,
 ) -> JobSteps:
     """Runs requests that are all there from the start, each to its last token.
+
+    Sizes are in the order in which steps first have them.
 
     Args:
       simulator: without requests.
       items: the requests; at least one.
       progress: whether to show a progress bar on standard error.
+      most_steps: ends after so many, for those that a job begins with.
 
     Raises:
       ValueError: if a request could never run.
@@ -28,7 +35,7 @@ def job_steps(
         simulator.add(item)
     sizes: collections.Counter[StepSize] = collections.Counter()
     with tqdm.tqdm(total=len(items), desc="planning", unit="request", disable=not progress) as bar:
-        while simulator.has_unfinished_requests:
+        while simulator.has_unfinished_requests and sizes.total() != most_steps:
             work = simulator.step()
             if work.num_tokens:
                 sizes[StepSize(work.num_tokens, max(work.num_seqs, work.num_samples))] += 1

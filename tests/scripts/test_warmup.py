@@ -72,7 +72,12 @@ def test_what_is_refused_and_what_is_only_planned(tmp_path):
         "--model=demo --num_requests=4 --prompt_len=x",
         "--model=demo --num_requests=4 --step_shapes=9",
         "--model=demo --prompt='Once upon a time' --max_model_len=4",
+        "--model=demo --chat",
+        "--model=demo --chat_template=x",
+        "--model=demo --chat --prompt=Once",
         "--model=demo --num_requests=4 --prompt_len=5 --output_len=3 --dry_run",
+        """--model=demo --chat --prompt='[{"role": "user", "content": "Once upon a time"}]' """
+        """--chat_template="{{ messages[0]['content'] }}" --max_tokens=4 --dry_run""",
     ]
     done = subprocess.run(
         [sys.executable, "-c", REFUSING],
@@ -89,16 +94,26 @@ def test_what_is_refused_and_what_is_only_planned(tmp_path):
         "prompt lengths 'x': give a number",
         "step_shapes='9' must be TOKENSxROWS",
         "prompt 1: a prompt of 5 tokens leaves no room",
+        "--chat is for prompts",
+        "--chat_template is for conversations; give --chat too",
+        "prompt 1: the conversation",
     )
     for text, wanted in zip(said, refusals, strict=False):
         assert wanted in text
     # Four prompts of 5 tokens and three tokens for each; nothing is compiled.
-    assert [" ".join(line.split()) for line in said[len(refusals) + 1 :]] == [
+    tables = [" ".join(line.split()) for line in said[len(refusals) :]]
+    assert tables[1:7] == [
         "1 x 1 0 0 - -",
         "2 x 2 0 0 - -",
         "4 x 4 2 8 0.0% -",
         "16 x 4 0 0 - -",
         "32 x 4 1 20 37.5% -",
         "5 shapes 3 28 30.0% -",
+    ]
+    # A conversation of 4 tokens: what marks the beginning of others is the template's to write.
+    assert tables[8:] == [
+        "1 x 1 3 3 0.0% -",
+        "16 x 4 1 4 75.0% -",
+        "2 shapes 4 7 63.2% -",
     ]
     assert "compiled nothing (--dry_run)" in done.stderr

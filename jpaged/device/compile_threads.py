@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles steps in threads, while weights are read or other steps run."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import jax
+
+from jpaged.device.memory import PoolPlan
+from jpaged.device.programs import Programs
+from jpaged.host.batch import StepShape
+from jpaged.models.config import ModelConfig
+
+# Each may take gigabytes of memory, and compilers have threads of their own.
+_MOST_THREADS = 4
+
+
+class Lowering(Protocol):
+    """What traces steps: an `ahead.AheadCompiler`."""
+
+    @property
+    def lower_step(self) -> Callable[..., Iterable[jax.stages.Lowered]]:
+        """Takes a shape, and what else is wanted of it."""
+        ...
+
+
+class CompileThreads:
+    """Threads that compile the steps that come first, for whoever waits for these.
+
+    What is traced is the work of one of them, for Python runs one at a time; what was traced is
+    compiled by all, in order. They end when all is done.
+
+    Attributes:
+      programs: what is compiled.
+      plan: of the pool that it is compiled for.
+      model_config: of the model that it is compiled for.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        plan: PoolPlan,
+        model_config: ModelConfig,
+        shapes: Sequence[StepShape],
+        compiler: Callable[[], Lowering],
+        **wanted: Any,
+    ):
+        """Begins.
+
+        Args:
+          programs: of the runner that will call them.
+          plan: the pool's dimensions.
+          model_config: the model's shape.
+          shapes: the steps; the first is needed first.
+          compiler: makes what compiles, in a thread, as that takes time too.
+          wanted: as in `AheadCompiler.lower_step`.
+        """
+        self.programs, self.plan, self.model_config = programs, plan, model_config
+        self._closed = False
+        self._pending: dict[StepShape, Future[list[Future[None]]]] = {
+            shape: Future() for shape in shapes
+        }
+        self._took: dict[StepShape, list[float]] = {shape: [] for shape in shapes}
+        self._pool = ThreadPoolExecutor(min(_usable_cores(), _MOST_THREADS), "compile")
+        self._pool.submit(self._lower, list(self._pending.items()), compiler, wanted)
+
+    def wait(self, shape: StepShape) -> bool:
+        """Waits until what steps of a shape call is compiled, where that was begun.
+
+        Returns:
+          Whether this is the first call for a shape that was.
+
+        Raises:
+          Exception: whatever the compiler had to say, once: the next call finds nothing begun.
+        """
+        lowered = self._pending.get(shape)
+        if lowered is None:
+            return False
+        try:
+            for compiled in lowered.result():
+                compiled.result()
+        except Exception:  # Ctrl-C is none: whoever waits again waits for the same
+            del self._pending[shape]
+            raise
+        del self._pending[shape]
+        return True
+
+    def seconds(self) -> dict[StepShape, float]:
+        """What compiling each shape took so far, of one core or more; what is shared, the first."""
+        return {shape: sum(took) for shape, took in self._took.items()}
+
+    def close(self) -> None:
+        """Begins nothing more, and does not wait for what is begun."""
+        self._closed = True
+
+    def _lower(
+        self,
+        shapes: list[tuple[StepShape, Future[list[Future[None]]]]],
+        compiler: Callable[[], Lowering],
+        wanted: dict[str, Any],
+    ) -> None:
+        begun: dict[jax.stages.Lowered, Future[None]] = {}
+        made: Lowering | None = None
+        for shape, future in shapes:
+            start = time.perf_counter()
+            try:
+                parts: list[Future[None]] = []
+                if not self._is_over():
+                    made = made or compiler()
+                    for lowered in made.lower_step(shape, **wanted):
+                        if lowered not in begun:
+                            begun[lowered] = self._pool.submit(self._compile, lowered, shape)
+                        parts.append(begun[lowered])
+            except BaseException as e:
+                future.set_exception(e)
+            else:
+                self._took[shape].append(time.perf_counter() - start)
+                future.set_result(parts)
+        self._pool.shutdown(wait=False)
+
+    def _compile(self, lowered: jax.stages.Lowered, shape: StepShape) -> None:
+        start = time.perf_counter()
+        if not self._is_over():
+            lowered.compile()
+        self._took[shape].append(time.perf_counter() - start)
+
+    def _is_over(self) -> bool:
+        """Whether nobody wants more: at its end, the interpreter waits for threads."""
+        return self._closed or not threading.main_thread().is_alive()
+
+
+def _usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

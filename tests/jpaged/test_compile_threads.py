@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First steps compiled while weights are read: found when they are called; faults and Ctrl-C."""
+
+import json
+import shutil
+import signal
+import threading
+
+import jax
+import pytest
+
+from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.device import compile_threads
+from jpaged.host.batch import StepShape
+from jpaged.host.outputs import GenerationInterrupted
+from jpaged.models.stored_tensor import CheckpointError
+from jpaged.placement import ModelFiles, compile_ahead
+from tests.jpaged.test_engine import CASES, FIXTURES
+from tests.jpaged.tiny import token_ids
+
+CASE = FIXTURES / CASES[0]
+STEPS = [StepShape(16, 1), StepShape(1, 1)]
+SETTINGS = dict(max_model_len=96, max_num_seqs=1, compilation_cache_dir="")
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+PROMPT = json.loads((CASE / "expected.json").read_text())["prompts"][0][:12]
+
+
+def load(path=CASE, **config):
+    config = EngineConfig(**SETTINGS | config)
+    files = ModelFiles.of(path, config)
+    return Engine.load(files, config, lambda: compile_ahead(config, files, STEPS))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return token_ids(Engine.load(CASE, EngineConfig(**SETTINGS)).generate([PROMPT], GREEDY))
+
+
+class Compiler:
+    """Stands in the way of what threads compile; what this thread does goes on.
+
+    Attributes:
+      begun: how many programs came.
+      go: what they wait for; set when the test ends.
+      error: what they end with.
+    """
+
+    def __init__(self, monkeypatch):
+        self.begun, self.go, self.error = 0, threading.Event(), None
+        monkeypatch.setattr(jax.stages.Lowered, "compile", self._instead_of(jax.stages.Lowered))
+
+    def _instead_of(self, lowered):
+        real = lowered.compile
+
+        def compile(program):
+            self.begun += 1
+            assert self.go.wait(300)
+            if self.error is not None:
+                raise self.error
+            return real(program)
+
+        return compile
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    compiler = Compiler(monkeypatch)
+    yield compiler
+    compiler.go.set()
+
+
+def test_what_was_compiled_ahead_is_what_steps_call(expected):
+    engine = load(scan_layers=True)
+    assert token_ids(engine.generate([PROMPT], GREEDY)) == expected
+    # Two steps, and a sampler for both; all of them traced by another thread.
+    assert engine.stats().num_compilations == 3
+    assert engine._runner.programs.num_compiled_here == 0
+    assert engine.stats().totals.compile_s > 0
+
+
+def test_a_strict_engine_compiles_all_of_its_steps_so(expected):
+    engine = Engine.load(CASE, EngineConfig(step_shapes="16x1,1x1", strict_shapes=True, **SETTINGS))
+    assert token_ids(engine.generate([PROMPT], GREEDY)) == expected
+    # Beside copies of pages, which no shape of a step changes.
+    assert engine.stats().num_compilations == 3 + engine._runner.programs.num_compiled_here
+
+
+def test_a_fault_is_what_the_first_step_says_and_the_next_one_compiles(compiler, expected):
+    compiler.error = RuntimeError("no room for this program")
+    engine = load()
+    compiler.go.set()
+    with pytest.raises(RuntimeError, match="no room for this program"):
+        engine.generate([PROMPT], GREEDY)
+    compiler.error = None
+    assert token_ids(engine.generate([PROMPT], GREEDY)) == expected
+    engine.check_invariants()
+
+
+def test_ctrl_c_does_not_wait_for_the_compiler(compiler, expected):
+    engine, main = load(), threading.get_ident()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    try:
+        with pytest.raises(GenerationInterrupted):
+            engine.generate([PROMPT], GREEDY)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    compiler.go.set()
+    assert token_ids(engine.generate([PROMPT], GREEDY)) == expected
+    assert engine._runner.programs.num_compiled_here == 0
+
+
+def test_damaged_weights_are_told_at_once_and_nothing_more_is_compiled(
+    compiler, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compile_threads, "_MOST_THREADS", 1)
+    shutil.copytree(CASE, tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob("*.safetensors")
+    # The first tensor: not finite.
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start : start + 64] = b"\xff" * 64
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        load(tmp_path)
+    compiler.go.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("compile"):
+            thread.join()
+    assert compiler.begun <= 1
