@@ -9,7 +9,7 @@ import tokenizers
 
 from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.host.outputs import RequestOutput
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
 from jpaged.messages import Conversation
 from jpaged.requests import Prompt
 
@@ -29,7 +29,7 @@ class ChatMethods(abc.ABC):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams],
+        params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
         *,
         progress: bool = False,
         on_step: Callable[[], object] = lambda: None,
@@ -40,7 +40,7 @@ class ChatMethods(abc.ABC):
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
-        params: SamplingParams | Sequence[SamplingParams],
+        params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         progress: bool = False,

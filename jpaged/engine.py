@@ -19,7 +19,7 @@ from jpaged.host.config import EngineConfig, engine_config
 from jpaged.host.outputs import GenerationInterrupted, RequestOutput
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.stats import Counters, EngineStats
 from jpaged.host.step_log import open_log
@@ -156,7 +156,7 @@ class Engine(ChatMethods):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams],
+        params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
         *,
         progress: bool = False,
         on_step: Callable[[], object] = lambda: None,

@@ -183,14 +183,6 @@ def find_weights(model: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Wei
     if isinstance(directory, GgufFile):
         config = config_of(directory)
         return config, GgufWeights(directory, config)
-    if not directory.is_dir():
-        what = "is no directory" if directory.exists() else "does not exist"
-        raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
-    if not (directory / "config.json").exists():
-        remedy = "not a model directory"
-        for other in sorted(directory.glob("*.gguf"))[:1]:
-            remedy = f"to load a GGUF file, name it itself: {str(other)!r}"
-        raise FileNotFoundError(f"{str(directory)!r} has no config.json: {remedy}")
     config = load_config(directory)
     orbax = directory / ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):

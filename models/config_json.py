@@ -8,7 +8,7 @@ from typing import Any
 
 from jpaged.models import generation_config
 from jpaged.models.config import MlpSpec, ModelConfig
-from jpaged.models.families import FAMILIES
+from jpaged.models.families import FAMILIES, TEXT_PARTS, text_part
 from jpaged.models.families.base import Family
 from jpaged.models.families.fields import Fields, token_ids
 from jpaged.models.json_fields import FieldPolicy, ModelConfigError, listed, read_json, shown, typed
@@ -20,9 +20,10 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     """Reads `config.json`, and the stop tokens of `generation_config.json` where there is one.
 
     Raises:
-      FileNotFoundError: if `config.json` is missing.
+      FileNotFoundError: as `check_directory`.
       ModelConfigError: if it is not JSON or describes a model that is not supported.
     """
+    check_directory(directory)
     path = directory / "config.json"
     fields = read_json(path)
     try:
@@ -37,6 +38,21 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     eos = read_json(generation_path).get("eos_token_id")
     ids = token_ids(f"{generation_config.FILE}: eos_token_id", eos, config.vocab_size)
     return dataclasses.replace(config, eos_token_ids=ids) if ids else config
+
+
+def check_directory(directory: pathlib.Path) -> None:
+    """Raises FileNotFoundError, with what to name instead, if it is no model directory."""
+    if not directory.is_dir():
+        what = "is no directory" if directory.exists() else "does not exist"
+        raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
+    if (directory / "config.json").exists():
+        return
+    remedy = "not a model directory"
+    if (directory.parent / "config.json").exists():
+        remedy = f"the model directory is the folder above it: {str(directory.parent)!r}"
+    for other in sorted(directory.glob("*.gguf"))[:1]:
+        remedy = f"to load a GGUF file, name it itself: {str(other)!r}"
+    raise FileNotFoundError(f"{str(directory)!r} has no config.json: {remedy}")
 
 
 # Names of ours that errors use, and that readers of config.json look for in vain.
@@ -68,6 +84,7 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     Raises:
       ModelConfigError: naming the field, its value and what is supported.
     """
+    fields = _of_text(fields)
     try:
         config = _config(fields)
     except ValueError as e:
@@ -84,6 +101,21 @@ def config_from_hf(fields: dict[str, Any]) -> ModelConfig:
     # Written with parameters, which are unpacked.
     kept = {name: value for name, value in fields.items() if name != "quantization_config"}
     return dataclasses.replace(config, source=json.dumps(kept))
+
+
+# Of a model that sees images, what its text part may leave to the whole.
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+
+
+def _of_text(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json of more than text, that of its text part; any other as it is."""
+    part = text_part(fields)
+    if part is None:
+        return fields
+    own = typed("text_config", fields.get("text_config"), dict)
+    missing = {name: fields[name] for name in _OF_THE_WHOLE if name in fields and name not in own}
+    model_type = FAMILIES[part.family].model_type
+    return {**own, **missing, "architectures": [part.family], "model_type": model_type}
 
 
 def _config(fields: dict[str, Any]) -> ModelConfig:
@@ -111,28 +143,30 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `config_from_hf`, in the form transformers 5 writes and reads.
 
     Raises:
-      ModelConfigError: for a config that was not read from a config.json, and whose layers are not
-        those of `dense_config`.
+      ModelConfigError: for a config that would not be read back as it is, as one that was changed
+        after it was read, or was not read and has other layers than `dense_config`'s.
     """
-    fields: dict[str, Any] = _dense_fields(config)
-    if config.source is not None:
-        fields = json.loads(config.source)
+    fields = _dense_fields(config) if config.source is None else json.loads(config.source)
     fields["tie_word_embeddings"] = config.tie_word_embeddings
     fields["bos_token_id"] = config.bos_token_id
     fields["eos_token_id"] = list(config.eos_token_ids) or None
+    back = config_from_hf(fields)
+    names = (field.name for field in dataclasses.fields(config) if field.name != "source")
+    if other := [name for name in names if getattr(config, name) != getattr(back, name)]:
+        raise ModelConfigError(
+            f"this {config.family} cannot be written as config.json: {', '.join(other)} would be "
+            "read back as something else"
+        )
     return fields
 
 
 def _dense_fields(config: ModelConfig) -> dict[str, Any]:
     (layer, *more), norm = config.pattern, config.norm
     attention, mlp = layer.attention, layer.mlp
-    if config.family not in ("LlamaForCausalLM", "Qwen3ForCausalLM") or more:
-        if config.source is not None:
-            return {}
+    if more or not isinstance(mlp, MlpSpec) or attention.rope is None:
         raise ModelConfigError(
             f"a {config.family} cannot be written as config.json, for it was not read from one"
         )
-    assert isinstance(mlp, MlpSpec) and attention.rope is not None
     fields: dict[str, Any] = {
         "architectures": [config.family],
         "model_type": FAMILIES[config.family].model_type,
@@ -181,7 +215,7 @@ def _family_name(fields: dict[str, Any]) -> str:
     if len(supported) != 1 or (len(set(names)) > 1 and model_type is None):
         raise ModelConfigError(
             f"architectures={shown(names)} with model_type={shown(model_type)} is not supported; "
-            f"supported: {sorted(FAMILIES)}"
+            f"supported: {[*sorted(FAMILIES), *(part.architecture for part in TEXT_PARTS)]}"
         )
     return supported[0]
 

@@ -230,6 +230,7 @@ class _TensorInfo:
             )
         return PackedTensor(
             file=path,
+            name=self.name,
             shape=self._shape,
             dtype=kind.name,
             offset=start + self._offset,
@@ -320,6 +321,6 @@ def _library() -> Any:
         import gguf  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise CheckpointError(
-            f"reading a GGUF file needs the package gguf ({e}): pip install jpaged[gguf]"
+            f"reading a GGUF file needs the package gguf ({e}): pip install gguf"
         ) from e
     return gguf

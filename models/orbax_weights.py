@@ -62,6 +62,7 @@ class OrbaxWeights:
             stored = {
                 path: StoredTensor(
                     file=directory,
+                    name=path,
                     shape=tuple(int(axis) for axis in leaf.shape),
                     dtype=np.dtype(leaf.dtype).name,
                 )

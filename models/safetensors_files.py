@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from jpaged.models.families import text_part
 from jpaged.models.families.base import IGNORED_TENSORS
 from jpaged.models.json_fields import ModelConfigError, read_json, shown, typed
 from jpaged.models.stored_tensor import CheckpointError, StoredTensor
@@ -46,21 +47,33 @@ def stored_tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
       CheckpointError: if a file is damaged, or files contradict each other.
     """
     source, files, index = _counting_files(directory)
+    part = text_part(read_json(directory / "config.json"))
+
+    def known_as(name: str) -> str | None:
+        if IGNORED_TENSORS.fullmatch(name):
+            return None
+        return name if part is None else part.name_of(name)
+
     stored: dict[str, StoredTensor] = {}
     for file in files:
         with reading(file) as reader:
             for name in reader.keys():
-                if IGNORED_TENSORS.fullmatch(name) or (index and index.get(name) != file):
+                known = known_as(name)
+                if known is None or (index and index.get(name) != file):
                     continue
                 info = reader.get_slice(name)
                 tensor = StoredTensor(
-                    file=file, shape=tuple(info.get_shape()), dtype=str(info.get_dtype())
+                    file=file,
+                    name=name,
+                    shape=tuple(info.get_shape()),
+                    dtype=str(info.get_dtype()),
                 )
-                if name in stored:
-                    _check_same(name, stored[name], tensor)
-                stored.setdefault(name, tensor)
+                if known in stored:
+                    _check_same(known, stored[known], tensor)
+                stored.setdefault(known, tensor)
     for name, file in index.items():
-        if name not in stored and not IGNORED_TENSORS.fullmatch(name):
+        known = known_as(name)
+        if known is not None and known not in stored:
             raise CheckpointError(
                 f"{str(directory)!r} does not hold this model: missing {shown(name)}, which "
                 f"{source.name} says is in {shown(file.name)}; copy both again"
@@ -166,7 +179,7 @@ def _check_same(name: str, one: StoredTensor, other: StoredTensor) -> None:
     same = (one.shape, one.dtype) == (other.shape, other.dtype)
     if same and one.dtype in DTYPES:
         with reading(one.file) as left, reading(other.file) as right:
-            same = left.get_tensor(name).tobytes() == right.get_tensor(name).tobytes()
+            same = left.get_tensor(one.name).tobytes() == right.get_tensor(other.name).tobytes()
     if not same:
         raise CheckpointError(
             f"{one.file.name!r} and {other.file.name!r} hold different tensors {shown(name)}, and "

@@ -156,7 +156,7 @@ class SafetensorsWeights:
                 with np.errstate(over="ignore", invalid="ignore"):  # told below, by name
                     part[...] = found
             if not is_finite(part):
-                what = f"{self._stored[name].file}: tensor {shown(name)}"
+                what = f"{self._stored[name].file}: tensor {shown(self._stored[name].name)}"
                 raise not_finite(what, found.dtype, part.dtype)
 
         starts = range(rows.start, rows.stop, step)
@@ -212,7 +212,7 @@ class _TensorReader:
         with self._lock:
             if stored.file not in self._offsets:
                 self._offsets[stored.file] = offsets(stored.file)
-        offset = self._offsets[stored.file][name]
+        offset = self._offsets[stored.file][stored.name]
         offset += rows.start * math.prod(stored.shape[1:]) * out.itemsize
         with damage(stored.file), open(stored.file, "rb", buffering=0) as file:
             file.seek(offset)
@@ -229,11 +229,12 @@ class _TensorReader:
         Raises:
           CheckpointError: if its file is damaged.
         """
-        file = self._stored[name].file
+        stored = self._stored[name]
+        file = stored.file
         if file not in self._readers:
             self._readers[file] = self._stack.enter_context(reading(file))
         with damage(file):
-            found = self._readers[file].get_slice(name)[index]
+            found = self._readers[file].get_slice(stored.name)[index]
         self._num_bytes += found.nbytes
         if self._num_bytes > _MOST_MAPPED_BYTES:
             self._close()

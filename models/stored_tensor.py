@@ -25,10 +25,12 @@ class StoredTensor:
 
     Attributes:
       file: where it lies.
+      name: in the file, where the model's family may know it by another.
       shape, dtype: as its header says; the dtype in the words of the format.
     """
 
     file: pathlib.Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 

@@ -54,9 +54,9 @@ from jpaged.scripts.sampling_flags import define_sampling_flags, sampling_params
 
 _MODEL = flags.DEFINE_string(
     "model",
-    "demo",
+    None,
     "Model directory, Hugging Face's or our own, a GGUF file, or a model's name on the Hugging "
-    "Face hub, org/name. The shipped checkpoint, demo, was not taught to chat.",
+    "Face hub, org/name; one that was taught to chat, as the shipped checkpoint was not.",
 )
 _SYSTEM = flags.DEFINE_string("system", None, "What stands before the conversation.")
 _SAMPLING = (
@@ -83,7 +83,10 @@ def main(argv: list[str]) -> None:
         options = chat_options_from_flags()
         system = [] if _SYSTEM.value is None else [_message("system", "--system", _SYSTEM.value)]
         if not _MODEL.value:
-            raise ValueError("--model is empty; name a directory, or leave the flag out")
+            raise ValueError(
+                "no --model: name a directory, a GGUF file, or org/name, of a model that was "
+                "taught to chat"
+            )
         model = opened(model_path(_MODEL.value))
         # What a template says to such a conversation it says before the weights are read.
         probe = [*system, {"role": "user", "content": "Hello"}]
@@ -111,6 +114,8 @@ def main(argv: list[str]) -> None:
         if command == "/reset":
             dialog.reset()
             _tell("what was said is forgotten")
+        elif command.startswith("/") and " " not in command and terminal:
+            _tell(f"there is no command {command}; {_COMMANDS}")
         elif command:
             try:
                 dialog.answer(text)

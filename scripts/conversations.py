@@ -13,6 +13,7 @@ from jpaged.chat import ChatOptions, ChatTemplate
 from jpaged.host.checks import shown
 from jpaged.host.params import SamplingParams
 from jpaged.jobs.fields import own_params, parse_json
+from jpaged.models.config_json import check_directory
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.paths import is_there
 from jpaged.scripts.prompts import decode_flag
@@ -86,9 +87,7 @@ def chat_template_of(directory: pathlib.Path | GgufFile) -> ChatTemplate:
         directory = opened(directory)
     if isinstance(directory, GgufFile):
         return gguf_text.chat_template_of(directory)
-    if not directory.is_dir():
-        what = "is no directory" if directory.exists() else "does not exist"
-        raise FileNotFoundError(f"model directory {str(directory)!r} {what}")
+    check_directory(directory)
     if not is_there(directory / "tokenizer.json"):
         raise ValueError(f"{str(directory)!r} has no tokenizer.json, so it cannot be talked to")
     return ChatTemplate.load(directory)

@@ -241,6 +241,9 @@ def _parse(argv: list[str]) -> list[str]:
         _exit_usage(f"{' '.join(files)}: not UTF-8 ({found}); save the file as UTF-8")
     except (flags.Error, ValueError) as e:  # some of absl's own flags raise the second
         _exit_usage(e)
+    except SystemExit as e:
+        # --help has been printed, which is 1 for absl, and for a shell what was asked for.
+        sys.exit(0 if e.code == 1 else e.code)
 
 
 def _exit_usage(error: object) -> typing.NoReturn:

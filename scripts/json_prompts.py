@@ -35,6 +35,8 @@ def read_json_prompts(
 
 
 def _prompt_of(value: Any, params: SamplingParams) -> tuple[str | list[int], SamplingParams]:
+    if isinstance(value, dict) and "messages" in value and "prompt" not in value:
+        raise ValueError("it is a conversation: give --chat to have it answered")
     if not isinstance(value, dict) or "prompt" not in value:
         raise ValueError(
             f'{shown(value)} must be an object with a prompt, such as {{"prompt": "Hello"}}'

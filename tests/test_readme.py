@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from tests.scripts.programs import ROOT, environment
+from tests.scripts.programs import ROOT, ended, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -63,10 +63,7 @@ def test_programs_and_flags_exist():
         flags.setdefault(program, set()).update(re.findall(r"--(\w+)", arguments))
     assert ("jpaged", "generate") in flags and ("scripts.measure.benchmark_host",) in flags
     for program, names in flags.items():
-        shown = subprocess.run(
-            [sys.executable, "-m", *program, "--helpfull"],
-            cwd=ROOT, capture_output=True, text=True, timeout=120,
-        ).stdout  # fmt: skip
+        shown = ended(*program, "--helpfull").stdout
         assert "--[no]helpfull" in shown, program
         for name in names:
             assert f"--{name}" in shown or f"--[no]{name}" in shown, f"{program} --{name}"

@@ -270,3 +270,7 @@ class SamplingParams:
     def num_samples(self) -> int:
         """Sequences that grow from the prompt one by one; 1 for the beams of a beam search."""
         return 1 if self.beam_width is not None else self.best_of or self.n
+
+
+DEFAULT_PARAMS = SamplingParams()
+"""What the model's own settings say, or else nothing: greedy, as long as there is room for."""

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model families, one file a family: how config.json is read, and where the weights are stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from jpaged.models.config import ModelConfig
 from jpaged.models.families import gemma, gpt_oss, llama, mistral, olmo2, phi3, qwen, smollm3
-from jpaged.models.families.base import Family, Source
+from jpaged.models.families.base import Family, Source, TextPart
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -28,6 +29,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         )
     }
 )
+
+TEXT_PARTS: Sequence[TextPart] = (gemma.GEMMA3_TEXT,)
+
+
+def text_part(fields: Mapping[str, Any]) -> TextPart | None:
+    """What a config.json has beside a part that sees images; None if it is of text alone."""
+    return next((part for part in TEXT_PARTS if part.is_of(fields)), None)
 
 
 def source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:

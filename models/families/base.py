@@ -161,6 +161,38 @@ class Family:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """What of an architecture that takes images too reads and writes text, a family by itself.
+
+    Attributes:
+      architecture, model_type: of the whole.
+      family: the architecture of the part, whose config.json is `text_config` in that of the whole.
+      renamed: what the names of its tensors begin with in the whole's files, and in its own.
+      left_out: tensors of the other parts.
+    """
+
+    architecture: str
+    model_type: str
+    family: str
+    renamed: Mapping[str, str]
+    left_out: re.Pattern[str]
+
+    def is_of(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of the whole."""
+        names = fields.get("architectures") or []
+        return fields.get("model_type") == self.model_type and names in ([], [self.architecture])
+
+    def name_of(self, stored: str) -> str | None:
+        """A tensor's name in files of the part alone; None of one that it does not have."""
+        if self.left_out.match(stored):
+            return None
+        for begins, own in self.renamed.items():
+            if stored.startswith(begins):
+                return own + stored.removeprefix(begins)
+        return stored
+
+
 # Parameter paths beside the names that most families give their tensors.
 _MODEL_WEIGHTS = {
     "embedding": "model.embed_tokens.weight",

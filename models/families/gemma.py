@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma 2 and 3: windows in most layers, norms around, an embedding that is scaled, soft caps."""
 
+import re
 from types import MappingProxyType
 
 from jpaged.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, NormSpec
-from jpaged.models.families.base import LAYER_WEIGHTS, Family, stored_as
+from jpaged.models.families.base import LAYER_WEIGHTS, Family, TextPart, stored_as
 from jpaged.models.families.fields import Fields
 from jpaged.models.families.rope_fields import read_rope
 from jpaged.models.json_fields import ModelConfigError
@@ -130,4 +131,12 @@ GEMMA3 = Family(
     ),
     read=read_gemma3,
     source=lambda path, shape, config: stored_as(path, shape, _NAMES),
+)
+# The larger models of Gemma 3 see images; transformers 4 and 5 name their tensors differently.
+GEMMA3_TEXT = TextPart(
+    architecture="Gemma3ForConditionalGeneration",
+    model_type="gemma3",
+    family=GEMMA3.architecture,
+    renamed=MappingProxyType({"model.language_model.": "model.", "language_model.": ""}),
+    left_out=re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\."),
 )

@@ -56,12 +56,12 @@ def check_all(engine, records):
 
 @pytest.mark.slow
 class TestHuggingFace:
-    """By default with one padded shape, as most of the time is compilation of the others."""
+    """By default one, in a pool that is too small, with one padded shape: compiling takes long."""
 
     @pytest.mark.parametrize(
         ("case", "deterministic"),
         [
-            (CASES[0], True),
+            pytest.param(CASES[0], True, marks=pytest.mark.nightly),
             *(pytest.param(case, False, marks=pytest.mark.nightly) for case in CASES),
         ],
     )

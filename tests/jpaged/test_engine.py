@@ -41,8 +41,13 @@ class TestHuggingFace:
     @pytest.mark.parametrize(
         ("case", "config"),
         [
-            *((case, {}) for case in (CASES[0], CASES[1], CASES[4])),
-            *((case, dict(scan_layers=True, page_size=4)) for case in CASES[2:4]),
+            # The others' layers scanned: see tests/models/test_families.py.
+            *((case, {}) for case in (CASES[0], CASES[4])),
+            pytest.param(CASES[1], {}, marks=NIGHTLY),
+            *(
+                pytest.param(case, dict(scan_layers=True, page_size=4), marks=NIGHTLY)
+                for case in CASES[2:4]
+            ),
             # Many shapes to compile: 10 s each.
             (CASES[0], SMALL_POOL),
             *(pytest.param(case, SMALL_POOL, marks=NIGHTLY) for case in CASES[1:]),
@@ -98,9 +103,9 @@ class TestScheduleIndependence:
         [
             {},
             SMALL_POOL,
-            dict(page_size=1),
+            pytest.param(dict(page_size=1), marks=NIGHTLY),
             pytest.param(dict(page_size=64), marks=NIGHTLY),
-            dict(max_num_batched_tokens=5),
+            pytest.param(dict(max_num_batched_tokens=5), marks=NIGHTLY),
             pytest.param(dict(max_num_seqs=2), marks=NIGHTLY),
             dict(scan_layers=True),
             dict(reservation="max"),
@@ -174,7 +179,10 @@ class TestParallelSamples:
         engine.generate(prompts_of([16]), SamplingParams(max_tokens=12, n=4, seed=1))
         assert engine.stats().totals.num_page_copies == 0
 
-    @pytest.mark.parametrize("config", [{}, SMALL_POOL], ids=["roomy", "small_pool"])
+    @pytest.mark.parametrize(
+        "config",
+        [pytest.param({}, id="roomy", marks=NIGHTLY), pytest.param(SMALL_POOL, id="small_pool")],
+    )
     def test_each_sample_is_what_it_is_in_any_company(self, config):
         prompts = prompts_of([21, 5, 16, 30])
         params = SamplingParams(max_tokens=15, n=3, seed=7)
@@ -372,6 +380,11 @@ class TestText:
 class TestRefusals:
     """Bad input is refused before any work, and loses nothing."""
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def engine(cls):
+        return tiny_engine(**SMALL_POOL)
+
     @pytest.mark.parametrize(
         ("prompt", "params", "message"),
         [
@@ -388,8 +401,7 @@ class TestRefusals:
             ([1], dict(logprobs=98), "logprobs=98 exceeds the vocabulary of 97"),
         ],
     )
-    def test_request(self, prompt, params, message):
-        engine = tiny_engine(**SMALL_POOL)
+    def test_request(self, engine, prompt, params, message):
         params = SamplingParams(**(dict(max_tokens=4) | params))
         with pytest.raises(ValueError, match=message):
             engine.generate([[1, 2], prompt], [SamplingParams(max_tokens=4), params])

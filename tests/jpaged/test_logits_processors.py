@@ -24,6 +24,8 @@ from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, token_
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "fixtures" / "hf"
 RECORDS = json.loads((FIXTURES / "logits_processors.json").read_text())["records"]
+CASES = sorted({record["case"] for record in RECORDS})
+NIGHTLY = (pytest.mark.nightly, pytest.mark.slow)
 
 NAMES = {"min_new_tokens": "min_tokens", "eos_token_id": "stop_token_ids"}
 PROCESSED = dict(max_tokens=20, repetition_penalty=1.8, min_tokens=6, suppress_tokens=(3, 50))
@@ -74,7 +76,9 @@ def params_of(record):
 class TestHuggingFace:
     """What transformers generated with the same processors; see record_hf_processors.py."""
 
-    @pytest.mark.parametrize("case", sorted({record["case"] for record in RECORDS}))
+    @pytest.mark.parametrize(
+        "case", [CASES[0], *(pytest.param(case, marks=NIGHTLY) for case in CASES[1:])]
+    )
     def test_tokens_and_scores_are_equal(self, case):
         records = [record for record in RECORDS if record["case"] == case]
         engine = Engine.load(
@@ -445,9 +449,9 @@ class TestSchedule:
         "config",
         [
             {},
-            dict(num_pages=24),
+            pytest.param(dict(num_pages=24), marks=NIGHTLY),
             dict(num_pages=24, preemption="swap"),
-            dict(prefix_cache=False, page_size=2),
+            pytest.param(dict(prefix_cache=False, page_size=2), marks=NIGHTLY),
         ],
         ids=str,
     )

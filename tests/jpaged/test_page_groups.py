@@ -58,10 +58,10 @@ OPTIONS = {
     "tight": ({"preemption": "recompute"}, ("num_preemptions", "num_hit_tokens")),
     "tight, swapping": ({"preemption": "swap"}, ("num_swapped_pages",)),
 }
-# Each case and each of the options once; the others nightly.
+# Each of the options once; the others nightly.
 ALWAYS = {
     ("mistral_window", "roomy"),
-    ("ministral_some_windows", "tight"),
+    ("mistral_window", "tight"),
     ("gemma3_two_ropes", "tight, swapping"),
     ("mistral_window", "tight, no cache"),
 }

@@ -82,7 +82,7 @@ def mixes(draw, reservation="paged", kinds=(ONE_GROUP,)):
     return Simulation(jobs, num_usable_pages=least + more, **options)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=100)
 @given(mixes())
 def test_every_sample_gets_its_tokens_whatever_the_schedule(simulation):
     simulation.run()
@@ -127,7 +127,7 @@ def test_a_beam_that_starts_again_leaves_the_pages_of_this_step():
     ).run()  # fmt: skip
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=100)
 @given(mixes(kinds=GROUPS))
 def test_every_sample_gets_its_tokens_with_groups_of_layers(simulation):
     simulation.run()

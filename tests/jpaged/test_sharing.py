@@ -30,7 +30,9 @@ class TestSamples:
         # Eight owners of the partial page: seven copies, the last owner writes in place.
         assert engine.stats().totals.num_page_copies == 7
 
-    @pytest.mark.parametrize("page_size", [1, 2])
+    @pytest.mark.parametrize(
+        "page_size", [1, pytest.param(2, marks=(pytest.mark.nightly, pytest.mark.slow))]
+    )
     def test_utilisation_stays_above_96_percent(self, page_size):
         """Of small pages: eight partial pages of 16 tokens waste more than that by themselves."""
         engine = tiny_engine(max_model_len=256, page_size=page_size, num_pages=1 + 1200)
@@ -110,7 +112,10 @@ class TestFork:
         assert len({tuple(tokens[:known]) for tokens in runs[0]}) == 1
         assert len({tuple(tokens) for tokens in runs[0]}) == 5
 
-    @pytest.mark.parametrize("mode", ["recompute", "swap"])
+    @pytest.mark.parametrize(
+        "mode",
+        [pytest.param("recompute", marks=(pytest.mark.nightly, pytest.mark.slow)), "swap"],
+    )
     def test_forks_of_forks_in_a_crowd(self, mode):
         """Against the same continuations, asked for with what was known as the prompt."""
         engine = tiny_engine(**EXACT, num_pages=20, preemption=mode)

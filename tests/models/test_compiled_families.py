@@ -15,11 +15,9 @@ from jpaged.pallas_kernels.aot import find_cuda_compiler
 from tests.models.lawful import HEAD_DIMS, compile_case, lawful_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Of what a kernel or a layer can be, these have most: windows, sinks, experts, biases, norms of
-# queries and keys, scaled embeddings, layers that differ, with some left beyond the last pattern.
-ALWAYS = ["gemma3_two_ropes", "gpt_oss_sinks"]
-# A GPU's compiler takes several times as long for an attention.
-ALWAYS_GPU = ["gpt_oss_sinks"]
+# Of what a kernel or a layer can be, this has most: windows, sinks, experts, biases, layers that
+# differ.
+ALWAYS = ["gpt_oss_sinks"]
 NIGHTLY = [case for case in HEAD_DIMS if case not in ALWAYS]
 # What may be done to a pool on a GPU: the scatter of the token write, in place.
 SCATTERS = {"scatter", "fusion"}
@@ -59,17 +57,13 @@ def test_a_tpu_keeps_the_pool_in_place(tpu_compiler, case, num_tokens):
 @pytest.mark.parametrize(
     "names",
     [
-        ALWAYS_GPU,
-        *(
-            pytest.param([case], marks=pytest.mark.nightly)
-            for case in HEAD_DIMS
-            if case not in ALWAYS_GPU
-        ),
+        *(pytest.param([case], marks=pytest.mark.nightly) for case in HEAD_DIMS),
         *(pytest.param([f"{case}+"], marks=pytest.mark.nightly) for case in HEAD_DIMS),
     ],
     ids=" ".join,
 )
 def test_a_gpu_keeps_the_pool_in_place(names):
+    """By default one of Llama does: see tests/scripts/kernels/test_gpu_kernels.py."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.models.lawful", "h100", *names],
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json in and out, beside numbers written down by hand."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -16,7 +17,7 @@ from jpaged.models.config import dense_config
 from jpaged.models.config_json import config_from_hf, config_to_hf, load_config
 from jpaged.models.decoder import Decoder
 from jpaged.models.json_fields import ModelConfigError
-from jpaged.models.rope import LinearScaling, Llama3Scaling, Rope
+from jpaged.models.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from jpaged.models.shapes import SHAPES
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
@@ -361,6 +362,28 @@ def test_round_trip(config):
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
+SMALL = {
+    "family": "LlamaForCausalLM", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8,
+    "num_layers": 2, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 4, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4, "tie_word_embeddings": True, "max_position_embeddings": 64,
+    "bos_token_id": None, "eos_token_ids": (),
+}  # fmt: skip
+YARN = YarnScaling(factor=4.0, original_max_position=16, attention_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (dense_config(**SMALL, rope_scaling=YARN), "pattern would be read back"),
+        (dense_config(**SMALL, qk_norm=True), "pattern would be read back"),
+        (dataclasses.replace(config_from_hf(QWEN3_0_6B), num_layers=3), "num_layers would be"),
+    ],
+)
+def test_what_would_be_read_back_as_something_else_is_not_written(config, says):
+    with pytest.raises(ModelConfigError, match=says):
+        config_to_hf(config)
+
+
 class TestDefaults:
     """Fields that config.json may leave out, and what transformers takes for them."""
 
@@ -659,5 +682,19 @@ class TestDirectory:
             load_config(directory)
 
     def test_no_config(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        with pytest.raises(FileNotFoundError, match=r"has no config\.json: not a model directory"):
             load_config(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"'.*/gone' does not exist"):
+            load_config(tmp_path / "gone")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FileNotFoundError, match=r"'.*/file' is no directory"):
+            load_config(tmp_path / "file")
+
+    def test_what_to_name_instead(self, tmp_path):
+        (tmp_path / "params").mkdir()
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(FileNotFoundError, match=f"folder above it: '{tmp_path}'"):
+            load_config(tmp_path / "params")
+        (tmp_path / "params" / "m.gguf").write_text("")
+        with pytest.raises(FileNotFoundError, match=r"name it itself: '.*params/m\.gguf'"):
+            load_config(tmp_path / "params")

@@ -293,7 +293,15 @@ class TestOracle:
                 assert tokens[-1] == want
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in (LLAMA, QWEN)
+        else pytest.param(name, marks=(pytest.mark.nightly, pytest.mark.slow))
+        for name in ALL
+    ],
+)
 class TestLogits:
     def test_dense(self, name):
         naive, config, params = load(name)

@@ -376,4 +376,4 @@ def test_an_unknown_packing_is_named(tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
     path = file_of(tmp_path)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert refusal(path).endswith("pip install jpaged[gguf]")
+    assert refusal(path).endswith("pip install gguf")

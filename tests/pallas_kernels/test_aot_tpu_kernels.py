@@ -20,23 +20,23 @@ from jpaged.pallas_kernels.tpu.plan import plan_attention
 
 pytestmark = pytest.mark.slow
 
-# Every kind of case somewhere, and each generation with some; `tpu_report --coverage`
-# compiles all of them for all.
+# Every kind of case somewhere, and each generation with some, of which the newest run by default;
+# `tpu_report --coverage` compiles all of them for all.
 REPRESENTATIVE = [
-    ("v4", "head_dim 64, page_size 8"),
-    ("v4", "head_dim 128, int8 pages"),
+    pytest.param("v4", "head_dim 64, page_size 8", marks=pytest.mark.nightly),
+    pytest.param("v4", "head_dim 128, int8 pages", marks=pytest.mark.nightly),
     ("v5e", "head_dim 80, float8_e4m3fn pages"),
-    ("v5e", "8 query heads, 8 KV heads"),
+    pytest.param("v5e", "8 query heads, 8 KV heads", marks=pytest.mark.nightly),
     pytest.param("v5e", "both", marks=pytest.mark.nightly),
-    ("v5e", "131,072 tokens in pages of 8"),
-    ("v5p", "head_dim 256, float32 pages"),
+    pytest.param("v5e", "131,072 tokens in pages of 8", marks=pytest.mark.nightly),
+    pytest.param("v5p", "head_dim 256, float32 pages", marks=pytest.mark.nightly),
     pytest.param("v5p", "9 query heads, 3 KV heads", marks=pytest.mark.nightly),
     ("v6e", "16 query heads, 1 KV heads"),
-    ("v6e", "sinks"),
-    pytest.param("v5e", "sinks, 1 row", marks=pytest.mark.nightly),
+    pytest.param("v6e", "sinks", marks=pytest.mark.nightly),
+    ("v5e", "sinks, 1 row"),
     pytest.param("v6e", "512 rows of 131,072 tokens", marks=pytest.mark.nightly),
     ("7x", "head_dim 96, page_size 64"),
-    ("7x", "head_dim 128, float8_e4m3fn pages"),
+    pytest.param("7x", "head_dim 128, float8_e4m3fn pages", marks=pytest.mark.nightly),
 ]
 
 

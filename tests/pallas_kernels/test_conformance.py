@@ -18,13 +18,69 @@ XLA = {
 SPECIFICATION = {name: getattr(specification, name) for name in XLA}
 
 
-@pytest.mark.parametrize("case", conformance.suite())
+# What the faults below are found by, which the specification has to pass without one.
+FOUND_BY = {
+    "decode around page boundaries",
+    "decode without padding",
+    "decode, page_size 16",
+    "decode, page_size 64",
+    "prefill, page_size 16",
+    "mixed, page_size 16",
+    "much padding",
+    "sliding_window 16",
+    "sliding_window 129",
+    "soft_cap and sm_scale",
+    "sinks, decode",
+    "sinks, prefill",
+    "sinks, capped and scaled",
+    "9 query heads, 3 KV heads",
+    "bfloat16, decode",
+    "int8 pages",
+}
+# With them, each kind of case at its edges; the values between run nightly.
+ALWAYS = FOUND_BY | {
+    "decode, page_size 8",
+    "prefill, page_size 256",
+    "chunks around page boundaries",
+    "sliding_window 1, pages below released, mixed",
+    "sliding_window 4, decode",
+    "sliding_window 17, pages below released, decode",
+    "sinks, sliding_window 17",
+    "1 query heads, 1 KV heads",
+    "8 query heads, 8 KV heads",
+    "16 query heads, 1 KV heads",
+    "head_dim 64, mixed",
+    "head_dim 80, decode",
+    "head_dim 96, mixed",
+    "head_dim 256, mixed",
+    "bfloat16, mixed",
+    "float16, mixed",
+    "float8_e4m3fn pages",
+    "33,000 tokens, sliding_window 100",
+    "one row, without queries",
+}
+CASES = conformance.suite()
+NIGHTLY = (pytest.mark.nightly, pytest.mark.slow)
+
+
+def test_the_names_above_are_cases():
+    assert set(CASES) >= ALWAYS
+
+
 @pytest.mark.parametrize(
-    "implementation",
-    [XLA, pytest.param(SPECIFICATION, marks=pytest.mark.slow)],
-    ids=["xla", "reference"],
+    ("implementation", "case"),
+    [
+        pytest.param(functions, case, id=f"{name}-{case}", marks=() if case in always else NIGHTLY)
+        for name, functions, always in (
+            ("xla", XLA, ALWAYS),
+            ("reference", SPECIFICATION, FOUND_BY),
+        )
+        for case in CASES
+    ],
 )
-def test_ours_conform(implementation, case):
+def test_ours_conform(implementation, case, monkeypatch):
+    # Not those as well whose names contain its name.
+    monkeypatch.setattr(conformance.report, "suite", lambda dtype: {case: CASES[case]})
     results = list(conformance.run(**implementation, only=case))
     assert {result.function for result in results} == set(XLA)
     assert [result for result in results if result.status != "passed"] == []

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs programs as users do."""
 
+import atexit
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import sys
 from types import MappingProxyType
 
 from jpaged.pallas_kernels.versions import quick_to_compile
+from tests.scripts.forking import Forks
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -19,28 +22,44 @@ def environment(**changes):
     return os.environ | quick | changes
 
 
-def ended(*command, stdin="", **changes):
+def ended(*command, stdin="", fresh=False, **changes):
     """Runs `python -m *command` to its end.
 
     Args:
       command: a module and its arguments.
       stdin: text or bytes, as what it prints is then; not a terminal, so it is never waited for.
+      fresh: starts Python, as changes do; otherwise it is a fork that has jax imported.
       changes: of its environment.
     """
+    changed = environment(**changes)
+    if not (fresh or changes):
+        return _forks(frozenset(_lasting(changed).items())).run(command, stdin, timeout=600)
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=ROOT,
         input=stdin,
         capture_output=True,
         text=isinstance(stdin, str),
-        env=environment(**changes),
+        env=changed,
         timeout=600,
     )
 
 
-def run(*command, code=0):
+def _lasting(variables):
+    return {name: value for name, value in variables.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+@functools.lru_cache(1)
+def _forks(variables):
+    """One for the environment that tests have; a test that changes it has another."""
+    forks = Forks(dict(variables))
+    atexit.register(forks.close)
+    return forks
+
+
+def run(*command, code=0, fresh=False):
     """Runs `python -m *command`; gives its output, or what it said where it must fail."""
-    done = ended(*command)
+    done = ended(*command, fresh=fresh)
     assert done.returncode == code, done.stderr
     return done.stderr if code else done.stdout
 
@@ -81,6 +100,6 @@ def read_until(pipe, sign):
     return seen
 
 
-def run_report(*command):
+def run_report(*command, fresh=False):
     """The JSON object of the last line that `python -m *command` prints."""
-    return json.loads(run(*command).splitlines()[-1])
+    return json.loads(run(*command, fresh=fresh).splitlines()[-1])

@@ -93,7 +93,7 @@ def test_commands_and_the_system_message(run, engine):
     [
         (["--model=demo"], "", "the model has no chat template, so nothing says how it was taught"),
         (["--model=nowhere"], "", "model directory 'nowhere' does not exist"),
-        (["--model="], "", "--model is empty"),
+        (["--model="], "", "no --model: name a directory, a GGUF file"),
         (["Hello"], "", r"unexpected arguments \['Hello'\]; messages are lines of the input"),
         (["--temperature=-1"], "", "temperature=-1.0 must be finite and at least 0"),
         (["--chat_template={{ raise_exception('no') }}"], "", "refuses the conversation: no"),
@@ -203,6 +203,9 @@ def test_a_terminal(chat):
     chat.wait(lambda: "tokens" in chat.err.rpartition("computed]\n")[2])
     assert "request" not in chat.err
     chat.wait(lambda: chat.out.endswith("> "))
+    chat.type("/help\n")
+    chat.wait(lambda: chat.out.endswith("/help\r\n> "))
+    assert "[there is no command /help; a line is a message; /reset forgets" in chat.err
     chat.type("/reset\n")
     chat.wait(lambda: chat.out.endswith("/reset\r\n> "))
     assert "[what was said is forgotten]" in chat.err
@@ -245,10 +248,26 @@ def test_generate_of_conversations(run, engine, tmp_path):
     assert outputs[1]["prompt_token_ids"] == engine.chat_prompt(two["messages"], [TOOL])
     (want,) = engine.chat(one, SamplingParams(max_tokens=12, temperature=0))
     assert [o["text"] for o in outputs[0]["outputs"]] == [want.outputs[0].text] * 2
-    stdout, _ = run("generate", "--chat", *GREEDY, f"--prompt={json.dumps(one)}")
-    assert stdout == f"{want.outputs[0].text}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_generate_of_conversations_as_text(run, engine, tmp_path):
+    one = [{"role": "user", "content": "Once"}]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(f"{json.dumps(one)}\n" * 2)
+    (want,) = engine.chat(one, SamplingParams(max_tokens=12, temperature=0))
     stdout, _ = run("generate", "--chat", *GREEDY, f"--prompts_file={path}")
     assert f"=== prompt 1, sample 1\n{want.outputs[0].text}\n\n" in stdout
+
+
+@pytest.mark.slow
+def test_generate_by_a_template_of_ones_own(run, engine, tmp_path):
+    one = [{"role": "user", "content": "Once"}]
+    stdout, _ = run("generate", "--chat", *GREEDY, f"--prompt={json.dumps(one)}")
+    (want,) = engine.chat(one, SamplingParams(max_tokens=12, temperature=0))
+    assert stdout == f"{want.outputs[0].text}\n"
+    path = tmp_path / "t.jinja"
     path.write_text("{{ greeting }} {{ messages[0].content }}")
     stdout, _ = run(
         "generate", "--chat", *GREEDY, f"--chat_template={path}", "--output=json",
@@ -284,5 +303,8 @@ def test_generate_refuses(run, args, lines, message):
 
 def test_a_model_without_a_tokenizer(run, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("x")
+    _, stderr = run("chat", f"--model={tmp_path}", code=2)
+    assert "has no config.json: not a model directory" in stderr
+    (tmp_path / "config.json").write_text("{}")
     _, stderr = run("chat", f"--model={tmp_path}", code=2)
     assert "has no tokenizer.json, so it cannot be talked to" in stderr

@@ -2,23 +2,14 @@
 """scripts/conformance.py as a user runs it."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+from tests.scripts.programs import ended
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "jpaged", "conformance", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return ended("jpaged", "conformance", *args)
 
 
 def test_our_own_functions_pass():

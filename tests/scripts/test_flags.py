@@ -253,6 +253,10 @@ run(main)
         assert done.returncode == 1 and "a fault of the program's own" in done.stderr
         assert "Traceback" in done.stderr
 
+    def test_help_is_what_was_asked_for(self):
+        done = self.run("--help")
+        assert done.returncode == 0 and "--word: Any." in done.stdout, done.stderr
+
     @pytest.mark.parametrize(
         ("content", "says"),
         [

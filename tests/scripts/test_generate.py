@@ -127,7 +127,13 @@ def test_show_pages_draws_the_fullest_step():
     assert without.stderr.splitlines()[-3:-1] == lines[-3:-1]
 
 
-@pytest.mark.parametrize(("no_color", "page"), [("", "\x1b[32ma\x1b[0m"), ("1", "a")])
+@pytest.mark.parametrize(
+    ("no_color", "page"),
+    [
+        ("", "\x1b[32ma\x1b[0m"),
+        pytest.param("1", "a", marks=(pytest.mark.nightly, pytest.mark.slow)),
+    ],
+)
 def test_show_pages_on_a_terminal(no_color, page):
     terminal, stderr = pty.openpty()
     args = ("--prompt=Once", "--max_tokens=1", "--show_pages", "--num_pages=9")

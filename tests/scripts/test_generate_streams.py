@@ -36,7 +36,13 @@ def shell(command, **changes):
 TWO = "--prompt=Once --prompt='The old' --max_tokens=3 "
 
 
-@pytest.mark.parametrize("flags", [TWO + "--output=json", "--prompt=Once --max_tokens=3"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(TWO + "--output=json", marks=pytest.mark.nightly),
+        "--prompt=Once --max_tokens=3",
+    ],
+)
 def test_a_full_disk(flags):
     code, _, errors = shell(f"generate {flags} > /dev/full")
     assert code == 74
@@ -51,7 +57,7 @@ def test_closed_standard_output():
     assert "standard output is closed" in errors
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("stderr", [pytest.param("2>&-", marks=pytest.mark.nightly), "2>/dev/full"])
 def test_standard_error_that_takes_nothing(stderr):
     code, output, _ = shell(f"generate {TWO} {stderr}")
     assert code == 0 and output.count(b"=== prompt ") == 2
@@ -80,7 +86,7 @@ def test_a_reader_that_has_enough_stops_the_run(tmp_path):
     assert "tokens/s, compiling" not in errors  # the summary, after the last
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.nightly)])
 def test_output_that_is_not_utf_8(encoding):
     args = "--prompt='Émile 你好' --prompt=Once --max_tokens=3"
     code, output, _ = shell(f"generate {args}", PYTHONIOENCODING=encoding)
@@ -129,7 +135,7 @@ def generate(*args, options=()):
         (b"page pool", 1),
         (b"0/2", 1),
         (b" 2 running", 1),
-        (b" 2 running", 2),
+        pytest.param(b" 2 running", 2, marks=pytest.mark.nightly),
     ],
     ids=lambda value: value.decode() if isinstance(value, bytes) else str(value),
 )
@@ -151,7 +157,9 @@ def test_ctrl_c_at_any_time(moment, times):
         assert "prompts: 0 finished, 2 aborted" in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.nightly)]
+)
 def test_what_has_ended_is_there_when_it_is_killed(number):
     with generate("--max_tokens=300", "--output=json", "--max_num_seqs=1") as process:
         reader = threading.Thread(target=process.stderr.read)

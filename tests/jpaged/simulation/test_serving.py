@@ -120,7 +120,7 @@ class TestAgainstThePaper:
     def test_sharing_grows_with_samples_and_prompts(self):
         saved = {
             (name, n): serve("paged", load(lengths, count, num_samples=n)).saving
-            for name, lengths, count in (("alpaca", ALPACA, 1000), ("sharegpt", SHAREGPT, 200))
+            for name, lengths, count in (("alpaca", ALPACA, 600), ("sharegpt", SHAREGPT, 120))
             for n in (1, 2, 6)
         }
         for name, printed in PAPER["sampling"].items():

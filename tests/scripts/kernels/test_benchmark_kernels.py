@@ -3,10 +3,6 @@
 
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,22 +10,15 @@ import pytest
 from jpaged.scripts.kernels import benchmark_kernels
 from jpaged.scripts.kernels.benchmark_kernels import parse_step
 from jpaged.scripts.kernels.contenders import Case, Inputs
+from tests.scripts.programs import ended
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 TINY = ("--rows=1", "--contexts=32", "--steps=", "--num_q_heads=4", "--num_kv_heads=2")
 TINY += ("--head_dim=16", "--dtype=float32", "--runs=2", "--run_s=0.001")
 
 
 def run(*args, expected_code=0):
     """Runs the benchmark on the CPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "jpaged.scripts.kernels.benchmark_kernels", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        timeout=120,
-    )
+    done = ended("jpaged.scripts.kernels.benchmark_kernels", *args)
     assert done.returncode == expected_code, done.stderr
     return done
 

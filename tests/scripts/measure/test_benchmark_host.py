@@ -6,7 +6,8 @@ from tests.scripts.programs import run, run_report
 
 def test_benchmark_of_the_host():
     report = run_report(
-        "scripts.measure.benchmark_host", "--num_seqs=8", "--num_tokens=100", "--steps=20"
+        *("scripts.measure.benchmark_host", "--num_seqs=8", "--num_tokens=100", "--steps=20"),
+        fresh=True,
     )
     parts = ("schedule_us", "build_batch_us", "update_us", "total_us", "fork_us")
     assert all(0 < report[part] < 1e6 for part in parts)
