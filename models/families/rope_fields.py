@@ -133,7 +133,7 @@ def _scaling(rope: Mapping[str, Any], longest: int) -> RopeScaling | None:
     elif kind == "linear":
         scaling = LinearScaling(factor=number("factor"))
     elif kind == "dynamic":
-        # The base grows with what is beyond max_position_embeddings, which is never served.
+        # The base grows with what is beyond max_position_embeddings, which no engine serves.
         number("factor")
         scaling = None
     elif kind == "llama3":

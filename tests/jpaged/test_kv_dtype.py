@@ -17,20 +17,14 @@ from jpaged.device.replay import replay
 from jpaged.host.step_log import read_header, read_steps
 from jpaged.models.decoder import Decoder
 from jpaged.models.shapes import SHAPES
-from jpaged.pallas_kernels.variant import AttentionVariant
 from jpaged.placement import decoder_of, read_model, runner_of
 from jpaged.planning import make_plan, memory_of
 from tests.jpaged.exact import EXACT, drawn, everything
-from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params
+from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, windowed
 from tests.models.test_kv_scales import named, stored
 
 # Layers that see 12 tokens and layers that see all, each with pages of their own.
-_LAYER = TINY.pattern[0]
-_WINDOW = dataclasses.replace(
-    _LAYER,
-    attention=dataclasses.replace(_LAYER.attention, variant=AttentionVariant(sliding_window=12)),
-)
-WINDOWED = dataclasses.replace(TINY, pattern=(_WINDOW, _LAYER))
+WINDOWED = windowed(12)
 PROMPTS = [[*prompts_of([12])[0], *tail] for tail in prompts_of([1, 9, 30, 14, 20])]
 CROWD = [
     *(drawn(seed, max_tokens=20) for seed in range(3)),

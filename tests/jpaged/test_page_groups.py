@@ -7,8 +7,6 @@ Engines beside others that have one table for all layers.
 import collections
 import dataclasses
 import functools
-import json
-import pathlib
 
 import pytest
 from hypothesis import given, settings
@@ -24,15 +22,14 @@ from jpaged.host.prefix import Prefix
 from jpaged.host.step_log import read_header, read_steps
 from jpaged.host.viewer import draw
 from jpaged.models.cache_groups import one_group
-from jpaged.pallas_kernels.variant import AttentionVariant
 from jpaged.placement import runner_of
+from tests.jpaged.crowd import EXACT, FIXTURES, drawn, serve
 from tests.jpaged.exact import everything
 from tests.jpaged.expected import first_seen
-from tests.jpaged.tiny import TINY, tiny_engine, tiny_params
+from tests.jpaged.tiny import TINY, tiny_engine, tiny_params, windowed
 from tests.jpaged.tiny import prompts_of as prompts_for
 
 NIGHTLY = pytest.mark.nightly
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "hf"
 # Layers that see everything and layers that see 5 tokens; all see 11; one sees everything, four 6.
 # Groups, and pages that hold the widest search and little more.
 CASES = {
@@ -40,36 +37,6 @@ CASES = {
     "mistral_window": (1, 20),
     "ministral_some_windows": (5, 100),
 }
-EXACT = dict(
-    max_model_len=96, page_size=4, max_num_batched_tokens=20, max_num_seqs=12, deterministic=True,
-    scan_layers=True,
-)  # fmt: skip
-GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2, ignore_eos=True)
-BEAMS = SamplingParams(max_tokens=14, beam_width=3, n=3, ignore_eos=True)
-
-
-def drawn(seed, **options):
-    options = dict(max_tokens=16, temperature=1.3, seed=seed, logprobs=2, ignore_eos=True) | options
-    return SamplingParams(**options)
-
-
-def prompts_of(case):
-    prompts = json.loads((FIXTURES / case / "expected.json").read_text())["prompts"]
-    start = max(prompts, key=len)
-    # Some that begin alike, longer than any window.
-    return [*prompts, *([*start[:end], 7, 8, 9 + end] for end in (13, 22, 30))]
-
-
-def serve(engine, case):
-    """What comes of a crowd of greedy, drawn and searched answers, and of the same again."""
-    prompts = prompts_of(case)
-    params = [
-        BEAMS if i % 4 == 3 else drawn(i, n=3) if i % 4 == 1 else drawn(i) if i % 4 else GREEDY
-        for i in range(len(prompts))
-    ]
-    outputs = everything(engine.generate(prompts, params))
-    engine.check_invariants()
-    return outputs
 
 
 @functools.cache
@@ -123,14 +90,6 @@ def test_no_output_changes(case, name):
         assert engine.stats().totals.num_hit_tokens > 2 * hits
     totals = engine.stats().totals
     assert all(getattr(totals, name) > 0 for name in happens), totals
-
-
-def windowed(window=12):
-    """A model of two layers, of which the first sees a window."""
-    (full,) = TINY.pattern
-    variant = AttentionVariant(sliding_window=window)
-    seen = dataclasses.replace(full, attention=dataclasses.replace(full.attention, variant=variant))
-    return dataclasses.replace(TINY, pattern=(seen, full))
 
 
 def windowed_engine(**config):

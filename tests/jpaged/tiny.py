@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model small enough to run in every test, and engines around it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jpaged import Engine, EngineConfig
 from jpaged.models.config import dense_config
 from jpaged.models.decoder import Decoder
+from jpaged.pallas_kernels.variant import AttentionVariant
 
 TINY = dense_config(
     family="Qwen3ForCausalLM",
@@ -25,6 +27,14 @@ TINY = dense_config(
     tie_word_embeddings=True,
     max_position_embeddings=256,
 )
+
+
+def windowed(window=12):
+    """Of the same parameters, but the first layer sees a window: two groups of pages."""
+    (full,) = TINY.pattern
+    variant = AttentionVariant(sliding_window=window)
+    seen = dataclasses.replace(full, attention=dataclasses.replace(full.attention, variant=variant))
+    return dataclasses.replace(TINY, pattern=(seen, full))
 
 
 @functools.cache

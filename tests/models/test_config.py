@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jpaged import EngineConfig
+from jpaged.device.memory import plan_pool
 from jpaged.models.config import dense_config
 from jpaged.models.config_json import config_from_hf, config_to_hf, load_config
 from jpaged.models.decoder import Decoder
@@ -614,9 +616,19 @@ def test_windows_of_qwen3():
 
 
 def test_dynamic_rope_changes_nothing_within_the_context():
-    """transformers changes the base beyond max_position_embeddings, which is never served."""
+    """transformers changes the base beyond max_position_embeddings, which is never served.
+
+    tests/fixtures/hf/llama_dynamic_rope is what it computes.
+    """
     rope = {"rope_type": "dynamic", "factor": 4.0}
     assert config_from_hf(LLAMA_2_7B | {"rope_scaling": rope}) == config_from_hf(LLAMA_2_7B)
+    case = FIXTURES / "llama_dynamic_rope"
+    for file in ("config.json", "config_v4.json"):
+        config = config_from_hf(json.loads((case / file).read_text()))
+        # base * (factor * length / longest - (factor - 1)) ** (dim / (dim - 2)), that is the base.
+        assert config.layer(0).attention.rope == Rope(theta=10000.0, dim=18)
+        with pytest.raises(ValueError, match="max_model_len=97 exceeds the model's max"):
+            plan_pool(EngineConfig(max_model_len=97), config, "xla")
 
 
 def test_inert_fields_of_qwen3():

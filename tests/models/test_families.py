@@ -80,6 +80,24 @@ class TestGeneration:
         engine.check_invariants()
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_dense_log_probabilities(case):
+    """Of whole sequences at once, without pages."""
+    config, params = checkpoint.load(FIXTURES / case, jnp.float32)
+    record = expected(case)
+    for recorded in record["top_logprobs"]:
+        number = recorded["prompt"]
+        prompt, answer = record["prompts"][number], record["continuations"][number]
+        tokens = jnp.asarray([[*prompt, *answer[:-1]]], jnp.int32)
+        logits = jax.jit(Decoder(config).apply_dense)(params, tokens)[0, len(prompt) - 1 :]
+        found = np.take_along_axis(
+            np.asarray(jax.nn.log_softmax(logits)), np.array(recorded["token_ids"]), axis=-1
+        )
+        np.testing.assert_allclose(found, recorded["logprobs"], atol=tolerances.LOGPROB, rtol=0)
+
+
 @pytest.mark.parametrize("case", CASES)
 class TestParams:
     def test_the_tree_is_the_decoders(self, case):
