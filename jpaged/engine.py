@@ -97,8 +97,9 @@ class Engine(ChatMethods):
         self._log, self._recorder = open_logs(config, self._scheduler_config, plan)
         room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
-            config, model_config, params, plan, tokenizer, backend, room, ahead
-        )
+            config, model_config, params, plan, tokenizer,
+            backend=backend, num_host_pages=room, ahead=ahead,
+        )  # fmt: skip
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
         if config.strict_shapes:

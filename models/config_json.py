@@ -154,7 +154,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     fields["bos_token_id"] = config.bos_token_id
     fields["eos_token_id"] = list(config.eos_token_ids) or None
     back = config_from_hf(fields)
-    names = (field.name for field in dataclasses.fields(config) if field.name != "source")
+    # What is packed is written unpacked, and so read back.
+    apart = ("source", "packing")
+    names = (field.name for field in dataclasses.fields(config) if field.name not in apart)
     if other := [name for name in names if getattr(config, name) != getattr(back, name)]:
         raise ModelConfigError(
             f"this {config.family} cannot be written as config.json: {', '.join(other)} would be "

@@ -43,7 +43,7 @@ def answer(home, *arguments, **env):
 @pytest.mark.slow
 def test_the_next_process_compiles_nothing(tmp_path):
     misses, hits = answer(tmp_path)
-    assert misses > 5 and hits == 0
+    assert misses >= 4 and hits == 0
     assert any((tmp_path / ".cache" / "jpaged" / "xla").iterdir())
     assert answer(tmp_path) == (0, misses)
 
