@@ -109,7 +109,8 @@ def main(argv: list[str]) -> None:
         if shapes and not (config.step_shapes or config.strict_shapes or config.deterministic):
             # Shorter prompts, as of later turns, are padded to what is compiled already.
             config = dataclasses.replace(config, step_shapes=",".join(map(str, shapes)))
-        engine = Engine.load(files, config, lambda: compile_ahead(config, files, shapes))
+        # Not the decode step: on few cores the first text would wait for it as well.
+        engine = Engine.load(files, config, lambda: compile_ahead(config, files, shapes[:1]))
     if params.temperature is None and engine.defaults.params.temperature is None:
         params = dataclasses.replace(params, temperature=0.7)
     dialog = Dialog(engine, params, system, options)
