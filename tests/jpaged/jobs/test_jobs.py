@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import resource
 
@@ -19,24 +18,11 @@ from jpaged.jobs import Result, Row, run
 from jpaged.jobs.inputs import open_input
 from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
 from jpaged.jobs.output import OutputError, OutputFile
-from tests.jpaged.tiny import tiny_engine
 
 ROWS = [
     {"prompt": [i + 1, 2, 3], "max_tokens": 2 + i % 3, "n": 1 + i % 2, "custom_id": f"r{i}"}
     for i in range(12)
 ]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    """A pool so small that requests are preempted."""
-    return tiny_engine(deterministic=True, num_pages=9, page_size=4, max_num_batched_tokens=32)
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """What is synced changes nothing that a test can see, and a busy disk takes seconds for it."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture

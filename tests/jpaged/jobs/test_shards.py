@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import os
 
 import pytest
 
@@ -28,7 +27,6 @@ from jpaged.jobs.shards import (
     shard_entry,
     shard_path,
 )
-from tests.jpaged.tiny import tiny_engine
 
 ROWS = [
     {"prompt": [i + 1, 2], "max_tokens": 2 + i % 3, "n": 1 + i % 2, "custom_id": f"r{i}"}
@@ -36,17 +34,6 @@ ROWS = [
 ]
 ROWS[4] = {"custom_id": "bad", "prompt": [1], "max_tokens": 0}
 CONFIG = EngineConfig(num_pages=9)
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return tiny_engine(deterministic=True, num_pages=9, page_size=4, max_num_batched_tokens=32)
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """What is synced changes nothing that a test can see, and a busy disk takes seconds for it."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture

@@ -52,9 +52,10 @@ class TestFrames:
     )
     def test_they_are_what_snapshots_of_the_pool_say(self, tmp_path, monkeypatch, options):
         seen = []
-        look = lambda scheduler: seen.append(  # noqa: E731
-            (snapshot_of(scheduler), scheduler.num_waiting)
-        )
+
+        def look(scheduler):
+            seen.append((snapshot_of(scheduler), scheduler.num_waiting))
+
         simulate(tmp_path / "r", on_look=look, monkeypatch=monkeypatch, **options)
         record = read_whole(tmp_path / "r")
         assert len(record.frames) == len(seen) > 25
