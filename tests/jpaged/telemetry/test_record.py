@@ -10,12 +10,14 @@ import os
 import numpy as np
 import pytest
 
+from jpaged import SamplingParams
 from jpaged.host.groups import GroupKind
 from jpaged.simulation.layers import LayerGroups
 from jpaged.telemetry import recorder as recorder_module
 from jpaged.telemetry.record import RecordError, RecordHeader, first_line, read_record
 from jpaged.telemetry.recorder import Recorder
 from tests.jpaged.telemetry.recorded import simulate, snapshot_of
+from tests.jpaged.tiny import prompts_of, tiny_engine
 
 WINDOWS = LayerGroups(1, (GroupKind(None, 1), GroupKind(5, 2)), (1, 2))
 
@@ -255,3 +257,13 @@ class TestFiles:
         assert said.endswith("r: the record ends: No space left on device")
         record = read_record(tmp_path / "r")
         assert record.frames and not record.has_ended
+
+
+def test_an_engine_records_its_steps(tmp_path):
+    engine = tiny_engine(record=str(tmp_path / "r"), num_pages=12, page_size=4)
+    engine.generate(prompts_of([5, 9, 14]), SamplingParams(max_tokens=12, temperature=0))
+    totals = engine.stats().totals
+    record = read_record(tmp_path / "r")
+    assert (record.header.num_pages, record.header.page_size) == (12, 4)
+    names = {name for frame in record.frames for name, *_ in frame.sequences}
+    assert len(names) == 3 and len(record.preemptions) == totals.num_preemptions > 0
