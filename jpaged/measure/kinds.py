@@ -23,6 +23,8 @@ ALL_KINDS = (*dict.fromkeys(kind for kind, _ in KINDS), OTHER)
 # What holds other operations, which are in the trace themselves.
 CONTAINER = re.compile(r"(while|call|cond|conditional|command_buffer|async-\w+)(\.|$)")
 
+# As which compilers have products. What reads one, in a layout of its own, has its name as well.
+_MULTIPLIES = re.compile(r" (convolution|custom-call|reduce)\(")
 _WRAPPER = re.compile(r"jit\(.*\)|_\w+Module|while|body|cond|closed_call|branch_\d+_fun|")
 _FLAGS = re.IGNORECASE
 _RULES = tuple((kind, re.compile(pattern, _FLAGS)) for kind, pattern in KINDS)
@@ -85,7 +87,7 @@ def _scopes(text: str) -> dict[str, str]:
         name = name.lstrip("%")
         scope = re.search(r'metadata=\{[^}]*op_name="([^"]*)"', rest)
         scopes[name] = scope[1] if scope else ""
-        if " dot(" in rest or "dot_general" in scopes[name]:
+        if " dot(" in rest or ("dot_general" in scopes[name] and _MULTIPLIES.search(rest)):
             with_product.add(computation)
         if called := re.search(r" fusion\(.*calls=%?([\w.\-]+)", rest):
             calls[name] = called[1]

@@ -178,8 +178,8 @@ def chat(model):
 
 @pytest.mark.slow
 def test_a_terminal(chat):
-    chat.wait(lambda: chat.out.endswith("> "))
-    assert "[a line is a message; /reset forgets" in chat.err
+    greeting = "[a line is a message; /reset forgets"
+    chat.wait(lambda: chat.out.endswith("> ") and greeting in chat.err)
     # Ctrl-C where nothing is answered drops the line, and the program goes on.
     chat.type("never said")
     chat.wait(lambda: "never said" in chat.out)
@@ -204,11 +204,11 @@ def test_a_terminal(chat):
     assert "request" not in chat.err
     chat.wait(lambda: chat.out.endswith("> "))
     chat.type("/help\n")
-    chat.wait(lambda: chat.out.endswith("/help\r\n> "))
-    assert "[there is no command /help; a line is a message; /reset forgets" in chat.err
+    no_command = "[there is no command /help; a line is a message; /reset forgets"
+    chat.wait(lambda: chat.out.endswith("/help\r\n> ") and no_command in chat.err)
     chat.type("/reset\n")
-    chat.wait(lambda: chat.out.endswith("/reset\r\n> "))
-    assert "[what was said is forgotten]" in chat.err
+    forgotten = "[what was said is forgotten]"
+    chat.wait(lambda: chat.out.endswith("/reset\r\n> ") and forgotten in chat.err)
     time.sleep(0.5)
     chat.type("\x04")
     assert chat.end() == 0

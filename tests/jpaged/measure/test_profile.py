@@ -44,7 +44,7 @@ def test_a_window_of_decode_steps_is_traced_and_summed_up(engine, tmp_path):
     assert sum(busy.values()) == pytest.approx(device["busy_us"])
     assert 0 < device["busy_us"] < found["step_us"]
     # Of two layers, seven products each, the head, and no more.
-    assert device["by_kind"]["products"]["kernels"] == pytest.approx(15, abs=4)
+    assert device["by_kind"]["products"]["kernels"] == pytest.approx(15, abs=2)
     names = {own["name"] for own in device["largest"]}
     assert any("paged_attention" in name for name in names), names
 
