@@ -34,12 +34,13 @@ from jpaged.pipeline import Pipeline
 from jpaged.placement import ModelPath, pool_of, read_model, runner_of
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
+from jpaged.scoring import MakeRequests, ScoreMethods
 from jpaged.streams import Generation, RequestStream
 
 logger = logging.getLogger(__name__)
 
 
-class Engine(ChatMethods):
+class Engine(ChatMethods, ScoreMethods):
     """Generates for many requests at once over one page pool.
 
     Outputs go to whom their request belongs, whoever runs the step: `stream` and `generate` have
@@ -176,9 +177,15 @@ class Engine(ChatMethods):
           ValueError: if a prompt cannot be served; then none has been started.
           GenerationInterrupted: on Ctrl-C; holds what was produced.
         """
+        return self._answer(
+            lambda maker, ids: maker.make_all(prompts, params, ids), progress, on_step, on_output
+        )
+
+    def _answer(self, make: MakeRequests, *watched: Any) -> list[RequestOutput]:
+        """Makes requests and runs them; `watched` are the other arguments of `Generation`."""
         self._live.enter()
-        requests = self._maker.make_all(prompts, params, iter(self._live.next_id, None))
-        generation = Generation(requests, self._live.abandoned, progress, on_step, on_output)
+        requests = make(self._maker, iter(self._live.next_id, None))
+        generation = Generation(requests, self._live.abandoned, *watched)
         try:
             with self._live.change.held():
                 self._live.add(requests, generation.owner)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes requests, and refuses those that could not be served, before anything has changed."""
 
+import dataclasses
 import itertools
 import math
 import numbers
@@ -18,6 +19,7 @@ from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import MAX_NUM_SAMPLES, SamplingParams
+from jpaged.host.scored import ScoredTokens
 from jpaged.host.sequence import Request, fork_seed
 from jpaged.models.config import ModelConfig
 from jpaged.text import encode
@@ -117,6 +119,60 @@ class RequestMaker:
         _check_host_memory(request)
         return request
 
+    def make_scored(
+        self, prompt: Prompt, completion: Prompt, request_id: str, cache_salt: str | None = None
+    ) -> Request:
+        """Makes a request that scores a completion; see `scoring.ScoreMethods.score`.
+
+        Args:
+          prompt: likewise.
+          completion: likewise.
+          request_id: for messages, too.
+          cache_salt: as in `Engine.add_request`.
+
+        Raises:
+          ValueError: if it could never be served.
+        """
+        token_ids, first = self._encode_pair(prompt, completion, request_id)
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=None)
+        # The last token is known: it is not computed, but what predicts it is.
+        request = self.make(token_ids[:-1], params, request_id, stream=False, cache_salt=cache_salt)
+        vocab_size = self._model_config.vocab_size
+        if not 0 <= token_ids[-1] < vocab_size:
+            raise ValueError(
+                f"request {request_id!r}: token id {shown(token_ids[-1])} is outside the "
+                f"vocabulary, [0, {vocab_size})"
+            )
+        # The likeliest says whether greedy sampling had chosen the same.
+        request.scored = ScoredTokens(token_ids, first - 1, 1)
+        request.processors = None  # a penalty of the model's own settings changes no score
+        return request
+
+    def _encode_pair(
+        self, prompt: Prompt, completion: Prompt, request_id: str
+    ) -> tuple[list[int], int]:
+        """The tokens of a prompt and its completion; which of them is the completion's first."""
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError(
+                f"request {request_id!r}: prompt={shown(prompt)} and "
+                f"completion={shown(completion)} must be two strings or two lists of token ids"
+            )
+        if not isinstance(prompt, str):
+            before = self._encode(prompt, request_id)
+            return [*before, *self._encode(completion, request_id, "completion")], len(before)
+        assert isinstance(completion, str)
+        # Spaces belong to the word that follows them, as the tokenizer has learned them.
+        kept = prompt.rstrip() or prompt
+        completion = prompt[len(kept) :] + completion
+        before = self._encode(kept, request_id)
+        whole = self._encode(kept + completion, request_id)
+        if len(whole) <= len(before):
+            raise ValueError(
+                f"request {request_id!r}: completion={shown(completion)} adds no token to the "
+                "prompt; give at least one character more"
+            )
+        return whole, len(before)
+
     def fork(
         self,
         parent: Request,
@@ -144,6 +200,12 @@ class RequestMaker:
             )
         if own.num_samples > 1 or own.beam_width is not None:
             raise ValueError("forks have one sample each: leave n, best_of and beam_width alone")
+        if params is not None and own.prompt_logprobs is not None:
+            raise ValueError(
+                f"prompt_logprobs={own.prompt_logprobs} is for requests that compute their prompt, "
+                "which a fork does not: leave it at None"
+            )
+        own = dataclasses.replace(own, prompt_logprobs=None)
         if own.logprobs is not None and parent.params.logprobs is None:
             raise ValueError(
                 f"logprobs={own.logprobs} cannot be given for the tokens before the fork: request "
@@ -184,11 +246,12 @@ class RequestMaker:
                 f"request {request_id!r}: stop={shown(params.stop)} needs a tokenizer, which this "
                 "model has not; use stop_token_ids"
             )
-        if params.logprobs is not None and params.logprobs > vocab_size:
-            raise ValueError(
-                f"request {request_id!r}: logprobs={params.logprobs} exceeds the vocabulary of "
-                f"{vocab_size}"
-            )
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(params, name)
+            if count is not None and count > vocab_size:
+                raise ValueError(
+                    f"request {request_id!r}: {name}={count} exceeds the vocabulary of {vocab_size}"
+                )
         for name, token in params.token_ids:
             if token >= vocab_size:
                 raise ValueError(
@@ -239,11 +302,13 @@ class RequestMaker:
             growth=growth_of(params, token_ids, room, self._model_config.eos_token_ids),
         )
         request.processors = processors
+        if params.prompt_logprobs is not None:
+            request.scored = ScoredTokens(token_ids, 0, params.prompt_logprobs)
         return request
 
-    def _encode(self, prompt: Prompt, request_id: str) -> list[int]:
+    def _encode(self, prompt: Prompt, request_id: str, name: str = "prompt") -> list[int]:
         where = f"request {request_id!r}"
-        empty = f"{where}: the prompt is empty; give at least one character or token"
+        empty = f"{where}: the {name} is empty; give at least one character or token"
         if isinstance(prompt, str) and not prompt:
             raise ValueError(empty)
         if not isinstance(prompt, str):
@@ -251,7 +316,7 @@ class RequestMaker:
                 token_ids = integers(prompt)
             except Exception as e:  # a stranger's sequence may raise anything
                 raise ValueError(
-                    f"{where}: prompt={shown(prompt)} must be a string or {e}"
+                    f"{where}: {name}={shown(prompt)} must be a string or {e}"
                 ) from None
         elif self._tokenizer is None:
             raise ValueError(

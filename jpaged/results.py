@@ -246,6 +246,7 @@ def output_of(
         finished=finished,
         time_to_first_token_s=None if first is None else first - request.arrival_s,
         latency_s=time.perf_counter() - request.arrival_s,
+        prompt_logprobs=None if request.scored is None else list(request.scored.found),
     )
 
 

@@ -15,6 +15,7 @@ from jpaged.device.runner import SWAP_PAGES, inputs_of, zeros
 from jpaged.host.batch import BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
+from jpaged.host.scored import idle_scores
 from jpaged.models.sharding import placements
 
 
@@ -53,6 +54,7 @@ class AheadCompiler:
         num_logprobs: int = 0,
         beams: Sequence[BeamBatch] = (),
         processors: Collection[int] = (),
+        scores: bool = False,
     ) -> Iterator[jax.stages.Lowered]:
         """Traces what steps of a shape call; each may be compiled in any thread.
 
@@ -64,6 +66,7 @@ class AheadCompiler:
           num_logprobs: likewise.
           beams: likewise.
           processors: likewise.
+          scores: likewise.
 
         Raises:
           Exception: whatever the compiler has to say.
@@ -85,6 +88,9 @@ class AheadCompiler:
             )  # fmt: skip
         if num_logprobs:
             yield self._lower(programs.top_logprobs, logits, programs.num_likeliest(batch))
+        if scores:
+            targets = idle_scores(shape.num_rows).targets
+            yield self._lower(programs.target_logprobs, logits, targets)
         for beam in beams:
             yield self._lower(
                 programs.beam_candidates, logits, beam.slots, beam.scores, beam.num_candidates

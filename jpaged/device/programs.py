@@ -49,6 +49,7 @@ class Programs:
       sample: (logits, rows) -> tokens i32[max_num_samples], and their log-probabilities.
       burst: `burst.burst_function`'s, likewise.
       process, model_logprobs: `sampling.process_logits` and `sampling.model_logprobs`.
+      target_logprobs: that of `sampling`.
       top_logprobs, beam_candidates, processed_beam_candidates: those of `sampling`.
       copy_pages, get_pages, set_pages: of a pool, which the first and the last are donated.
     """
@@ -89,6 +90,7 @@ class Programs:
         )
         self.process = self._jit("process_logits", sampling.process_logits)
         self.model_logprobs = self._jit("model_logprobs", sampling.model_logprobs)
+        self.target_logprobs = self._jit("target_logprobs", sampling.target_logprobs)
         self.top_logprobs = self._jit("top_logprobs", sampling.top_logprobs, static_argnums=1)
         self.beam_candidates = self._jit(
             "beam_candidates", sampling.beam_candidates, static_argnums=3
@@ -139,6 +141,8 @@ class Programs:
         needed: set[Hashable] = {batch.shape}
         if batch.num_logprobs:
             needed.add((rows, self.num_likeliest(batch)))
+        if batch.scores is not None:
+            needed.add((rows, "scores"))
         width = None
         if processors is not None:
             width = processors.width

@@ -20,6 +20,7 @@ from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
+from jpaged.host.scored import idle_scores
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
 from jpaged.pallas_kernels.rows import Rows
@@ -182,7 +183,11 @@ class ModelRunner:
         top = None
         if batch.num_logprobs:
             top = programs.top_logprobs(logits, programs.num_likeliest(batch))
-        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples), waited_s
+        scores = None
+        if batch.scores is not None:
+            found = programs.target_logprobs(logits, batch.scores.targets)
+            scores = found, batch.scores.slots
+        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, scores), waited_s
 
     def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
         """Copies pages to host memory, and others back; after the steps before, before the next.
@@ -218,6 +223,7 @@ class ModelRunner:
         num_logprobs: int = 0,
         beams: Iterable[BeamBatch] = (),
         processors: Collection[int] = (),
+        scores: bool = False,
     ) -> None:
         """Compiles steps of the given shapes, and every size of page copy, ahead of need.
 
@@ -228,11 +234,14 @@ class ModelRunner:
           beams: also compile beam searches of these widths and numbers of candidates.
           processors: also compile what changes logits before tokens are chosen, with lists of these
             widths.
+          scores: also compile what scores given tokens.
         """
         beams, tokens, self._warm = tuple(beams), self._tokens, False
         for shape in shapes:
             sizes = self._plan.pages_per_seq, num_logprobs, self._plan.num_groups
             batch = empty_batch(shape, *sizes)
+            if scores:
+                batch = dataclasses.replace(batch, scores=idle_scores(shape.num_rows))
             self.run(dataclasses.replace(batch, beams=beams))
             for width in processors:
                 rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)

@@ -138,6 +138,21 @@ def model_logprobs(
     return mark_not_finite(logits, jnp.where(rows.active, own, sampled))
 
 
+def target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-probabilities of given tokens under the model as it is.
+
+    Args:
+      logits: f32[num_samples, vocab_size], as the model gives them.
+      targets: i32[num_samples], a token each.
+
+    Returns:
+      f32[num_samples]; NaN as by `mark_not_finite`.
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    own = jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+    return mark_not_finite(logits, own)
+
+
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The likeliest tokens of each row.
 

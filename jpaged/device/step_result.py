@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ class StepResult:
       beams: for each beam search of the step, what `sampling.beam_candidates`, or
         `processed_beam_candidates`, returned.
       num_samples: live samples.
+      scores: f32[num_rows], log-probabilities of given tokens, and which of them are wanted; None
+        where none are.
       compile_s: seconds that compiling took before the step was on its way; 0 mostly.
     """
 
@@ -29,22 +32,29 @@ class StepResult:
     top: tuple[jax.Array, jax.Array] | None
     beams: list[tuple[jax.Array, ...]]
     num_samples: int
+    scores: tuple[jax.Array, Sequence[int]] | None = None
     compile_s: float = 0.0
 
     def outcomes(self) -> list[Outcome]:
         """Waits for the step and returns what it found, as of each of a burst."""
         tokens = np.asarray(self.tokens)[: self.num_samples].tolist()
         logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
-        likeliest = None
+        likeliest: list[dict[int, float]] | None = None
         if self.top is not None:
-            ids, values = (np.asarray(part)[: self.num_samples].tolist() for part in self.top)
+            ids, values = (np.asarray(part).tolist() for part in self.top)
             pairs = zip(ids, values, strict=True)
             likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
+        scores = []
+        if self.scores is not None:
+            found, slots = np.asarray(self.scores[0]).tolist(), self.scores[1]
+            scores = [(found[slot], likeliest[slot] if likeliest else {}) for slot in slots]
+        if likeliest is not None:
+            likeliest = likeliest[: self.num_samples]
         candidates = []
         for parts in self.beams:
             found = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
             candidates.append([Candidate(*each) for each in found if each[0] > -math.inf])
-        return [Outcome(tokens, logprobs, likeliest, candidates)]
+        return [Outcome(tokens, logprobs, likeliest, candidates, scores)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,6 +136,14 @@ def _pages_alone(
     return total
 
 
+def _last_usable(seq: Sequence) -> int:
+    """How many tokens of a sequence may be found, not computed."""
+    usable = seq.num_known_tokens - 1
+    if (scored := seq.request.scored) is not None:
+        usable = min(usable, scored.next_position)  # which must be computed, to be scored
+    return usable
+
+
 class Admission:
     """Starts the sequences that wait, oldest first: gives them places, and pages to begin with."""
 
@@ -193,7 +201,7 @@ class Admission:
                 # At least one token is computed, for what comes after it. If it is in a page that
                 # is known, that page is copied, unless it is written only now, or there is no
                 # other.
-                held = found.usable_tokens(total - 1)
+                held = found.usable_tokens(_last_usable(seq))
                 pages = found.pages(held)
                 if held % size:
                     last = [own[-1] for own in pages]

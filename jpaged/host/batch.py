@@ -14,6 +14,7 @@ from jpaged.host.config import EngineConfig, step_shapes
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
 from jpaged.host.params import SamplingParams
+from jpaged.host.scored import ScoreBatch, score_batch, score_slots
 from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
@@ -178,7 +179,8 @@ class Batch:
       previous_slots: i32[num_tokens], which sample of the step before is this token, or -1.
       sampling: how tokens are drawn, one entry a row of the padded shape.
       num_samples: live samples.
-      num_logprobs: likeliest tokens wanted with each sample; 0 for none.
+      num_logprobs: likeliest tokens wanted with each sample or score; 0 for none.
+      scores: of given tokens whose log-probabilities are wanted; None where none are.
       beams: one for each beam search.
       processors: what changes the logits of samples before tokens are chosen; None where nothing
         does.
@@ -201,6 +203,7 @@ class Batch:
     beams: tuple[BeamBatch, ...]
     processors: ProcessorRows | None
     burst: Burst | None = None
+    scores: ScoreBatch | None = None
 
 
 def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch:
@@ -218,7 +221,8 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
     num_rows, num_samples = step.num_rows, step.num_samples
     q_lens = np.array(rows.num_tokens, np.int32)
     num_tokens = int(q_lens.sum())
-    shape = buckets.shape(num_tokens, num_rows, num_samples)
+    slots = score_slots(step)
+    shape = buckets.shape(num_tokens, num_rows, max((num_samples, *(s + 1 for s in slots))))
 
     cu_q_lens = np.full(shape.num_rows + 1, num_tokens, np.int32)
     cu_q_lens[0] = 0
@@ -243,6 +247,8 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
     logits_indices = np.zeros(shape.num_rows, np.int32)
     if num_samples:
         logits_indices[:num_samples] = first[list(samples.rows)] + samples.offsets
+    if slots:
+        logits_indices[slots] = first[list(step.scores.rows)] + step.scores.offsets
     sources = [rows.sources[row] for row in samples.rows]
     processors = processor_rows(samples.processing, sources, shape.num_rows)
     return Batch(
@@ -259,9 +265,12 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
             samples.draws, positions[logits_indices[:num_samples]] + 1, shape.num_rows
         ),
         num_samples=num_samples,
-        num_logprobs=max((draw.num_logprobs for draw in samples.draws), default=0),
+        num_logprobs=max(
+            (*(draw.num_logprobs for draw in samples.draws), *step.scores.num_likeliest), default=0
+        ),
         beams=tuple(_beam_batch(search, processors) for search in step.searches),
         processors=processors,
+        scores=score_batch(step, slots, shape.num_rows),
     )
 
 
@@ -316,6 +325,7 @@ def warm_up_plan(
         instance_of("params", own, SamplingParams).resolve(defaults, max_model_len)
         for own in params
     ]
+    num_logprobs = max(num_logprobs, *(own.prompt_logprobs or 0 for own in resolved), 0)
     widths: set[int] = set()
     for own in (defaults.resolve(room=max_model_len), *resolved):
         if processors := LogitsProcessors.of(own, (), vocab_size):
@@ -326,6 +336,7 @@ def warm_up_plan(
         "num_logprobs": num_logprobs,
         "beams": [idle_beams(own, eos_token_ids) for own in resolved if own.beam_width is not None],
         "processors": sorted(widths),
+        "scores": any(own.prompt_logprobs is not None for own in resolved),
     }
 
 

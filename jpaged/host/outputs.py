@@ -44,6 +44,9 @@ class RequestOutput:
         that are not: those of prompts whose answers it cut off.
       time_to_first_token_s: seconds from arrival to the first sampled token; None before it.
       latency_s: seconds from arrival until now, or until the end.
+      prompt_logprobs: per token of the prompt, `{token_id: log-probability}` of it, under the model
+        given those before, and of the likeliest ones; None for the first, which nothing predicts,
+        and for what was not computed. None unless `SamplingParams.prompt_logprobs` asks for it.
     """
 
     request_id: str
@@ -52,6 +55,7 @@ class RequestOutput:
     finished: bool
     time_to_first_token_s: float | None
     latency_s: float
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 class GenerationInterrupted(KeyboardInterrupt):

@@ -83,6 +83,7 @@ _RULES = {
     "stop": (Rule("free of empty strings", all),),
     "stop_token_ids": (_NOT_NEGATIVE,),
     "logprobs": at_least(0),
+    "prompt_logprobs": at_least(0),
 }
 
 # What a search for beams does not look at, with the values that say nothing.
@@ -171,6 +172,9 @@ class SamplingParams:
       stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
       ignore_eos: whether to go on after the model's end-of-sequence tokens.
       logprobs: how many likeliest tokens to report with each token; None reports none.
+      prompt_logprobs: how many likeliest tokens to report at each place of the prompt, beside the
+        log-probability of the token that is there; None reports none. All of the prompt is
+        computed for it, also what other requests left in the prefix cache.
       skip_special_tokens: whether the tokenizer's special tokens are left out of the text; the
         token that ends a sample is left out in any case.
     """
@@ -200,6 +204,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 
     def __post_init__(self):

@@ -41,6 +41,11 @@ class StepReader:
         """
         now = time.perf_counter()
         grown: dict[str, Request] = {}
+        for (request, position), (logprob, likeliest) in zip(
+            step.scored, outcome.scores, strict=True
+        ):
+            if not self._take_score(request, position, logprob, likeliest):
+                grown[request.request_id] = request
         for request, search, candidates in zip(
             step.searchers, step.plan.searches, outcome.candidates, strict=True
         ):
@@ -124,6 +129,22 @@ class StepReader:
             return False
         self._scheduler.continue_from(request, parents)
         return True
+
+    def _take_score(
+        self, request: Request, position: int, logprob: float, likeliest: Mapping[int, float]
+    ) -> bool:
+        """Notes the score of a given token. Returns: whether it is a number; else it has failed."""
+        assert request.scored is not None
+        if math.isfinite(logprob):
+            request.scored.take(position, logprob, likeliest)
+            return True
+        error = self.not_finite(request.sequences)
+        if request.growth.chooser is not None:
+            self.fail_request(request, error)
+        for sample in request.sequences:
+            if sample.status is not Status.FINISHED:
+                self._fail(sample, error)
+        return False
 
     def _take_token(
         self, sample: Sequence, token: int, logprob: float, likeliest: Mapping[int, float]

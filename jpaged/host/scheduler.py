@@ -203,12 +203,14 @@ class Scheduler:
                 # Most are alone, and find pages: this is all that a step costs for them.
                 lacking = seq.num_tokens - seq.num_computed_tokens
                 num_tokens = min(lacking, budget)
+                if seq.request.scored is not None:
+                    num_tokens = self._fitting(step, seq, lacking, budget)
                 if (num_tokens // size + 2) * groups <= pool.num_free_pages:
                     budget -= num_tokens
                     index += 1 + self._plan_row(step, seq, num_tokens, num_tokens == lacking)
                     continue
             group = self._queues.group(index)
-            tokens = self._tokens_of(group, budget)
+            tokens = self._tokens_of(step, group, budget)
             if tokens is None:
                 break
             if self._releases:
@@ -221,7 +223,9 @@ class Scheduler:
             index += self._plan(step, group, tokens)
         return budget
 
-    def _tokens_of(self, group: SequenceOf[Sequence], budget: int) -> list[int] | None:
+    def _tokens_of(
+        self, step: StepBuilder, group: SequenceOf[Sequence], budget: int
+    ) -> list[int] | None:
         """How many tokens each of a group computes; None if it must wait for more budget."""
         growth = group[0].request.growth
         if growth.waits_for_host and group[0].num_inflight_tokens:
@@ -233,10 +237,27 @@ class Scheduler:
             # Some compute again what was preempted; the last token waits for the others'.
             lacking = [count - 1 for count in lacking]
         tokens: list[int] = []
-        for count in lacking:
-            tokens.append(min(count, budget))
-            budget -= tokens[-1]
+        for seq, count in zip(group, lacking, strict=True):
+            fitting = min(count, budget)
+            if fitting and seq.request.scored is not None:
+                fitting = self._fitting(step, seq, count, budget)
+            tokens.append(fitting)
+            budget -= fitting
         return tokens
+
+    def _fitting(self, step: StepBuilder, seq: Sequence, lacking: int, budget: int) -> int:
+        """How many tokens a sequence computes that has tokens scored, each in a sample's place."""
+        assert seq.request.scored is not None
+        room = self._room(step)
+        return seq.request.scored.fitting(seq.num_computed_tokens, lacking, budget, room)
+
+    def _room(self, step: StepBuilder) -> int:
+        """Places of samples that are neither of a sequence that runs nor of a score."""
+        return self.config.max_num_seqs - len(self._queues.running) - step.num_extra_places
+
+    def _has_room_for(self, step: StepBuilder, first: Sequence) -> bool:
+        alone = first.swapped is None and first.request.growth.num_rows == 1
+        return alone and self._room(step) > 0
 
     def _release_unseen(self, seq: Sequence) -> None:
         """Gives back pages that neither a sequence nor what is forked off it sees from here on.
@@ -262,13 +283,15 @@ class Scheduler:
         """Starts waiting sequences, oldest first, while tokens, places and pages last."""
         queues = self._queues
         while queues.waiting and budget:
+            if step.num_extra_places and not self._has_room_for(step, queues.waiting[0]):
+                return
             group = self._admission.start(step)
             if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
                 first = queues.running.index(group[0]) - group[0].sample_index
                 together = queues.running[first:]
                 group = group if any(map(step.has_row, together)) else together
-            tokens = self._tokens_of(group, budget) if group else None
+            tokens = self._tokens_of(step, group, budget) if group else None
             if tokens is None or self._pages_needed(group, tokens) > self.table.pool.num_free_pages:
                 return
             budget -= sum(tokens)
@@ -304,6 +327,8 @@ class Scheduler:
         computed = seq.num_computed_tokens
         if computed // self.table.page_size > seq.num_addressed_pages:
             step.addressed.update(self.cache.address_pages(self.table, seq, before))
+        if seq.request.scored is not None:
+            step.add_scores(seq, row, last)
         if not last:
             return 0
         step.add_sample(seq, row)
@@ -313,6 +338,8 @@ class Scheduler:
         """Starts as many samples as there are places; the next one waits, and starts the others."""
         assert parent.table_id is not None
         forks = min(parent.num_pending_forks, self._queues.num_free_places())
+        if step.num_extra_places:
+            forks = min(forks, max(self._room(step), 0))
         children: list[Sequence] = []
         for _ in range(forks):
             child = parent.request.fork_sequence(parent)

@@ -14,6 +14,7 @@ from jpaged.host.growth.base import Growth
 from jpaged.host.growth.sampling import Sampling
 from jpaged.host.logits_processors import LogitsProcessors, Processing
 from jpaged.host.params import SamplingParams
+from jpaged.host.scored import ScoredTokens
 from jpaged.host.step import Draw
 from jpaged.host.swap import SwappedGroup
 
@@ -174,6 +175,7 @@ class Request:
       is_single: whether it has one sequence, which goes on by itself.
       sequences: what has grown, in order of `sample_index`; later ones appear when they fork.
       processors: what changes its logits before a token is chosen, or None.
+      scored: given tokens whose log-probabilities it wants, or None.
       num_forks: requests that were forked from it so far.
       arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
     """
@@ -202,6 +204,7 @@ class Request:
         self.growth: Growth = growth or Sampling(params.num_samples)
         self.is_single = self.growth.max_sequences == 1 and not self.growth.waits_for_host
         self.processors: LogitsProcessors | None = None
+        self.scored: ScoredTokens | None = None
         self.num_forks = 0
         assert params.max_tokens is not None, "not resolved"
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)

@@ -97,6 +97,22 @@ class Samples(typing.NamedTuple):
         return [Sample(*fields) for fields in zip(*self, strict=True)]
 
 
+class Scores(typing.NamedTuple):
+    """Given tokens whose log-probabilities are wanted, one entry each; see `host.scored`.
+
+    Attributes:
+      rows: whose tokens they follow.
+      offsets: after which of the tokens that the row computes.
+      targets: which they are.
+      num_likeliest: likeliest tokens to report with each.
+    """
+
+    rows: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+    num_likeliest: tuple[int, ...] = ()
+
+
 class Search(typing.NamedTuple):
     """Samples of which the best continuations of all together are wanted, not one of each.
 
@@ -121,6 +137,7 @@ class StepPlan:
       rows: what is computed.
       samples: what is drawn after it.
       searches: which samples are searched for continuations.
+      scores: what is scored after the rows.
       swap_outs: `(page, host_page)` to copy to host memory before anything else.
       swap_ins: `(host_page, page)` to copy back after that.
       copies: `(src, dst)` pages to copy after that, before the step writes.
@@ -134,6 +151,7 @@ class StepPlan:
     rows: Rows = dataclasses.field(default_factory=Rows)
     samples: Samples = dataclasses.field(default_factory=Samples)
     searches: tuple[Search, ...] = ()
+    scores: Scores = dataclasses.field(default_factory=Scores)
     swap_outs: tuple[tuple[int, int], ...] = ()
     swap_ins: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from jpaged.host.growth.base import Chooser
 from jpaged.host.logits_processors import Processing
 from jpaged.host.sequence import Request, Sequence
-from jpaged.host.step import Draw, Rows, Samples, Search, StepPlan
+from jpaged.host.step import Draw, Rows, Samples, Scores, Search, StepPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,13 @@ class ScheduledStep:
       plan: what is computed.
       samples: the sequences that its samples are for.
       searchers: the requests that its searches are for.
+      scored: per scored token, the request that wants it, and the position that predicts it.
     """
 
     plan: StepPlan
     samples: tuple[Sequence, ...] = ()
     searchers: tuple[Request, ...] = ()
+    scored: tuple[tuple[Request, int], ...] = ()
 
 
 class StepBuilder:
@@ -30,6 +32,7 @@ class StepBuilder:
 
     Attributes:
       addressed: pages that were given an address in the prefix cache.
+      num_extra_places: places of samples that scored tokens take beside those of sequences.
       swap_outs, swap_ins, copies, num_preemptions, num_lookup_tokens, num_hit_tokens,
         num_recomputed_tokens: as in
         `StepPlan`.
@@ -41,7 +44,7 @@ class StepBuilder:
         self.swap_ins: list[tuple[int, int]] = []
         self.copies: list[tuple[int, int]] = []
         self.num_preemptions = self.num_lookup_tokens = self.num_hit_tokens = 0
-        self.num_recomputed_tokens = 0
+        self.num_recomputed_tokens = self.num_extra_places = 0
         self._num_prefill_tokens = 0
         # Columns, as in `Rows` and `Samples`.
         self._keys: list[tuple[str, int]] = []
@@ -57,6 +60,8 @@ class StepBuilder:
         self._sampled: list[Sequence] = []
         self._searches: list[Search] = []
         self._searchers: list[Request] = []
+        self._scores: list[tuple[int, int, int, int]] = []
+        self._scored: list[tuple[Request, int]] = []
 
     @property
     def num_rows(self) -> int:
@@ -101,6 +106,25 @@ class StepBuilder:
         self._processing.append(None if seq.request.processors is None else seq.processing())
         self._sampled.append(seq)
 
+    def add_scores(self, seq: Sequence, row: int, last: bool) -> None:
+        """Has what a row predicts be scored, as far as its request wants that.
+
+        Args:
+          seq: the row's.
+          row: added just now.
+          last: whether the last of its tokens gets a sample, of which a score takes the place.
+        """
+        scored = seq.request.scored
+        assert scored is not None, "nothing is wanted"
+        start = self._starts[row]
+        positions = scored.positions(start, start + self._num_tokens[row])
+        for position in positions:
+            target = scored.token_ids[position + 1]
+            self._scores.append((row, position - start, target, scored.num_likeliest))
+            self._scored.append((seq.request, position))
+        shares = last and bool(positions) and positions[-1] == start + self._num_tokens[row] - 1
+        self.num_extra_places += max(len(positions) - (shares or not last), 0)
+
     def add_search(self, request: Request, chooser: Chooser, first_sample: int) -> None:
         """Has the samples of a request, from that one on, be searched together."""
         self._searches.append(Search(first_sample, *chooser.selection()))
@@ -124,6 +148,7 @@ class StepBuilder:
                 tuple(self._processing),
             ),
             searches=tuple(self._searches),
+            scores=Scores(*zip(*self._scores, strict=True)) if self._scores else Scores(),
             swap_outs=tuple(self.swap_outs),
             swap_ins=tuple(self.swap_ins),
             copies=tuple(self.copies),
@@ -133,4 +158,6 @@ class StepBuilder:
             num_hit_tokens=self.num_hit_tokens,
             num_recomputed_tokens=self.num_recomputed_tokens,
         )
-        return ScheduledStep(plan, tuple(self._sampled), tuple(self._searchers))
+        return ScheduledStep(
+            plan, tuple(self._sampled), tuple(self._searchers), tuple(self._scored)
+        )

@@ -27,7 +27,7 @@ from jpaged.host.admission import SchedulerConfig
 from jpaged.host.checks import shown
 from jpaged.host.logits_processors import Processing
 from jpaged.host.page_pool import NULL_PAGE
-from jpaged.host.step import Draw, Rows, Samples, Search, StepPlan
+from jpaged.host.step import Draw, Rows, Samples, Scores, Search, StepPlan
 from jpaged.host.token_biases import BiasEntries, CountEntries
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,8 @@ def _as_fields(plan: StepPlan) -> dict[str, Any]:
 
 
 def _from_fields(fields: dict[str, Any]) -> StepPlan:
-    values = {f.name: fields[f.name] for f in dataclasses.fields(StepPlan)}
+    values = {f.name: fields[f.name] for f in dataclasses.fields(StepPlan) if f.name in fields}
+    values["scores"] = Scores(*map(tuple, values.get("scores", ())))  # older files have none
     rows, samples = values["rows"], values["samples"]
     rows = {name: tuple(column) for name, column in rows.items()}
     rows["keys"] = tuple((request_id, index) for request_id, index in rows["keys"])

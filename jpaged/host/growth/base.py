@@ -33,12 +33,15 @@ class Outcome(typing.NamedTuple):
       logprobs: of the tokens under the model; NaN where the logits were not finite.
       likeliest: per sample `{token_id: log-probability}`, likeliest first; None if nobody asked.
       candidates: per search its continuations, best first.
+      scores: per scored token its log-probability, NaN where the logits were not finite, and
+        `{token_id: log-probability}` of the likeliest ones.
     """
 
     tokens: Sequence[int]
     logprobs: Sequence[float]
     likeliest: Sequence[Mapping[int, float]] | None
     candidates: Sequence[Sequence[Candidate]]
+    scores: Sequence[tuple[float, Mapping[int, float]]] = ()
 
 
 class Selection(typing.NamedTuple):
