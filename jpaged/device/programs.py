@@ -127,7 +127,8 @@ class Programs:
         else:
             reason = (
                 "what its requests ask for beside tokens (logprobs, beams, what changes logits) is "
-                "not compiled; give such requests to Engine.warm_up(num_logprobs=, params=)"
+                "not compiled; give such requests to Engine.warm_up(num_logprobs=, params=), for "
+                "scores SamplingParams(prompt_logprobs=1)"
             )
         raise UnplannedProgramError(
             f"strict_shapes: a step of {live}: {reason}, or do without strict_shapes"

@@ -135,6 +135,8 @@ class StepReader:
     ) -> bool:
         """Notes the score of a given token. Returns: whether it is a number; else it has failed."""
         assert request.scored is not None
+        if request.finished:
+            return True  # it has failed before, when this step was on its way already
         if math.isfinite(logprob):
             request.scored.take(position, logprob, likeliest)
             return True

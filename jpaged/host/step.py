@@ -137,7 +137,6 @@ class StepPlan:
       rows: what is computed.
       samples: what is drawn after it.
       searches: which samples are searched for continuations.
-      scores: what is scored after the rows.
       swap_outs: `(page, host_page)` to copy to host memory before anything else.
       swap_ins: `(host_page, page)` to copy back after that.
       copies: `(src, dst)` pages to copy after that, before the step writes.
@@ -146,12 +145,12 @@ class StepPlan:
       num_lookup_tokens: tokens of sequences that were admitted.
       num_hit_tokens: of them, those that were found in the prefix cache.
       num_recomputed_tokens: of the others, those that were computed before a preemption.
+      scores: what is scored after the rows.
     """
 
     rows: Rows = dataclasses.field(default_factory=Rows)
     samples: Samples = dataclasses.field(default_factory=Samples)
     searches: tuple[Search, ...] = ()
-    scores: Scores = dataclasses.field(default_factory=Scores)
     swap_outs: tuple[tuple[int, int], ...] = ()
     swap_ins: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
@@ -160,6 +159,7 @@ class StepPlan:
     num_lookup_tokens: int = 0
     num_hit_tokens: int = 0
     num_recomputed_tokens: int = 0
+    scores: Scores = dataclasses.field(default_factory=Scores)
 
     @property
     def num_rows(self) -> int:

@@ -17,7 +17,7 @@ from jpaged.device.replay import replay
 from jpaged.device.runner import ModelRunner
 from jpaged.host.batch import ShapeBuckets
 from jpaged.host.logits_processors import Processing
-from jpaged.host.step import Draw, Rows, Samples, Search, StepPlan
+from jpaged.host.step import Draw, Rows, Samples, Scores, Search, StepPlan
 from jpaged.host.step_log import StepLog, StepLogHeader, read_header, read_steps
 from jpaged.host.token_biases import BiasEntries, CountEntries
 from jpaged.placement import runner_of
@@ -98,9 +98,12 @@ def plans(draw):
         column(st.none() | processings),
     )
     searches = st.builds(Search, tokens, st.lists(floats, max_size=3).map(tuple), tokens, tokens)
+    scores = zip(
+        *draw(st.lists(st.tuples(tokens, tokens, tokens, tokens), max_size=3)), strict=True
+    )
     return StepPlan(
         rows, samples, draw(st.lists(searches, max_size=2).map(tuple)), draw(pairs), draw(pairs),
-        draw(pairs), *(draw(tokens) for _ in range(4)),
+        draw(pairs), *(draw(tokens) for _ in range(5)), Scores(*scores),
     )  # fmt: skip
 
 
