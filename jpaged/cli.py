@@ -14,6 +14,7 @@ PROGRAMS = {
     "generate": "Generates text from prompts.",
     "batch": "Runs files of requests, and goes on where it was stopped.",
     "chat": "Chats with a model in the terminal.",
+    "score": "Says how likely a model finds completions that are given.",
     "convert": "Converts a model between safetensors and Orbax, and to another dtype.",
     "calibrate": "Finds the scales of int8 and float8 pages on prompts of yours.",
     "benchmark": "Measures throughput, latency and how well the page pool is used.",

@@ -19,35 +19,40 @@ _OTHER_ENCODINGS = {
 }
 
 
-def read_prompts(given: Sequence[str], path: str | None) -> list[str]:
-    """Returns the prompts of --prompt, or of --prompts_file, or of standard input.
+def read_prompts(given: Sequence[str], path: str | None, flag: str = "--prompts_file") -> list[str]:
+    """Returns the prompts of --prompt, or of a file, or of standard input.
+
+    Args:
+      given: of --prompt.
+      path: of the file; - is standard input, and so is None where nothing is given.
+      flag: which names the file.
 
     Raises:
       ValueError: if there are none, one is empty or no text, or the file cannot be read; the
         message is one line.
     """
     if given and path is not None:
-        raise ValueError("--prompt and --prompts_file exclude each other; give one of them")
+        raise ValueError(f"--prompt and {flag} exclude each other; give one of them")
     if given:
         if not all(given):
             raise ValueError("a --prompt is empty; a prompt needs at least a character")
         alone = len(given) == 1
         prompts = []
         for number, prompt in enumerate(given, 1):
-            flag = "--prompt" if alone else f"--prompt number {number}"
-            prompts.append(decode_flag(flag, prompt))
+            own = "--prompt" if alone else f"--prompt number {number}"
+            prompts.append(decode_flag(own, prompt))
             if "\0" in prompt:
-                raise ValueError(f"{flag} has a NUL character, which no text has")
+                raise ValueError(f"{own} has a NUL character, which no text has")
         return prompts
     if path == "":
-        raise ValueError("--prompts_file is empty; name a file, or - for standard input")
+        raise ValueError(f"{flag} is empty; name a file, or - for standard input")
     if path is not None and path != "-":
         try:
             data = pathlib.Path(path).expanduser().read_bytes()
         except OSError as e:
-            raise ValueError(f"--prompts_file={path}: {e.strerror}") from e
+            raise ValueError(f"{flag}={path}: {e.strerror}") from e
         except (ValueError, RuntimeError) as e:  # a NUL character, or no such home directory
-            raise ValueError(f"--prompts_file={path!r}: {e}") from e
+            raise ValueError(f"{flag}={path!r}: {e}") from e
         return parse_prompts(data, path)
     if sys.stdin is None:
         raise ValueError(

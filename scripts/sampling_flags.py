@@ -89,6 +89,10 @@ SAMPLING_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
         "stop_token_ids": (_TOKENS, "A token that ends a sample; may be repeated."),
         "ignore_eos": (_BOOL, "Go on after the model's end of text."),
         "logprobs": (_WHOLE, "Report this many likeliest tokens with each token."),
+        "prompt_logprobs": (
+            _WHOLE,
+            "With --output=json, report each token of the prompt, and this many likeliest ones.",
+        ),
         "skip_special_tokens": (_BOOL, "Leave the tokenizer's special tokens out of the text."),
     }
 )

@@ -3,7 +3,7 @@
 
 A folder is what a newcomer reads to change one thing, so each has a budget: what it has, and room
 for a tenth more. The memory management is what this project explains: pool, table, sequence,
-scheduler and engine together are to be read in an evening, hence 1,650 lines. A file of more than
+scheduler and engine together are to be read in an evening, hence 1,700 lines. A file of more than
 400 lines has a second subject that wants a file of its own. Comments and blank lines count, and the
 tables of the demo's corpus do not. A change that breaks a budget simplifies something, or argues in
 CHANGELOG.md for the number that it puts here.
@@ -16,10 +16,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
     # Tokenizers and chat templates of GGUF files; what is read of a model without its weights;
-    # scales of pages; what compiles an engine's first steps before it is there.
-    "jpaged": 3850,
-    # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
-    "jpaged/host": 5950,
+    # scales of pages; what compiles an engine's first steps before it is there; scores.
+    "jpaged": 4100,
+    # Groups of layers: groups, bundles, cells, prefixes that a window can start from; and
+    # tokens that are scored, not drawn.
+    "jpaged/host": 6250,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read.
@@ -40,9 +41,9 @@ MAX_FOLDER_LINES = {
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,
-    # With `convert`, `plan`, `warmup`, `calibrate`, `batch` and `view`, the eleventh program; a job
-    # before it runs.
-    "scripts": 4000,
+    # With `convert`, `plan`, `warmup`, `calibrate`, `batch`, `view` and `score`, the twelfth program;
+    # a job before it runs.
+    "scripts": 4200,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
     # With loading beside safetensors' own, and what a job costs beside its engine.
@@ -56,7 +57,7 @@ CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
     "engine.py",
 ]
-MAX_CORE_LINES = 1660
+MAX_CORE_LINES = 1700
 MAX_FILE_LINES = 400
 TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 

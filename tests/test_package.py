@@ -139,8 +139,8 @@ def test_the_command_says_what_there_is(run):
     done = run("jpaged", "genrate")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "jpaged: there is no program 'genrate': choose among generate, batch, chat, convert, "
-        "calibrate, benchmark, conformance, plan, warmup, simulate, view\n"
+        "jpaged: there is no program 'genrate': choose among generate, batch, chat, score, "
+        "convert, calibrate, benchmark, conformance, plan, warmup, simulate, view\n"
     )
 
 

@@ -206,6 +206,8 @@ class RecordMaker:
             "total_tokens": num_prompt + num_generated,
         }
         head = {"id": f"{prefix}-{code}", "created": 0, "model": row.model or self.model}
+        if output.prompt_logprobs is not None:  # as vLLM has it, which OpenAI has not
+            body |= {"prompt_logprobs": output.prompt_logprobs}
         response = {
             "status_code": 200,
             "request_id": f"req_{code}",
