@@ -41,8 +41,8 @@ MAX_FOLDER_LINES = {
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,
-    # With `convert`, `plan`, `warmup`, `calibrate`, `batch`, `view` and `score`, the twelfth program;
-    # a job before it runs.
+    # With `convert`, `plan`, `warmup`, `calibrate`, `batch`, `view` and `score`, the twelfth
+    # program; a job before it runs.
     "scripts": 4200,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
