@@ -118,6 +118,10 @@ class RequestMaker:
         request = self._new(request_id, token_ids, params, seed, stream, cache_salt)
         check_fits(request, self._config, self._table)
         _check_host_memory(request)
+        if isinstance(resume, str) or not isinstance(resume, Sequence):
+            raise ValueError(
+                f"request {request_id!r}: resume={shown(resume)} must be a list of Completion"
+            )
         resume_sequences(request, resume, vocab_size)
         return request
 

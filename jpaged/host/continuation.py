@@ -70,8 +70,6 @@ def resume_sequences(request: Request, samples: SequenceOf[Completion], vocab_si
       ValueError: if the request cannot have come to that.
     """
     where = f"request {request.request_id!r}: resume"
-    if isinstance(samples, str) or not isinstance(samples, SequenceOf):
-        raise ValueError(f"{where}={shown(samples)} must be a list of Completion")
     if not samples:
         return
     if request.growth.chooser is not None:
