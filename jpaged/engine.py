@@ -17,7 +17,7 @@ from jpaged.device.memory import default_dtype
 from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
 from jpaged.host.checks import instance_of
 from jpaged.host.config import EngineConfig, engine_config
-from jpaged.host.outputs import GenerationInterrupted, RequestOutput
+from jpaged.host.outputs import Completion, GenerationInterrupted, RequestOutput
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
@@ -96,10 +96,9 @@ class Engine(ChatMethods, ScoreMethods):
         self._scheduler_config = scheduler_config_of(config, model_config, plan)
         self._buckets = ShapeBuckets.of(config)
         self._log, self._recorder = open_logs(config, self._scheduler_config, plan)
-        room = self._scheduler_config.num_host_pages
         self._runner = runner_of(
             config, model_config, params, plan, tokenizer,
-            backend=backend, num_host_pages=room, ahead=ahead,
+            backend=backend, num_host_pages=self._scheduler_config.num_host_pages, ahead=ahead,
         )  # fmt: skip
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
@@ -115,8 +114,7 @@ class Engine(ChatMethods, ScoreMethods):
         self._maker = RequestMaker(self.model_config, tokenizer, config, table, self.defaults)
         dtype, eos = default_dtype(self.config).name, self.model_config.eos_token_ids
         results = ResultReader(scheduler, tokenizer, eos, self._totals, dtype)
-        logs = self._log, self._recorder
-        return Pipeline(scheduler, results, self._runner, self._buckets, *logs)
+        return Pipeline(scheduler, results, self._runner, self._buckets, self._log, self._recorder)
 
     @classmethod
     def load(
@@ -232,6 +230,7 @@ class Engine(ChatMethods, ScoreMethods):
         *,
         stream: bool = False,
         cache_salt: str | None = None,
+        resume: Sequence[Completion] = (),
     ) -> str:
         """Queues a request for the coming steps, which `step` reports.
 
@@ -243,6 +242,8 @@ class Engine(ChatMethods, ScoreMethods):
           stream: whether `step` reports the request each time it has grown, not only at its end.
           cache_salt: requests with equal salts use each other's pages where their prompts begin
             alike; others do not.
+          resume: what `progress` said of an equal request with an equal seed, of this engine or one
+            like it: its tokens are computed together, and then it goes on as that one would have.
 
         Returns:
           The request's id.
@@ -253,7 +254,8 @@ class Engine(ChatMethods, ScoreMethods):
         self._live.enter()
         if request_id is None:
             request_id = self._live.next_id()
-        request = self._maker.make(prompt, params, request_id, stream=stream, cache_salt=cache_salt)
+        options: Any = {"stream": stream, "cache_salt": cache_salt, "resume": resume}
+        request = self._maker.make(prompt, params, request_id, **options)
         if request.request_id in self._live.by_id or request.request_id in self._live.outbox:
             raise ValueError(f"request_id={request_id!r} is in use by a live request")
         self._live.add([request], None)
@@ -334,6 +336,11 @@ class Engine(ChatMethods, ScoreMethods):
         output = self._live.outbox[request_id]
         del self._live.outbox[request_id]
         return output
+
+    def progress(self, request_id: str) -> list[Completion]:
+        """What a live request's samples have come to, for `add_request(resume=...)`; no beams."""
+        self._live.enter()
+        return self._live.progress(request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all pages that are kept for their content, for instance after new weights.

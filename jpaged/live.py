@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from jpaged import profiling
 from jpaged.host.checks import shown
-from jpaged.host.outputs import RequestOutput
+from jpaged.host.outputs import Completion, RequestOutput
 from jpaged.host.sequence import Request
 from jpaged.pipeline import Pipeline
 from jpaged.recovery import Change
@@ -82,8 +82,16 @@ class LiveRequests:
         return request
 
     def add(self, requests: Sequence[Request], owner: Owner | None) -> None:
-        """Queues requests; their outputs go to an owner, or to the outbox."""
+        """Queues requests; their outputs go to an owner, or to the outbox.
+
+        Raises:
+          ValueError: if the text of one that resumes cannot be made; nothing has changed then.
+        """
+        results = self.pipeline.results
+        texts = [(seq, results.resumed_text(seq)) for r in requests for seq in r.sequences]
         with self.change:
+            for seq, text in texts:
+                results.add_text(seq, text)
             for request in requests:
                 if owner is not None:
                     self.owners[request.request_id] = owner
@@ -109,6 +117,13 @@ class LiveRequests:
                 results.add_text(child.sequences[0], text)
                 scheduler.fork(parent, child)
                 self.by_id[child.request_id] = child
+
+    def progress(self, request_id: str) -> list[Completion]:
+        """What the samples of a live request have come to; see `Engine.progress`."""
+        request = self.get(request_id)
+        if request.growth.chooser is not None:
+            return []
+        return self.pipeline.results.output(request, finished=False).outputs
 
     def drive(self, request: Request | None = None) -> bool:
         """Runs a step if a request is live, this one or any; outputs go to their owners.

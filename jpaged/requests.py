@@ -15,8 +15,10 @@ import tokenizers
 from jpaged.defaults import Defaults
 from jpaged.host.admission import SchedulerConfig, check_fits, max_tokens_in
 from jpaged.host.checks import Rule, at_least, checked, instance_of, integers, lone_surrogate, shown
+from jpaged.host.continuation import resume_sequences
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors
+from jpaged.host.outputs import Completion
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import MAX_NUM_SAMPLES, SamplingParams
 from jpaged.host.scored import ScoredTokens
@@ -94,8 +96,9 @@ class RequestMaker:
         *,
         stream: bool,
         cache_salt: str | None = None,
+        resume: Sequence[Completion] = (),
     ) -> Request:
-        """Makes a request of a prompt.
+        """Makes a request of a prompt; see `Engine.add_request`.
 
         Raises:
           ValueError: if it could never be served.
@@ -117,6 +120,11 @@ class RequestMaker:
         request = self._new(request_id, token_ids, params, seed, stream, cache_salt)
         check_fits(request, self._config, self._table)
         _check_host_memory(request)
+        if isinstance(resume, str) or not isinstance(resume, Sequence):
+            raise ValueError(
+                f"request {request_id!r}: resume={shown(resume)} must be a list of Completion"
+            )
+        resume_sequences(request, resume, vocab_size)
         return request
 
     def make_scored(

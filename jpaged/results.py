@@ -73,8 +73,30 @@ class ResultReader(StepReader):
             raise ValueError(f"request {parent.request.request_id!r} cannot be forked: {error}")
         return text
 
+    def resumed_text(self, sample: Sample) -> TextStream | None:
+        """The text of a sequence that goes on from tokens, for `add_text`; None if it has none yet.
+
+        Raises:
+          ValueError: if it cannot be made, or has ended.
+        """
+        tokens, request = sample.generated_token_ids, sample.request
+        if self._detokenizer is None or not tokens or sample.status is Status.FINISHED:
+            return None
+
+        def made() -> TextStream:
+            text = self._new_text(request, request.params.stop)
+            for token in tokens:
+                text.add(token)
+            return text
+
+        text, error = _attempt(made)
+        if text is None or text.stopped:
+            error = error or f"a stop string has ended sample {sample.sample_index} already"
+            raise ValueError(f"request {request.request_id!r} cannot be resumed: {error}")
+        return text
+
     def add_text(self, sample: Sample, text: TextStream | None) -> None:
-        """Has the text of a sequence that was just forked go on."""
+        """Has the text of a sequence that was just forked, or resumed, go on."""
         if text is not None:
             self._texts[sample], sample.text = text, text.text
 

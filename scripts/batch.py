@@ -25,6 +25,10 @@ On several machines each runs the same command with a --shard of its own, and wh
     jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --shard=1
     jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --merge
 
+With --snapshot_s=60, the tokens of rows that run are written each minute to a file beside the
+output, and the same command goes on from there: worth it where answers are long, as rows that ran
+begin anew otherwise. It changes no byte of the results.
+
 Ctrl-C and SIGTERM begin no more rows, and give those that run --grace_s seconds; once more ends at
 once. The exit code is 75 where rows are left, so run it again; 0 when all are done; 1 when some of
 them have an error; 2 for bad usage; 74 if the output cannot be written, such as to a full disk, and
@@ -36,6 +40,7 @@ from jpaged.scripts import interrupts
 if __name__ == "__main__":
     interrupts.end_to_go_on()  # also while the imports take their time
 
+import contextlib
 import dataclasses
 import pathlib
 import stat
@@ -47,12 +52,13 @@ import jax
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.jobs import Result, Row, run
+from jpaged.jobs import Result, Row, Snapshot, run
 from jpaged.jobs.inputs import Input, RowIds, open_input
 from jpaged.jobs.manifest import asked_for, check_same, read_manifest, run_with, write_manifest
 from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
 from jpaged.jobs.output import OutputError
 from jpaged.jobs.shards import ShardsMissingError, merge, open_output, shard_entry, shard_path
+from jpaged.jobs.snapshot import remove_snapshot, snapshot_path
 from jpaged.recovery import EngineDeadError
 from jpaged.scripts import flags as programs
 from jpaged.scripts.conversations import chat_options_from_flags, define_chat_flags
@@ -95,6 +101,14 @@ _SYNC_ROWS = flags.DEFINE_integer(
     "sync_rows", 256, "Write and sync results when there are so many.", 1
 )
 _SYNC_S = flags.DEFINE_float("sync_s", 5.0, "Or when the first has waited so many seconds.", 0.0)
+_SNAPSHOT_S = flags.DEFINE_float(
+    "snapshot_s",
+    0.0,
+    "Seconds between two times that the tokens of rows that run are written, to --output with "
+    ".snapshot behind, from where they go on when the same command is run again. 0 writes and "
+    "reads none.",
+    0.0,
+)
 _MIX = flags.DEFINE_bool(
     "mix",
     False,
@@ -251,6 +265,7 @@ class _Job:
             with (
                 interrupts.noted_to_go_on() as note,
                 programs.usage_errors(),
+                self._snapshot() as snapshot,
                 monitored(engine, lambda: output.num_done, total) as tell,
             ):
                 run(
@@ -265,6 +280,7 @@ class _Job:
                     progress=True,
                     total=total,
                     num_before=output.num_done,
+                    snapshot=snapshot,
                 )
                 output.sync()
         left = total - output.num_done
@@ -273,7 +289,20 @@ class _Job:
             _tell(f"{done}{_with(output.num_errors)}; run the same command again")
             return interrupts.AGAIN
         output.sort()
+        remove_snapshot(self._path)
         return _tell_done(total, output.num_errors)
+
+    def _snapshot(self) -> contextlib.AbstractContextManager[Snapshot | None]:
+        if not _SNAPSHOT_S.value:
+            return contextlib.nullcontext()
+        path, every_s = snapshot_path(self._path), _SNAPSHOT_S.value
+        found = Snapshot(path, self._manifest, self.output.lacks, every_s=every_s)
+        if found.num_rows:
+            _tell(
+                f"{found.num_rows} rows that ran go on from the {found.num_tokens} tokens that "
+                "they have"
+            )
+        return found
 
     def _line(self, result: Result) -> bytes:
         return encode_record(self._encode.record(result))

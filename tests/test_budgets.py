@@ -3,7 +3,7 @@
 
 A folder is what a newcomer reads to change one thing, so each has a budget: what it has, and room
 for a tenth more. The memory management is what this project explains: pool, table, sequence,
-scheduler and engine together are to be read in an evening, hence 1,700 lines. A file of more than
+scheduler and engine together are to be read in an evening, hence 1,710 lines. A file of more than
 400 lines has a second subject that wants a file of its own. Comments and blank lines count, and the
 tables of the demo's corpus do not. A change that breaks a budget simplifies something, or argues in
 CHANGELOG.md for the number that it puts here.
@@ -19,14 +19,14 @@ MAX_FOLDER_LINES = {
     # scales of pages; what compiles an engine's first steps before it is there; scores.
     "jpaged": 4100,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from; and
-    # tokens that are scored, not drawn.
-    "jpaged/host": 6250,
+    # tokens that are scored, not drawn, and sequences that resume from tokens.
+    "jpaged/host": 6350,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read.
     "jpaged/device": 2300,
-    # Rows, inputs, records, output and manifest of batch jobs, and their shards.
-    "jpaged/jobs": 1600,
+    # Rows, inputs, records, output and manifest of batch jobs, their shards and snapshots.
+    "jpaged/jobs": 1850,
     "jpaged/planning": 700,
     # Records of runs and their page, lines of JSON, metrics.
     "jpaged/telemetry": 850,
@@ -46,8 +46,8 @@ MAX_FOLDER_LINES = {
     "scripts": 4200,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
-    # With loading beside safetensors' own, and what a job costs beside its engine.
-    "scripts/measure": 1600,
+    # With loading beside safetensors' own, what a job costs beside its engine, and snapshots.
+    "scripts/measure": 1650,
     # A program a peer, and how they are driven.
     "scripts/measure/peers": 1000,
     "scripts/demo": 400,
@@ -57,7 +57,7 @@ CORE = [
     *(f"host/{name}.py" for name in ("page_pool", "page_table", "sequence", "scheduler")),
     "engine.py",
 ]
-MAX_CORE_LINES = 1700
+MAX_CORE_LINES = 1710
 MAX_FILE_LINES = 400
 TABLES = {f"scripts/demo/{name}.py" for name in ("corpus", "facts", "genres", "tales", "words")}
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Has the sequences of a request go on from others of it, on the pages of those."""
+"""Has the sequences of a request go on: from others of it, on their pages, or from tokens alone."""
 
 from collections.abc import Sequence as SequenceOf
 
+from jpaged.host.checks import checked, instance_of, integers, shown
+from jpaged.host.outputs import Completion
 from jpaged.host.page_table import PageTable
-from jpaged.host.sequence import Request, Sequence
+from jpaged.host.sequence import Request, Sequence, Status
 from jpaged.host.swap import SwapSpace
 
 
@@ -52,3 +54,82 @@ def continue_sequences(
             seq.swapped = group
         space.hold(group, dict(zip(after, held, strict=True)))
     return after
+
+
+def resume_sequences(request: Request, samples: SequenceOf[Completion], vocab_size: int) -> None:
+    """Has a request that nobody has seen yet go on from what its samples had come to.
+
+    They are as after a preemption: they hold no pages, and their tokens are to be computed again.
+
+    Args:
+      request: as it was made.
+      samples: its first ones, in order, with tokens or without. One with a finish_reason has ended.
+      vocab_size: of its model.
+
+    Raises:
+      ValueError: if the request cannot have come to that.
+    """
+    where = f"request {request.request_id!r}: resume"
+    if not samples:
+        return
+    if request.growth.chooser is not None:
+        raise ValueError(f"{where}: beams are begun anew; leave resume away with beam_width")
+    num_samples = request.params.num_samples
+    if len(samples) > num_samples:
+        raise ValueError(f"{where} has {len(samples)} samples, but the request has {num_samples}")
+    sequences: list[Sequence] = []
+    for index, sample in enumerate(samples):
+        name = f"{where}[{index}]"
+        instance_of(name, sample, Completion)
+        sequences.append(_resumed(request, index, sample, name, vocab_size))
+    while sequences and not (sequences[-1].generated_token_ids or sequences[-1].finish_reason):
+        sequences.pop()  # those that have nothing are forked off each other, once there is a prompt
+    if not sequences:
+        return
+    if len(sequences) < num_samples:
+        rest = Sequence(request, len(sequences), request.max_total_tokens)
+        rest.num_pending_forks = num_samples - len(sequences) - 1
+        sequences.append(rest)
+    elif all(seq.status is Status.FINISHED for seq in sequences):
+        raise ValueError(f"{where}: all samples have ended, so there is nothing to go on with")
+    request.sequences = sequences
+
+
+def _resumed(
+    request: Request, index: int, sample: Completion, name: str, vocab_size: int
+) -> Sequence:
+    """The sequence of one sample."""
+    seq = Sequence(request, index, request.max_total_tokens)
+    try:
+        token_ids = integers(sample.token_ids)
+    except Exception as e:  # a stranger's sequence may raise anything
+        raise ValueError(f"{name}.token_ids={shown(sample.token_ids)} must be {e}") from None
+    if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
+        raise ValueError(
+            f"{name}: token id {shown(outside[0])} is outside the vocabulary, [0, {vocab_size})"
+        )
+    reason = sample.finish_reason
+    if reason not in (None, "stop", "length", "error"):
+        raise ValueError(
+            f"{name}.finish_reason={shown(reason)} must be None, 'stop', 'length' or 'error': ask "
+            "`Engine.progress` before a request is aborted"
+        )
+    room = seq.max_total_tokens - seq.num_prompt_tokens
+    if len(token_ids) > room - (reason is None):
+        state = "goes on" if reason is None else "has ended"
+        raise ValueError(
+            f"{name} {state} and has {len(token_ids)} tokens, where the request has room for {room}"
+        )
+    if request.params.logprobs is not None:
+        seq.logprobs = list(sample.logprobs or ())
+        if len(seq.logprobs) != len(token_ids):
+            raise ValueError(
+                f"{name}.logprobs must be those of {len(token_ids)} tokens, as the request wants "
+                f"logprobs; they are {len(seq.logprobs)}"
+            )
+    seq.token_ids = [*request.prompt_token_ids, *token_ids]
+    seq.cumulative_logprob = checked(f"{name}.cumulative_logprob", sample.cumulative_logprob, float)
+    if reason is not None:
+        seq.status, seq.finish_reason = Status.FINISHED, reason
+        seq.text, seq.error = sample.text, sample.error
+    return seq

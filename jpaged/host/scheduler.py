@@ -82,7 +82,9 @@ class Scheduler:
           salt: requests with equal ones share the pages of equal prefixes.
         """
         self._set_root(request, salt)
-        self._queues.waiting.append(request.sequences[0])
+        # One that resumes may have several, some of which have ended.
+        waiting = (seq for seq in request.sequences if seq.status is Status.WAITING)
+        self._queues.waiting.extend(waiting)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Starts a request where another is, with the tokens of its only sequence.

@@ -3,5 +3,6 @@
 
 from jpaged.jobs.rows import Result, Row, Sink
 from jpaged.jobs.run import Report, row_seed, run
+from jpaged.jobs.snapshot import Snapshot
 
-__all__ = ["Report", "Result", "Row", "Sink", "row_seed", "run"]
+__all__ = ["Report", "Result", "Row", "Sink", "Snapshot", "row_seed", "run"]

@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,11 @@ import tqdm
 from jpaged.engine import Engine
 from jpaged.host.checks import at_least, checked, function, instance_of
 from jpaged.host.outputs import RequestOutput
+from jpaged.host.params import SamplingParams
 from jpaged.jobs.rows import Result, Row, Sink
+from jpaged.jobs.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
 
 # Rows that are in the engine at once, for each sequence that runs: what waits is there when a
 # sequence ends, and a step admits at most as many as run.
@@ -62,6 +67,7 @@ def run(
     progress: bool = False,
     total: int | None = None,
     num_before: int = 0,
+    snapshot: Snapshot | None = None,
 ) -> Report:
     """Answers rows, as many at once as fit, and gives each result to the sink when it has ended.
 
@@ -83,6 +89,8 @@ def run(
       progress: whether to show a progress bar on standard error.
       total: rows of the job, for the bar; None does not say.
       num_before: of these, rows that were done before.
+      snapshot: has what rows come to before they end, and what they came to in a run before, from
+        where they go on; None has them begin anew.
 
     Returns:
       How many rows came to what.
@@ -96,9 +104,12 @@ def run(
     window = checked("window", window, int | None, at_least(1))
     function("stop", stop)
     function("on_step", on_step)
+    if snapshot is not None:
+        instance_of("snapshot", snapshot, Snapshot)
     if engine.has_unfinished_requests:
         raise ValueError("the engine has live requests: a job takes an engine for itself")
-    job = _Job(sink, engine, seed, window or _WINDOW * engine.config.max_num_seqs, ordered)
+    window = window or _WINDOW * engine.config.max_num_seqs
+    job = _Job(sink, engine, seed, window, ordered, snapshot)
     with contextlib.ExitStack() as stack:
         stack.callback(job.leave)
         if progress:
@@ -111,10 +122,18 @@ def run(
 class _Job:
     """One run: the rows that are in the engine, and the results that wait for others."""
 
-    def __init__(self, sink: Sink, engine: Engine, seed: int, window: int, ordered: bool):
+    def __init__(
+        self,
+        sink: Sink,
+        engine: Engine,
+        seed: int,
+        window: int,
+        ordered: bool,
+        snapshot: Snapshot | None,
+    ):
         self.bar: tqdm.tqdm | None = None
         self._show_at = 0.0
-        self._sink, self._engine, self._seed = sink, engine, seed
+        self._sink, self._engine, self._seed, self._snapshot = sink, engine, seed, snapshot
         self._window, self._max_held = window, _MAX_HELD * window if ordered else None
         self._live: dict[str, tuple[int, Row]] = {}
         self._held: dict[int, Result] = {}
@@ -132,6 +151,7 @@ class _Job:
         while more or self._live:
             if deadline is None and stop():
                 deadline, more = time.monotonic() + grace_s, False
+                self._take_snapshot()
                 self._leave_waiting()
             while more and len(self._live) < self._window and self._has_room():
                 row = next(rows, None)
@@ -140,12 +160,15 @@ class _Job:
                 else:
                     self._begin(row)
             if deadline is not None and time.monotonic() >= deadline:
+                self._take_snapshot()
                 break
             if self._live:
                 for output in self._engine.step():
                     self._end(output)
                 on_step()
             self._sink.tick()
+            if self._snapshot is not None and self._snapshot.is_due:
+                self._take_snapshot()
             self._show()
         num_left = self._num_begun - self._num_done
         return Report(self._num_done, self._num_errors, num_left, deadline is not None)
@@ -168,11 +191,28 @@ class _Job:
             try:
                 if params.seed is None:
                     params = dataclasses.replace(params, seed=row_seed(self._seed, row.row_id))
-                self._live[self._engine.add_request(row.prompt, params)] = position, row
+                self._live[self._add(row, params)] = position, row
                 return
             except ValueError as e:
                 error = re.sub(r"^request '\d+': ", "", str(e))
         self._give(position, Result(row, None, error))
+
+    def _add(self, row: Row, params: SamplingParams) -> str:
+        """Queues a row, from where a run before left it. Returns: the request's id."""
+        resume = [] if self._snapshot is None else self._snapshot.progress(row.row_id)
+        if resume:
+            try:
+                return self._engine.add_request(row.prompt, params, resume=resume)
+            except ValueError as e:
+                logger.warning("row %r begins anew, not from its snapshot: %s", row.row_id, e)
+        return self._engine.add_request(row.prompt, params)
+
+    def _take_snapshot(self) -> None:
+        if self._snapshot is not None and self._live:
+            self._snapshot.take(
+                (row.row_id, self._engine.progress(request_id))
+                for request_id, (_, row) in self._live.items()
+            )
 
     def _end(self, output: RequestOutput) -> None:
         position, row = self._live.pop(output.request_id)

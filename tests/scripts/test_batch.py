@@ -302,3 +302,95 @@ def kill_at_random(directory, num_rows, num_kills, seed):
                 assert len(there) == len(set(there))
     assert go_on(source, path) == want
     return num_ended + 1, num_begun
+
+
+LONG = [*FLAGS[:2], "--num_pages=500", *FLAGS[3:], "--snapshot_s=0.05"]
+
+
+def write_long_rows(path, length):
+    """Rows that run together until one is killed; with all kinds of state."""
+    rows = [
+        {"n": 2, "logprobs": 1},
+        {"temperature": 0},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+        {"min_tokens": length - 5, "logit_bias": {"5": 2}, "stop_token_ids": [11, 12, 13]},
+    ]
+    always = {"ignore_eos": True, "max_tokens": length}
+    lines = [
+        {"custom_id": f"r{i}", "prompt": PROMPTS[i % 3]} | always | row
+        for i, row in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def generated(metrics):
+    """Tokens that a run has generated itself, as it tells Prometheus."""
+    (line,) = [
+        line
+        for line in metrics.read_text().splitlines()
+        if line.startswith("jpaged:generation_tokens_total")
+    ]
+    return int(float(line.split()[-1]))
+
+
+def kill_while_running(source, path, num_bytes):
+    """Kills a job when its snapshot has grown to a size, and no row has ended."""
+    snapshot = path.with_name(f"{path.name}.snapshot")
+    process = start(
+        *["jpaged", "batch", f"--input={source}", f"--output={path}", *LONG],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(process, snapshot, num_bytes)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not path.read_bytes()
+    return snapshot
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [
+        (120, [3000]),
+        pytest.param(500, [3000, 9000, 15000], marks=pytest.mark.nightly),
+    ],
+)
+def test_rows_that_ran_go_on_from_their_tokens(tmp_path, length, sizes):
+    source = write_long_rows(tmp_path / "in.jsonl", length)
+    path, metrics = tmp_path / "whole.jsonl", tmp_path / "metrics.prom"
+    run_whole = ["jpaged", "batch", f"--input={source}", f"--output={path}", *LONG[:-1]]
+    assert ended(*run_whole, f"--metrics_file={metrics}").returncode == 0
+    want, number = path.read_bytes(), generated(metrics)
+    path = tmp_path / "out.jsonl"
+    for size in sizes:  # each goes on from what the one before has left
+        kill_while_running(source, path, size)
+    again = ["jpaged", "batch", f"--input={source}", f"--output={path}", *LONG]
+    done = ended(*again, f"--metrics_file={metrics}")
+    assert done.returncode == 0, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if "rows that ran go on from" in line]
+    known = int(said.split(" tokens ")[0].split()[-1])
+    assert "4 rows that ran go on from the" in said and known > 30 * len(sizes)
+    assert generated(metrics) == number - known
+    assert path.read_bytes() == want
+    assert not list(tmp_path.glob("*.snapshot*"))
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_snapshot_that_cannot_be_used(tmp_path):
+    source, path = write_long_rows(tmp_path / "in.jsonl", 120), tmp_path / "out.jsonl"
+    run_whole = [f"--input={source}", f"--output={tmp_path / 'whole.jsonl'}", *LONG[:-1]]
+    assert ended("jpaged", "batch", *run_whole).returncode == 0
+    snapshot = kill_while_running(source, path, 3000)
+    data = snapshot.read_bytes()
+    snapshot.write_bytes(data[:-5])
+    done = ended("jpaged", "batch", f"--input={source}", f"--output={path}", *LONG)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is ignored, so rows that ran begin anew: it is damaged") == 1
+    assert "Traceback" not in done.stderr and "go on from the" not in done.stderr
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.with_name("other.jsonl.snapshot").write_bytes(data)
+    done = ended("jpaged", "batch", f"--input={source}", f"--output={other}", *LONG, "--seed=1")
+    assert done.returncode == 0 and done.stderr.count("it is of another job") == 1
