@@ -17,7 +17,7 @@ from jpaged.device.memory import default_dtype
 from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
 from jpaged.host.checks import instance_of
 from jpaged.host.config import EngineConfig, engine_config
-from jpaged.host.outputs import Completion, GenerationInterrupted, RequestOutput
+from jpaged.host.outputs import Completion, RequestOutput
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
 from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
@@ -35,7 +35,7 @@ from jpaged.placement import ModelPath, pool_of, read_model, runner_of
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
 from jpaged.scoring import MakeRequests, ScoreMethods
-from jpaged.streams import Generation, RequestStream
+from jpaged.streams import RequestStream
 
 logger = logging.getLogger(__name__)
 
@@ -183,19 +183,7 @@ class Engine(ChatMethods, ScoreMethods):
         """Makes requests and runs them; `watched` are the other arguments of `Generation`."""
         self._live.enter()
         requests = make(self._maker, iter(self._live.next_id, None))
-        generation = Generation(requests, self._live.abandoned, *watched)
-        try:
-            with self._live.change.held():
-                self._live.add(requests, generation.owner)
-                return generation.run(self._live.drive, self.stats)
-        except BaseException as e:
-            done = generation.close()
-            if not isinstance(e, KeyboardInterrupt):
-                raise
-            self._live.repair()
-            results = self._live.pipeline.results
-            outputs = [done.get(r.request_id) or results.partial(r) for r in requests]
-            raise GenerationInterrupted(outputs) from None
+        return self._live.run(requests, self.stats, *watched)
 
     def stream(
         self,

@@ -5,14 +5,16 @@ import collections
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jpaged import profiling
 from jpaged.host.checks import shown
-from jpaged.host.outputs import Completion, RequestOutput
+from jpaged.host.outputs import Completion, GenerationInterrupted, RequestOutput
 from jpaged.host.sequence import Request
+from jpaged.host.stats import EngineStats
 from jpaged.pipeline import Pipeline
 from jpaged.recovery import Change
-from jpaged.streams import Mailbox, Owner
+from jpaged.streams import Generation, Mailbox, Owner
 
 
 class LiveRequests:
@@ -143,6 +145,30 @@ class LiveRequests:
             for output in outputs:
                 self._deliver(self.by_id[output.request_id], output)
         return live
+
+    def run(
+        self, requests: Sequence[Request], stats: Callable[[], EngineStats], *watched: Any
+    ) -> list[RequestOutput]:
+        """Runs requests until all have ended; see `Engine.generate`.
+
+        Args:
+          requests: not queued yet.
+          stats: what the progress bar tells.
+          *watched: the other arguments of `Generation`.
+        """
+        generation = Generation(requests, self.abandoned, *watched)
+        try:
+            with self.change.held():
+                self.add(requests, generation.owner)
+                return generation.run(self.drive, stats)
+        except BaseException as e:
+            done = generation.close()
+            if not isinstance(e, KeyboardInterrupt):
+                raise
+            self.repair()
+            results = self.pipeline.results
+            outputs = [done.get(r.request_id) or results.partial(r) for r in requests]
+            raise GenerationInterrupted(outputs) from None
 
     def abort(self, request: Request) -> None:
         """Ends a request now, if it is live, and delivers what it has produced."""

@@ -83,8 +83,7 @@ class Scheduler:
         """
         self._set_root(request, salt)
         # One that resumes may have several, some of which have ended.
-        waiting = (seq for seq in request.sequences if seq.status is Status.WAITING)
-        self._queues.waiting.extend(waiting)
+        self._queues.waiting += [s for s in request.sequences if s.status is Status.WAITING]
 
     def fork(self, parent: Request, child: Request) -> None:
         """Starts a request where another is, with the tokens of its only sequence.
@@ -250,8 +249,8 @@ class Scheduler:
     def _fitting(self, step: StepBuilder, seq: Sequence, lacking: int, budget: int) -> int:
         """How many tokens a sequence computes that has tokens scored, each in a sample's place."""
         assert seq.request.scored is not None
-        room = self._room(step)
-        return seq.request.scored.fitting(seq.num_computed_tokens, lacking, budget, room)
+        start, room = seq.num_computed_tokens, self._room(step)
+        return seq.request.scored.fitting(start, lacking, budget, room)
 
     def _room(self, step: StepBuilder) -> int:
         """Places of samples that are neither of a sequence that runs nor of a score."""
@@ -340,8 +339,7 @@ class Scheduler:
         """Starts as many samples as there are places; the next one waits, and starts the others."""
         assert parent.table_id is not None
         forks = min(parent.num_pending_forks, self._queues.num_free_places())
-        if step.num_extra_places:
-            forks = min(forks, max(self._room(step), 0))
+        forks = min(forks, self._room(step)) if step.num_extra_places else forks
         children: list[Sequence] = []
         for _ in range(forks):
             child = parent.request.fork_sequence(parent)
