@@ -267,6 +267,8 @@ class _Job:
                     num_before=output.num_done,
                 )
                 output.sync()
+                if not note.asked:
+                    engine.save_prompts()
         left = total - output.num_done
         if left:
             done = f"{output.num_done} of {total} rows are done"

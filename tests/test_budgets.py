@@ -16,14 +16,15 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
     # Tokenizers and chat templates of GGUF files; what is read of a model without its weights;
-    # scales of pages; what compiles an engine's first steps before it is there.
-    "jpaged": 3850,
+    # scales of pages; what compiles an engine's first steps before it is there; prompts on disk.
+    "jpaged": 3950,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from.
-    "jpaged/host": 5950,
+    # Pages on disk: their files, and which are worth it.
+    "jpaged/host": 6600,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
-    # Threads that compile while weights are read.
-    "jpaged/device": 2300,
+    # Threads that compile while weights are read. What pages depend on, as a digest.
+    "jpaged/device": 2400,
     # Rows, inputs, records, output and manifest of batch jobs, and their shards.
     "jpaged/jobs": 1600,
     "jpaged/planning": 700,
@@ -45,8 +46,8 @@ MAX_FOLDER_LINES = {
     "scripts": 4000,
     # With the figures of a GPU in one run, and transformers' beside them.
     "scripts/kernels": 1650,
-    # With loading beside safetensors' own, and what a job costs beside its engine.
-    "scripts/measure": 1600,
+    # With loading beside safetensors' own, what a job costs beside its engine, and prompts on disk.
+    "scripts/measure": 1650,
     # A program a peer, and how they are driven.
     "scripts/measure/peers": 1000,
     "scripts/demo": 400,

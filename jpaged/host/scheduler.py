@@ -17,6 +17,7 @@ from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import Preemption, take_pages
 from jpaged.host.prefix_cache import PrefixCache
+from jpaged.host.prompt_cache import PromptCache
 from jpaged.host.queues import Queues
 from jpaged.host.sequence import Request, Sequence, Status
 from jpaged.host.step_builder import ScheduledStep, StepBuilder
@@ -40,8 +41,10 @@ class Scheduler:
     in one step, or none, and whether they wait for the host.
     """
 
-    def __init__(self, config: SchedulerConfig, table: PageTable):
-        """Makes an idle scheduler over an empty page table."""
+    def __init__(
+        self, config: SchedulerConfig, table: PageTable, prompts: PromptCache | None = None
+    ):
+        """Makes an idle scheduler over an empty page table, and maybe pages on disk."""
         self.config = config
         self.table = table
         self.cache = PrefixCache(table.pool, table.kinds)
@@ -50,7 +53,8 @@ class Scheduler:
         # Called with sequences of a request that lost their pages, who needs them, and how.
         self.on_preempt: Callable[[SequenceOf[Sequence], Request, Preemption], object] | None = None
         self._queues = Queues(config.max_num_seqs)
-        self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
+        state = self.cache, self.swap_space, self._queues
+        self._admission = Admission(config, table, *state, prompts)
         # What is reserved ahead is kept.
         has_windows = any(kind.window is not None for kind in table.kinds)
         self._releases = has_windows and config.reservation == "paged"
