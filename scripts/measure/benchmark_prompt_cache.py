@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 
 def _answer(shape: str, prefix_len: int, own_len: int, directory: str | None) -> dict[str, Any]:
-    """What a process finds; its argument are those of the flags, and where pages are kept."""
+    """What a process finds; its arguments are those of the flags, and where pages are kept."""
     import jax
 
     from jpaged import Engine, EngineConfig, SamplingParams
@@ -85,7 +85,11 @@ def _answer(shape: str, prefix_len: int, own_len: int, directory: str | None) ->
     own = rng.integers(0, model.vocab_size, own_len).tolist()
     most = prefix_len + own_len + 16
     config = EngineConfig(
-        max_model_len=most, max_num_seqs=4, prompt_cache=directory, step_shapes=f"{own_len + 15}x1"
+        max_model_len=most,
+        max_num_seqs=4,
+        scan_layers=True,  # which compiles in a moment
+        prompt_cache=directory,
+        step_shapes=f"{own_len + 15}x1",
     )
     start = time.perf_counter()
     engine = Engine(model, params, config)
