@@ -32,6 +32,7 @@ from jpaged.models.generation_config import GenerationConfig
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.pipeline import Pipeline
 from jpaged.placement import ModelPath, pool_of, read_model, runner_of
+from jpaged.prefix_methods import PrefixMethods, open_prompt_cache
 from jpaged.requests import Prompt, RequestMaker
 from jpaged.results import ResultReader
 from jpaged.scoring import MakeRequests, ScoreMethods
@@ -40,7 +41,7 @@ from jpaged.streams import RequestStream
 logger = logging.getLogger(__name__)
 
 
-class Engine(ChatMethods, ScoreMethods):
+class Engine(ChatMethods, ScoreMethods, PrefixMethods):
     """Generates for many requests at once over one page pool.
 
     Outputs go to whom their request belongs, whoever runs the step: `stream` and `generate` have
@@ -100,6 +101,7 @@ class Engine(ChatMethods, ScoreMethods):
             config, model_config, params, plan, tokenizer,
             backend=backend, num_host_pages=self._scheduler_config.num_host_pages, ahead=ahead,
         )  # fmt: skip
+        self._prompts = open_prompt_cache(config, model_config, plan, self._runner, backend)
         self._totals = Counters()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
         if config.strict_shapes:
@@ -110,11 +112,12 @@ class Engine(ChatMethods, ScoreMethods):
         plan, config, tokenizer = self._plan, self._scheduler_config, self.tokenizer
         pool, page_size = PagePool(plan.num_pages), self.config.page_size
         table = PageTable(pool, page_size, plan.pages_per_seq, plan.kinds)
-        scheduler = Scheduler(config, table)
+        scheduler = Scheduler(config, table, self._prompts)
         self._maker = RequestMaker(self.model_config, tokenizer, config, table, self.defaults)
         dtype, eos = default_dtype(self.config).name, self.model_config.eos_token_ids
         results = ResultReader(scheduler, tokenizer, eos, self._totals, dtype)
-        return Pipeline(scheduler, results, self._runner, self._buckets, self._log, self._recorder)
+        logs = self._log, self._recorder
+        return Pipeline(scheduler, results, self._runner, self._buckets, *logs, self._prompts)
 
     @classmethod
     def load(
@@ -329,18 +332,6 @@ class Engine(ChatMethods, ScoreMethods):
         """What a live request's samples have come to, for `add_request(resume=...)`; no beams."""
         self._live.enter()
         return self._live.progress(request_id)
-
-    def reset_prefix_cache(self) -> None:
-        """Forgets all pages that are kept for their content, for instance after new weights.
-
-        Raises:
-          RuntimeError: if requests are live that use such pages.
-        """
-        self._live.enter()
-        cache = self._live.pipeline.scheduler.cache
-        cache.check_unused()
-        with self._live.change:
-            cache.clear()
 
     def warm_up(
         self,

@@ -2,6 +2,8 @@
 """The steps that are under way: those on the device, and those that are planned meanwhile."""
 
 import dataclasses
+import itertools
+import logging
 
 import numpy as np
 
@@ -11,13 +13,15 @@ from jpaged.host.batch import Batch, ShapeBuckets, build_batch
 from jpaged.host.burst import burst_of, can_burst
 from jpaged.host.outputs import RequestOutput
 from jpaged.host.page_table import PageTable
+from jpaged.host.prompt_cache import PromptCache
 from jpaged.host.scheduler import Scheduler
-from jpaged.host.step import StepPlan
 from jpaged.host.step_builder import ScheduledStep
 from jpaged.host.step_log import StepLog
 from jpaged.profiling import phase
 from jpaged.results import ResultReader
 from jpaged.telemetry.recorder import Recorder
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -41,8 +45,12 @@ class Pipeline:
         buckets: ShapeBuckets,
         log: StepLog | None = None,
         recorder: Recorder | None = None,
+        prompts: PromptCache | None = None,
     ):
-        """Has no step under way; those that are dispatched are written to log and recorder."""
+        """Has no step under way; those that are dispatched are written to log and recorder.
+
+        Pages of prompts go to disk when no request is live.
+        """
         self.scheduler = scheduler
         self.table: PageTable = scheduler.table
         self.results = results
@@ -50,6 +58,7 @@ class Pipeline:
         self._buckets = buckets
         self._log = log
         self._recorder = recorder
+        self._prompts = prompts
         if recorder is not None:
             scheduler.on_preempt = recorder.note
         # Steps that are scheduled but not dispatched, and those that are dispatched but not read.
@@ -73,7 +82,7 @@ class Pipeline:
         elif planned:
             steps, batch = planned
             for step in steps:
-                self._begin(step.plan, batch.page_table)
+                self._begin(step, batch.page_table)
             self.results.totals.num_dispatches += 1
             with phase("dispatch"):
                 self._inflight = steps, self._runner.run(batch, steps[0].plan.copies)
@@ -88,12 +97,34 @@ class Pipeline:
             # Pages have addresses whose content is never computed.
             self.scheduler.cache.clear()
         self._planned = self._inflight = None
+        self.save_prompts(at_end=False)
 
-    def _begin(self, step: StepPlan, page_table: np.ndarray) -> None:
+    def save_prompts(self, *, at_end: bool) -> None:
+        """Begins to write pages of long prompts to disk; no request is live.
+
+        Args:
+          at_end: as in `PromptCache.saves`.
+        """
+        if self._prompts is None:
+            return
+        cache, pool = self.scheduler.cache, self.table.pool
+        for saves in self._prompts.saves(cache, pool, at_end=at_end):
+            ends = list(itertools.accumulate(len(save.pages) for save in saves))
+            try:
+                found = self._runner.read_pages([p for save in saves for p in save.pages])
+            except RuntimeError as e:  # such as no memory for the copies
+                logger.warning("prompts are not saved: %s", e)
+                return
+            self._prompts.write(saves, np.split(found, ends[:-1]))
+
+    def _begin(self, scheduled: ScheduledStep, page_table: np.ndarray) -> None:
+        step = scheduled.plan
         if self._log is not None:
             self._log.write(step, page_table)
         with phase("swap"):
             compile_s = self._runner.swap(step.swap_outs, step.swap_ins)
+            if scheduled.loads:
+                compile_s += self._runner.write_pages(scheduled.loads)
         self.results.skip(compile_s, overlapped=False)
 
     def _plan(self) -> tuple[list[ScheduledStep], Batch] | None:
@@ -103,7 +134,7 @@ class Pipeline:
             step, totals = self.scheduler.schedule(), self.results.totals
         if not step.plan.num_rows:
             totals.record_swaps(step.plan)
-            self._begin(step.plan, self.table.snapshot((), 0))
+            self._begin(step, self.table.snapshot((), 0))
             return None
         totals.record_step(step.plan, self.table)
         steps, most = [step], self._runner.decode_steps

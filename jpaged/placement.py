@@ -223,6 +223,7 @@ def runner_of(
         num_host_pages=num_host_pages,
         decode_steps=default_decode_steps(config),
         strict=config.strict_shapes,
+        saves_pages=config.prompt_cache is not None,
         ahead=ahead,
     )
 

@@ -283,6 +283,8 @@ class _Job:
                     snapshot=snapshot,
                 )
                 output.sync()
+                if not note.asked:
+                    engine.save_prompts()
         left = total - output.num_done
         if left:
             done = f"{output.num_done} of {total} rows are done"

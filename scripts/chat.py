@@ -138,6 +138,7 @@ def main(argv: list[str]) -> None:
                 if not terminal:
                     raise app.UsageError(reason) from e
                 _tell(reason)
+    engine.save_prompts()
 
 
 class Dialog:
@@ -234,6 +235,8 @@ def _summary(output: RequestOutput, before: Counters, after: Counters, *, stoppe
     (completion,) = output.outputs
     count, prompt = len(completion.token_ids), len(output.prompt_token_ids)
     found = min(after.num_hit_tokens - before.num_hit_tokens, prompt)
+    disk = after.num_disk_tokens - before.num_disk_tokens
+    where = f" ({disk} of them on disk)" if disk else ""
     first = output.time_to_first_token_s or 0.0
     seconds = output.latency_s - first
     rate = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else ""
@@ -242,7 +245,7 @@ def _summary(output: RequestOutput, before: Counters, after: Counters, *, stoppe
         end = ", cut by the length limit"
     return (
         f"{count} tokens{end}, first after {first:.2f} s{rate}; "
-        f"of {prompt} tokens of the prompt {found} were found, {prompt - found} computed"
+        f"of {prompt} tokens of the prompt {found} were found{where}, {prompt - found} computed"
     )
 
 

@@ -168,6 +168,7 @@ def main(argv: list[str]) -> None:
     print(_summary(writer, engine.stats(), fullest.stats), file=sys.stderr)
     if interrupted:
         raise KeyboardInterrupt
+    engine.save_prompts()
     if writer.num_errors:
         sys.exit(1)
 
@@ -324,6 +325,9 @@ def _summary(writer: ResultWriter, stats: EngineStats, fullest: EngineStats) -> 
     first = f"{sum(firsts) / len(firsts):.2f} s" if firsts else "none"
     page_mib = stats.page_bytes / 2**20
     used, contiguous = totals.peak_used_pages, stats.contiguous_pages
+    disk = ""
+    if totals.num_disk_tokens:
+        disk = f" ({totals.num_disk_tokens} tokens from disk)"
     ended = ""
     if writer.num_aborted or writer.num_errors:
         ended = (
@@ -336,7 +340,7 @@ def _summary(writer: ResultWriter, stats: EngineStats, fullest: EngineStats) -> 
         f"shared), {fullest.num_free_pages} free ({fullest.num_cached_pages} cached); sharing "
         f"saves {fullest.num_saved_cells} cells\n"
         f"pages over the whole run: sharing saved {stats.mean_saving:.1%} on average; copies on "
-        f"write {totals.num_page_copies}, prefix hit rate {stats.hit_rate:.1%}, preemptions "
+        f"write {totals.num_page_copies}, prefix hit rate {stats.hit_rate:.1%}{disk}, preemptions "
         f"{totals.num_preemptions}, swapped {totals.num_swapped_pages}\n"
         f"{totals.num_generated_tokens} tokens; prefill {stats.prefill_tokens_per_s:.0f} tokens/s, "
         f"decode {stats.decode_tokens_per_s:.0f} tokens/s, compiling {totals.compile_s:.1f} s; "

@@ -20,9 +20,11 @@ from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
+from jpaged.host.prompt_cache import PageLoad
 from jpaged.host.scored import idle_scores
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
+from jpaged.pallas_kernels import layout
 from jpaged.pallas_kernels.rows import Rows
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class ModelRunner:
         num_host_pages: int = 0,
         decode_steps: int = 1,
         strict: bool = False,
+        saves_pages: bool = False,
         ahead: CompileThreads | None = None,
     ):
         """Allocates the pool.
@@ -72,6 +75,7 @@ class ModelRunner:
           num_host_pages: pages that host memory has room for.
           decode_steps: most steps of a burst.
           strict: whether a step that would compile something after `warm_up` is refused.
+          saves_pages: whether `read_pages` and `write_pages` will be called.
           ahead: what compiles first steps for the same arguments; its programs are called.
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
@@ -92,7 +96,7 @@ class ModelRunner:
             )
         )
         self.num_unplanned_compilations = 0
-        self._warm, self._strict = False, strict
+        self._warm, self._strict, self._saves_pages = False, strict, saves_pages
         self.decode_steps = decode_steps
         self._plan = plan
         self._swap_pages = SWAP_PAGES * plan.num_groups
@@ -216,6 +220,50 @@ class ModelRunner:
         programs.ran |= needed
         return time.perf_counter() - start if programs.num_compiled_here > compiled else 0.0
 
+    def read_pages(self, pages: Sequence[int]) -> np.ndarray:
+        """Copies pages to the host, after the steps before.
+
+        Returns:
+          `[len(pages), *page_shape]`, of the pool's dtype.
+        """
+        found = np.empty((len(pages), *layout.page_shape(self._plan.shape)), self._plan.dtype)
+        count, arriving = self._swap_pages, list[tuple[int, jax.Array]]()
+        for at in range(0, len(pages) + 2 * count, count):
+            if at < len(pages):
+                ids = self._pad_pages(pages[at : at + count])
+                arriving.append((at, self.programs.get_pages(self._kv_pages, ids)))
+                arriving[-1][1].copy_to_host_async()
+            # The device keeps copies of two parts at most.
+            if arriving and (len(arriving) > 1 or at >= len(pages)):
+                start, part = arriving.pop(0)
+                found[start : start + count] = np.asarray(part)[: len(pages) - start]
+        self.programs.ran.add("get_pages")
+        return found
+
+    def write_pages(self, loads: Sequence[PageLoad]) -> float:
+        """Puts pages into the pool; after the steps before, before the next.
+
+        Returns:
+          Seconds that compiling took; 0 mostly.
+        """
+        if "set_pages" not in self.programs.ran:
+            jax.block_until_ready(self._kv_pages)  # as in `run`
+        start, compiled = time.perf_counter(), self.programs.num_compiled_here
+        pages = [page for load in loads for page in load.pages]
+        shape = layout.page_shape(self._plan.shape)
+        content = np.concatenate([load.content for load in loads])
+        content = content.view(self._plan.dtype).reshape(-1, *shape)
+        for at in range(0, len(pages), self._swap_pages):
+            ids = self._pad_pages(pages[at : at + self._swap_pages])
+            # The null page may be written: nobody reads it.
+            part = np.zeros((len(ids), *shape), self._plan.dtype)
+            own = content[at : at + len(ids)]
+            part[: len(own)] = own
+            self._kv_pages = self.programs.set_pages(self._kv_pages, ids, part)
+        self.programs.ran.add("set_pages")
+        took_s = time.perf_counter() - start
+        return took_s if self.programs.num_compiled_here > compiled else 0.0
+
     def warm_up(
         self,
         shapes: Iterable[StepShape],
@@ -258,7 +306,7 @@ class ModelRunner:
             copies = [null_pair] * min(count, most)
             self._kv_pages = self.programs.copy_pages(self._kv_pages, *_pad_copies(copies))
             count *= 2
-        if self._host_pages.num_pages:
+        if self._host_pages.num_pages or self._saves_pages:
             ids = self._pad_pages([])
             pages = np.asarray(self.programs.get_pages(self._kv_pages, ids))
             self._kv_pages = self.programs.set_pages(self._kv_pages, ids, pages)

@@ -10,6 +10,7 @@ from jpaged.host.groups import most_pages
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import NO_COSTS, PreemptionCosts
 from jpaged.host.prefix_cache import PrefixCache
+from jpaged.host.prompt_cache import PromptCache
 from jpaged.host.queues import Queues
 from jpaged.host.sequence import Request, Sequence
 from jpaged.host.step_builder import StepBuilder
@@ -154,6 +155,7 @@ class Admission:
         cache: PrefixCache,
         space: SwapSpace,
         queues: Queues,
+        prompts: PromptCache | None = None,
     ):
         """Remembers where sequences wait and run, and where there are pages for them."""
         self._config = config
@@ -161,6 +163,7 @@ class Admission:
         self._cache = cache
         self._space = space
         self._queues = queues
+        self._prompts = prompts
 
     def start(self, step: StepBuilder) -> list[Sequence]:
         """Has the first waiting sequence run, with all that were swapped to host memory with it.
@@ -213,6 +216,14 @@ class Admission:
             needed = self._pages_needed(total, held, pages) + self._spare_pages(seq)
         if needed > pool.num_free_pages:
             return []
+        if self._prompts is not None:
+            most = _last_usable(seq)
+            more = self._prompts.extend(self._cache, pool, seq, held, most, pool.num_free_pages)
+            if more is not None:
+                # Whoever starts further behind needs no more pages than before, and has room.
+                step.num_disk_tokens += more[0] - held
+                held, pages, loads = more
+                step.loads += loads
         self._queues.waiting.popleft()
         seq.table_id = table.add_shared(pages, held)
         seq.num_computed_tokens = held

@@ -36,6 +36,11 @@ _RULES = {
     ),
     "swap_bytes_per_s": _FINITE,
     "flops_per_s": _FINITE,
+    "prompt_cache_bytes": (
+        Rule("at least 1", lambda count: count >= 1),
+        Rule("below 2**63", lambda count: count < 2**63),
+    ),
+    "prompt_cache_min_pages": at_least(1),
     "step_shapes": (
         Rule(
             "TOKENSxROWS, or a list of it with commas, such as 16x16,1024x16",
@@ -77,6 +82,11 @@ class EngineConfig:
       prefix_cache: whether a request uses the pages of earlier ones that began with the same
         tokens; they are kept until they are needed for something else. Without it, samples and
         beams of one request still find each other's pages.
+      prompt_cache: directory that keeps pages of long prompts from one run to the next, for each
+        process with the same model, settings, device and versions; see docs/prompt_cache.md. None
+        keeps none.
+      prompt_cache_bytes: that its files take at most; those that were used longest ago go.
+      prompt_cache_min_pages: pages of a prefix that is kept there, or looked for, at least.
       preemption: what becomes of a sequence whose pages are needed: "recompute" computes its tokens
         again when there are pages, "swap" copies its pages to host memory and back, "auto" does
         what costs less.
@@ -118,6 +128,9 @@ class EngineConfig:
     kv_scales: str | None = None
     reservation: str = "paged"
     prefix_cache: bool = True
+    prompt_cache: str | None = None
+    prompt_cache_bytes: int = 2**33
+    prompt_cache_min_pages: int = 8
     preemption: str = "auto"
     swap_bytes: int | None = None
     swap_bytes_per_s: float | None = None
@@ -139,6 +152,18 @@ class EngineConfig:
                 f"kv_scales={self.kv_scales!r} needs kv_dtype of {' or '.join(EIGHT_BITS)}, not "
                 f"{self.kv_dtype}: other pages have no scales"
             )
+        if self.prompt_cache is not None:
+            if not self.prefix_cache or self.reservation != "paged":
+                raise ValueError(
+                    f"prompt_cache={self.prompt_cache!r} needs the prefix cache, which finds what "
+                    f"was read, but prefix_cache={self.prefix_cache} and "
+                    f"reservation={self.reservation!r}; leave them as they are"
+                )
+            if self.record_steps is not None:
+                raise ValueError(
+                    f"prompt_cache={self.prompt_cache!r} and record_steps exclude each other: "
+                    "steps that are run again would lack the pages that were read"
+                )
         if self.deterministic and self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"deterministic needs max_num_batched_tokens={self.max_num_batched_tokens} above "

@@ -98,6 +98,10 @@ class PrefixCache:
           What there is of it. Its pages may be cached, so `PagePool.share` them before anything is
           allocated.
         """
+        return Prefix(self._kinds, page_size, self.known_pages(root, token_ids, page_size))
+
+    def known_pages(self, root: int, token_ids: SequenceOf[int], page_size: int) -> list[list[int]]:
+        """Of each page that is known, of each kind the bundle, or `NULL_PAGE`; see `match`."""
         found: list[list[int]] = []
         before = root
         for end in range(page_size, len(token_ids) + 1, page_size):
@@ -106,7 +110,7 @@ class PrefixCache:
                 break
             found.append(self._nodes[node].pages)
             before = node
-        return Prefix(self._kinds, page_size, found)
+        return found
 
     def add(self, before: int, token_ids: tuple[int, ...], pages: SequenceOf[int]) -> int:
         """Gives pages in use their address.

@@ -17,6 +17,7 @@ from jpaged.host.continuation import continue_sequences
 from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import Preemption, take_pages
 from jpaged.host.prefix_cache import PrefixCache
+from jpaged.host.prompt_cache import PromptCache
 from jpaged.host.queues import Queues
 from jpaged.host.sequence import Request, Sequence, Status
 from jpaged.host.step_builder import ScheduledStep, StepBuilder
@@ -40,8 +41,10 @@ class Scheduler:
     in one step, or none, and whether they wait for the host.
     """
 
-    def __init__(self, config: SchedulerConfig, table: PageTable):
-        """Makes an idle scheduler over an empty page table."""
+    def __init__(
+        self, config: SchedulerConfig, table: PageTable, prompts: PromptCache | None = None
+    ):
+        """Makes an idle scheduler over an empty page table, and maybe pages on disk."""
         self.config = config
         self.table = table
         self.cache = PrefixCache(table.pool, table.kinds)
@@ -50,7 +53,9 @@ class Scheduler:
         # Called with sequences of a request that lost their pages, who needs them, and how.
         self.on_preempt: Callable[[SequenceOf[Sequence], Request, Preemption], object] | None = None
         self._queues = Queues(config.max_num_seqs)
-        self._admission = Admission(config, table, self.cache, self.swap_space, self._queues)
+        self._admission = Admission(
+            config, table, self.cache, self.swap_space, self._queues, prompts
+        )
         # What is reserved ahead is kept.
         has_windows = any(kind.window is not None for kind in table.kinds)
         self._releases = has_windows and config.reservation == "paged"
@@ -257,8 +262,7 @@ class Scheduler:
         return self.config.max_num_seqs - len(self._queues.running) - step.num_extra_places
 
     def _has_room_for(self, step: StepBuilder, first: Sequence) -> bool:
-        alone = first.swapped is None and first.request.growth.num_rows == 1
-        return alone and self._room(step) > 0
+        return first.swapped is None and first.request.growth.num_rows == 1 and self._room(step) > 0
 
     def _release_unseen(self, seq: Sequence) -> None:
         """Gives back pages that neither a sequence nor what is forked off it sees from here on.
@@ -338,8 +342,7 @@ class Scheduler:
     def _fork_samples(self, step: StepBuilder, parent: Sequence, row: int) -> int:
         """Starts as many samples as there are places; the next one waits, and starts the others."""
         assert parent.table_id is not None
-        forks = min(parent.num_pending_forks, self._queues.num_free_places())
-        forks = min(forks, self._room(step)) if step.num_extra_places else forks
+        forks = min(parent.num_pending_forks, self._queues.num_free_places(), self._room(step))
         children: list[Sequence] = []
         for _ in range(forks):
             child = parent.request.fork_sequence(parent)
@@ -386,11 +389,8 @@ class Scheduler:
         who = f"sequence {victims[0].sample_index}" if count == 1 else f"{count} sequences"
         logger.info(
             "preempted request %r (%s), as request %r needs pages: %s",
-            victims[0].request.request_id,
-            who,
-            wanted_by.request_id,
-            choice,
-        )
+            victims[0].request.request_id, who, wanted_by.request_id, choice,
+        )  # fmt: skip
         if self.on_preempt is not None:
             self.on_preempt(victims, wanted_by, choice)
 

@@ -25,6 +25,7 @@ class Counters:
       num_swapped_pages: pages copied to host memory for them.
       num_lookup_tokens: tokens of sequences that started, or started again.
       num_hit_tokens: of them, those that the prefix cache had.
+      num_disk_tokens: of these, those that the prompt cache had on disk.
       num_recomputed_tokens: of the others, those that were computed before a preemption.
       peak_used_pages: most pages in use after a step was scheduled.
       peak_running: most sequences in a step.
@@ -46,6 +47,7 @@ class Counters:
     num_swapped_pages: int = 0
     num_lookup_tokens: int = 0
     num_hit_tokens: int = 0
+    num_disk_tokens: int = 0
     num_recomputed_tokens: int = 0
     peak_used_pages: int = 0
     peak_running: int = 0
@@ -71,6 +73,7 @@ class Counters:
         self.record_swaps(step)
         self.num_lookup_tokens += step.num_lookup_tokens
         self.num_hit_tokens += step.num_hit_tokens
+        self.num_disk_tokens += step.num_disk_tokens
         self.num_recomputed_tokens += step.num_recomputed_tokens
         used = table.pool.num_used_pages
         self.peak_used_pages = max(self.peak_used_pages, used)

@@ -144,6 +144,7 @@ class StepPlan:
       num_preemptions: sequences that lost their pages to it.
       num_lookup_tokens: tokens of sequences that were admitted.
       num_hit_tokens: of them, those that were found in the prefix cache.
+      num_disk_tokens: of these, those that the prompt cache had on disk.
       num_recomputed_tokens: of the others, those that were computed before a preemption.
       scores: what is scored after the rows.
     """
@@ -158,6 +159,7 @@ class StepPlan:
     num_preemptions: int = 0
     num_lookup_tokens: int = 0
     num_hit_tokens: int = 0
+    num_disk_tokens: int = 0
     num_recomputed_tokens: int = 0
     scores: Scores = dataclasses.field(default_factory=Scores)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 from jpaged.host.growth.base import Chooser
 from jpaged.host.logits_processors import Processing
+from jpaged.host.prompt_cache import PageLoad
 from jpaged.host.sequence import Request, Sequence
 from jpaged.host.step import Draw, Rows, Samples, Scores, Search, StepPlan
 
@@ -19,12 +20,14 @@ class ScheduledStep:
       samples: the sequences that its samples are for.
       searchers: the requests that its searches are for.
       scored: per scored token, the request that wants it, and the position that predicts it.
+      loads: pages that were read from disk, to be put into the pool with those swapped in.
     """
 
     plan: StepPlan
     samples: tuple[Sequence, ...] = ()
     searchers: tuple[Request, ...] = ()
     scored: tuple[tuple[Request, int], ...] = ()
+    loads: tuple[PageLoad, ...] = ()
 
 
 class StepBuilder:
@@ -33,9 +36,9 @@ class StepBuilder:
     Attributes:
       addressed: pages that were given an address in the prefix cache.
       num_extra_places: places of samples that scored tokens take beside those of sequences.
+      loads: as in `ScheduledStep`.
       swap_outs, swap_ins, copies, num_preemptions, num_lookup_tokens, num_hit_tokens,
-        num_recomputed_tokens: as in
-        `StepPlan`.
+        num_disk_tokens, num_recomputed_tokens: as in `StepPlan`.
     """
 
     def __init__(self):
@@ -44,7 +47,8 @@ class StepBuilder:
         self.swap_ins: list[tuple[int, int]] = []
         self.copies: list[tuple[int, int]] = []
         self.num_preemptions = self.num_lookup_tokens = self.num_hit_tokens = 0
-        self.num_recomputed_tokens = self.num_extra_places = 0
+        self.num_disk_tokens = self.num_recomputed_tokens = self.num_extra_places = 0
+        self.loads: list[PageLoad] = []
         self._num_prefill_tokens = 0
         # Columns, as in `Rows` and `Samples`.
         self._keys: list[tuple[str, int]] = []
@@ -156,8 +160,8 @@ class StepBuilder:
             num_preemptions=self.num_preemptions,
             num_lookup_tokens=self.num_lookup_tokens,
             num_hit_tokens=self.num_hit_tokens,
+            num_disk_tokens=self.num_disk_tokens,
             num_recomputed_tokens=self.num_recomputed_tokens,
         )
-        return ScheduledStep(
-            plan, tuple(self._sampled), tuple(self._searchers), tuple(self._scored)
-        )
+        results = tuple(self._sampled), tuple(self._searchers), tuple(self._scored)
+        return ScheduledStep(plan, *results, tuple(self.loads))

@@ -23,6 +23,7 @@ _VERSION = 1
 _NOT_OF_RESULTS = {
     *("memory_fraction", "prefix_cache", "preemption", "swap_bytes", "swap_bytes_per_s"),
     *("flops_per_s", "record_steps", "record", "compilation_cache_dir"),
+    *("prompt_cache", "prompt_cache_bytes", "prompt_cache_min_pages"),
 }
 # What may differ with --mix: the last bits of numbers depend on it, and with them, rarely, a token.
 _MAY_DIFFER = ("engine", "device", "versions")

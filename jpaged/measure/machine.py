@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import psutil
 
+from jpaged.device.fingerprint import cpu_name
+
 
 def hardware() -> dict[str, Any]:
     """`cpu`, `cpu_cores`, `memory_gib`, and of JAX's default device `platform` and `device`."""
     device = jax.devices()[0]
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": len(psutil.Process().cpu_affinity())
         if hasattr(psutil.Process, "cpu_affinity")
         else os.cpu_count(),
@@ -68,13 +70,3 @@ class CompileClock:
     def _on_event(self, event: str, **_: Any) -> None:
         self.cache_hits += event == "/jax/compilation_cache/cache_hits"
         self.cache_misses += event == "/jax/compilation_cache/cache_misses"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

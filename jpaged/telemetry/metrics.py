@@ -50,6 +50,7 @@ def metrics_of(stats: EngineStats, num_done: int, total: int) -> list[Metric]:
         Metric("generation_tokens_total", totals.num_generated_tokens, "Tokens generated."),
         Metric("prefix_cache_queries_total", totals.num_lookup_tokens, "Tokens looked up."),
         Metric("prefix_cache_hits_total", totals.num_hit_tokens, "Tokens found."),
+        Metric("external_prefix_cache_hits_total", totals.num_disk_tokens, "Of them, on disk."),
         # What vLLM does not have.
         Metric("recomputed_tokens_total", totals.num_recomputed_tokens, "Tokens computed again."),
         Metric("swapped_pages_total", totals.num_swapped_pages, "Pages copied to host memory."),

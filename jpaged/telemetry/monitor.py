@@ -113,6 +113,7 @@ class Monitor:
             "num_usable_pages": stats.num_usable_pages,
             "utilisation": round(stats.utilisation, 4),
             "hit_rate": round(stats.hit_rate, 4),
+            "num_disk_tokens": totals.num_disk_tokens,
             "num_preemptions": totals.num_preemptions,
             "recomputed_share": round(stats.recomputed_share, 4),
         }
