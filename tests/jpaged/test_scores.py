@@ -249,3 +249,15 @@ def test_a_row_computes_as_much_as_places_allow(length, first, known, start, mos
 
     fits = [n for n in range(1, min(lacking, most) + 1) if places(n) <= room + 1]
     assert scored.fitting(start, lacking, most, room) == max(fits)
+
+
+def test_pages_on_disk_do_not_hide_what_is_scored(tmp_path):
+    settings = dict(max_num_seqs=8, prompt_cache=str(tmp_path), prompt_cache_min_pages=2)
+    first = tiny_engine(**settings, **ONE_SHAPE)
+    first.generate([PROMPT + COMPLETIONS[3]], SamplingParams(max_tokens=1))
+    first.save_prompts()
+    second = tiny_engine(**settings, **ONE_SHAPE)
+    completions = [COMPLETIONS[3], COMPLETIONS[1]]
+    for score, completion in zip(second.score(PROMPT, completions), completions, strict=True):
+        hold(score, PROMPT, completion)
+    assert second.stats().totals.num_disk_tokens == 20
