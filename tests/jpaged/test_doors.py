@@ -151,7 +151,7 @@ def members(hint):
 
 
 # That take any text.
-TEXTS = ("record_steps", "record", "compilation_cache_dir", "kv_scales")
+TEXTS = ("record_steps", "record", "compilation_cache_dir", "kv_scales", "prompt_cache")
 # That take texts of a form of theirs.
 FORMS = ("step_shapes",)
 

@@ -103,7 +103,7 @@ def plans(draw):
     )
     return StepPlan(
         rows, samples, draw(st.lists(searches, max_size=2).map(tuple)), draw(pairs), draw(pairs),
-        draw(pairs), *(draw(tokens) for _ in range(5)), Scores(*scores),
+        draw(pairs), *(draw(tokens) for _ in range(6)), Scores(*scores),
     )  # fmt: skip
 
 
