@@ -5,16 +5,14 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import pathlib
-import platform
 from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 
+from jpaged.device import cpu
 from jpaged.device.memory import PoolPlan
 from jpaged.host.config import EngineConfig
 from jpaged.models.config import ModelConfig
@@ -60,7 +58,7 @@ def context_of(
         "scan_layers": config.scan_layers,
         "backend": backend,
         "device": [device.platform, device.device_kind, device.client.platform_version],
-        "cpu": cpu() if device.platform == "cpu" else None,
+        "cpu": [cpu.name(), cpu.features(), cpu.num_cores()] if device.platform == "cpu" else None,
         "versions": [_version(name) for name in ("jpaged", "jax", "jaxlib")],
         "precision": str(values["jax_default_matmul_precision"]),
         "variables": [os.environ.get(name) for name in _VARIABLES],
@@ -79,18 +77,6 @@ def fingerprint(params: Any) -> bytes:
         name = f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}\0"
         digest.update(name.encode() + own)
     return digest.digest()
-
-
-def cpu_name() -> str:
-    """The processor's, for people."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def cpu() -> list[Any]:
-    """What XLA compiles for on a CPU: its name, what it can, and how many cores there are."""
-    process = psutil.Process()
-    cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count()
-    return [cpu_name(), _cpuinfo("flags") or _cpuinfo("Features"), cores]
 
 
 def _digests(leaves: list[jax.Array]) -> list[bytes]:
@@ -146,15 +132,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _cpuinfo(name: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is none."""
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == name:
-                return value.strip()
-    except OSError:
-        pass
-    return ""

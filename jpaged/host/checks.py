@@ -169,16 +169,22 @@ def integers(values: Any, most: int = 2**24) -> list[int]:
     Raises:
       TypeError: if it is something else; the message goes on after "must be".
     """
+    try:
+        return _integers(values, most)
+    except TypeError:
+        raise
+    except Exception as e:  # of an array of jax that was deleted, or whatever a stranger raises
+        raise TypeError(f"a list of integers that can be read: {e}") from None
+
+
+def _integers(values: Any, most: int) -> list[int]:
     is_array = getattr(values, "ndim", None) == 1 and _dtype_kind(values) in ("i", "u")
     is_text = isinstance(values, str | bytes | bytearray | memoryview)
     if not is_array and (is_text or not isinstance(values, Sequence)):
         raise TypeError(f"a list of integers, not {_article(type(values).__name__)}")
     if len(values) > most:
         raise TypeError(f"a list of at most {most} integers, not of {len(values)}")
-    try:
-        found: list[Any] = np.asarray(values).tolist() if is_array else list(values)
-    except RuntimeError as e:  # an array of jax that was deleted or donated
-        raise TypeError(f"a list of integers that can be read: {e}") from None
+    found: list[Any] = np.asarray(values).tolist() if is_array else list(values)
     if all(type(value) is int for value in found):
         return found
     plain: list[int] = []

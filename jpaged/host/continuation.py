@@ -102,7 +102,7 @@ def _resumed(
     seq = Sequence(request, index, request.max_total_tokens)
     try:
         token_ids = integers(sample.token_ids)
-    except Exception as e:  # a stranger's sequence may raise anything
+    except TypeError as e:
         raise ValueError(f"{name}.token_ids={shown(sample.token_ids)} must be {e}") from None
     if outside := [token for token in token_ids if not 0 <= token < vocab_size]:
         raise ValueError(

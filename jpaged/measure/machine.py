@@ -11,17 +11,15 @@ from typing import Any
 import jax
 import psutil
 
-from jpaged.device.fingerprint import cpu_name
+from jpaged.device import cpu
 
 
 def hardware() -> dict[str, Any]:
     """`cpu`, `cpu_cores`, `memory_gib`, and of JAX's default device `platform` and `device`."""
     device = jax.devices()[0]
     return {
-        "cpu": cpu_name(),
-        "cpu_cores": len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else os.cpu_count(),
+        "cpu": cpu.name(),
+        "cpu_cores": cpu.num_cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "platform": device.platform,
         "device": device.device_kind,

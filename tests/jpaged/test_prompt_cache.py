@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jpaged import EngineConfig
-from jpaged.device import fingerprint
+from jpaged.device import cpu, fingerprint
 from jpaged.host import page_files
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps, with_prefix
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, windowed
@@ -409,11 +409,14 @@ class TestContext:
         contexts = {kept(**own)._prompts._context for own in ({}, {"num_pages": 50}, change)}
         assert len(contexts) == 2
 
-    @pytest.mark.parametrize("name", ["_version", "cpu"])
-    def test_other_versions_and_machines_have_other_pages(self, kept, monkeypatch, name):
+    @pytest.mark.parametrize(
+        ("module", "name"),
+        [(fingerprint, "_version"), (cpu, "name"), (cpu, "features"), (cpu, "num_cores")],
+    )
+    def test_other_versions_and_machines_have_other_pages(self, kept, monkeypatch, module, name):
         before = kept()._prompts._context
         assert kept()._prompts._context == before
-        monkeypatch.setattr(fingerprint, name, lambda *args: "another")
+        monkeypatch.setattr(module, name, lambda *args: "another")
         assert kept()._prompts._context != before
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
