@@ -127,24 +127,21 @@ class RequestMaker:
         resume_sequences(request, resume, vocab_size)
         return request
 
-    def make_scored(
-        self, prompt: Prompt, completion: Prompt, request_id: str, cache_salt: str | None = None
-    ) -> Request:
+    def make_scored(self, prompt: Prompt, completion: Prompt, request_id: str) -> Request:
         """Makes a request that scores a completion; see `scoring.ScoreMethods.score`.
 
         Args:
           prompt: likewise.
           completion: likewise.
           request_id: for messages, too.
-          cache_salt: as in `Engine.add_request`.
 
         Raises:
           ValueError: if it could never be served.
         """
         token_ids, first = self._encode_pair(prompt, completion, request_id)
-        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, logprobs=None)
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
         # The last token is known: it is not computed, but what predicts it is.
-        request = self.make(token_ids[:-1], params, request_id, stream=False, cache_salt=cache_salt)
+        request = self.make(token_ids[:-1], params, request_id, stream=False)
         vocab_size = self._model_config.vocab_size
         if not 0 <= token_ids[-1] < vocab_size:
             raise ValueError(
@@ -322,7 +319,7 @@ class RequestMaker:
         if not isinstance(prompt, str):
             try:
                 token_ids = integers(prompt)
-            except Exception as e:  # a stranger's sequence may raise anything
+            except TypeError as e:
                 raise ValueError(
                     f"{where}: {name}={shown(prompt)} must be a string or {e}"
                 ) from None

@@ -73,12 +73,15 @@ class ScoreMethods(abc.ABC):
             starts.extend(own.scored.first + 1 for own in requests if own.scored is not None)
             return requests
 
-        def on_output(index: int, output: RequestOutput) -> None:
-            if on_score is not None:
-                on_score(index, _score_of(output, starts[index]))
+        scores: dict[int, Score] = {}
 
-        outputs = self._answer(make, progress, on_step, on_output)
-        return [_score_of(*each) for each in zip(outputs, starts, strict=True)]
+        def on_output(index: int, output: RequestOutput) -> None:
+            scores[index] = _score_of(output, starts[index])
+            if on_score is not None:
+                on_score(index, scores[index])
+
+        self._answer(make, progress, on_step, on_output)
+        return [scores[index] for index in range(len(starts))]
 
     def score(self, prompt: Prompt, completions: Sequence[Prompt]) -> list[Score]:
         """Scores completions of one prompt, whose pages they share.

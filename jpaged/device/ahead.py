@@ -15,7 +15,7 @@ from jpaged.device.runner import SWAP_PAGES, inputs_of, zeros
 from jpaged.host.batch import BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
-from jpaged.host.scored import idle_scores
+from jpaged.host.score_batch import idle_scores
 from jpaged.models.sharding import placements
 
 

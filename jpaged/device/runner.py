@@ -21,7 +21,7 @@ from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.host.prompt_cache import PageLoad
-from jpaged.host.scored import idle_scores
+from jpaged.host.score_batch import idle_scores
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
 from jpaged.pallas_kernels import layout

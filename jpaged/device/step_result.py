@@ -41,7 +41,9 @@ class StepResult:
         logprobs = np.asarray(self.logprobs)[: self.num_samples].tolist()
         likeliest: list[dict[int, float]] | None = None
         if self.top is not None:
-            ids, values = (np.asarray(part).tolist() for part in self.top)
+            slots = () if self.scores is None else self.scores[1]
+            count = max((self.num_samples, *(slot + 1 for slot in slots)))
+            ids, values = (np.asarray(part)[:count].tolist() for part in self.top)
             pairs = zip(ids, values, strict=True)
             likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
         scores = []

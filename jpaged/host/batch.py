@@ -14,7 +14,7 @@ from jpaged.host.config import EngineConfig, step_shapes
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
 from jpaged.host.params import SamplingParams
-from jpaged.host.scored import ScoreBatch, score_batch, score_slots
+from jpaged.host.score_batch import ScoreBatch, score_batch, score_slots
 from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
@@ -220,8 +220,7 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
     rows, samples = step.rows, step.samples
     num_rows, num_samples = step.num_rows, step.num_samples
     q_lens = np.array(rows.num_tokens, np.int32)
-    num_tokens = int(q_lens.sum())
-    slots = score_slots(step)
+    num_tokens, slots = int(q_lens.sum()), score_slots(step)
     shape = buckets.shape(num_tokens, num_rows, max((num_samples, *(s + 1 for s in slots))))
 
     cu_q_lens = np.full(shape.num_rows + 1, num_tokens, np.int32)
@@ -266,7 +265,8 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
         ),
         num_samples=num_samples,
         num_logprobs=max(
-            (*(draw.num_logprobs for draw in samples.draws), *step.scores.num_likeliest), default=0
+            max((draw.num_logprobs for draw in samples.draws), default=0),
+            max(step.scores.num_likeliest, default=0),
         ),
         beams=tuple(_beam_batch(search, processors) for search in step.searches),
         processors=processors,

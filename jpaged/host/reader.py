@@ -44,8 +44,8 @@ class StepReader:
         for (request, position), (logprob, likeliest) in zip(
             step.scored, outcome.scores, strict=True
         ):
-            if not self._take_score(request, position, logprob, likeliest):
-                grown[request.request_id] = request
+            assert request.scored is not None
+            request.scored.take(position, logprob, likeliest)
         for request, search, candidates in zip(
             step.searchers, step.plan.searches, outcome.candidates, strict=True
         ):
@@ -66,7 +66,7 @@ class StepReader:
                 continue
             request = sample.request
             grown[request.request_id] = request
-            if math.isfinite(logprob):
+            if _is_sound(request, logprob):
                 likeliest = outcome.likeliest[slot] if outcome.likeliest else {}
                 self._take_token(sample, token, logprob, likeliest)
                 num_taken += 1
@@ -118,7 +118,7 @@ class StepReader:
         chooser = request.growth.chooser
         assert chooser is not None
         own = slice(search.first_sample, search.first_sample + len(search.scores))
-        if not all(map(math.isfinite, outcome.logprobs[own])):
+        if not all(_is_sound(request, logprob) for logprob in outcome.logprobs[own]):
             self.fail_request(request, self.not_finite(request.sequences))
             return False
         try:
@@ -129,24 +129,6 @@ class StepReader:
             return False
         self._scheduler.continue_from(request, parents)
         return True
-
-    def _take_score(
-        self, request: Request, position: int, logprob: float, likeliest: Mapping[int, float]
-    ) -> bool:
-        """Notes the score of a given token. Returns: whether it is a number; else it has failed."""
-        assert request.scored is not None
-        if request.finished:
-            return True  # it has failed before, when this step was on its way already
-        if math.isfinite(logprob):
-            request.scored.take(position, logprob, likeliest)
-            return True
-        error = self.not_finite(request.sequences)
-        if request.growth.chooser is not None:
-            self.fail_request(request, error)
-        for sample in request.sequences:
-            if sample.status is not Status.FINISHED:
-                self._fail(sample, error)
-        return False
 
     def _take_token(
         self, sample: Sequence, token: int, logprob: float, likeliest: Mapping[int, float]
@@ -166,3 +148,8 @@ class StepReader:
     def _fail(self, sample: Sequence, error: str) -> None:
         sample.error = error
         self.finish(sample, "error")
+
+
+def _is_sound(request: Request, logprob: float) -> bool:
+    """Whether a token was drawn from logits, and its prompt scored with some, that are finite."""
+    return math.isfinite(logprob) and (request.scored is None or request.scored.is_finite)

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens that are given, not drawn, and whose log-probabilities are wanted."""
 
-import itertools
-import typing
+import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-
-from jpaged.host.step import StepPlan
 
 
 class ScoredTokens:
@@ -23,6 +18,7 @@ class ScoredTokens:
       found: per token of `token_ids`, `{token_id: log-probability}` of it and of the likeliest
         ones, likeliest first but for the token itself; None where it is not wanted, or not known
         yet.
+      is_finite: whether all that is known are numbers; else the request fails when it draws.
     """
 
     def __init__(self, token_ids: Sequence[int], first: int, num_likeliest: int):
@@ -31,6 +27,7 @@ class ScoredTokens:
         self.first = first
         self.num_likeliest = num_likeliest
         self.found: list[dict[int, float] | None] = [None] * len(self.token_ids)
+        self.is_finite = True
         self._next = first
 
     @property
@@ -68,43 +65,7 @@ class ScoredTokens:
 
     def take(self, position: int, logprob: float, likeliest: Mapping[int, float]) -> None:
         """Notes what a position predicts."""
+        self.is_finite = self.is_finite and math.isfinite(logprob)
         token = self.token_ids[position + 1]
         kept = dict(list(likeliest.items())[: self.num_likeliest])
         self.found[position + 1] = {token: logprob, **kept}
-
-
-class ScoreBatch(typing.NamedTuple):
-    """Given tokens whose log-probabilities are wanted.
-
-    Attributes:
-      targets: i32[num_rows], the token after each of `logits_indices`, or 0.
-      slots: which of `logits_indices` are wanted, one a score.
-    """
-
-    targets: np.ndarray
-    slots: Sequence[int] = ()
-
-
-def score_slots(step: StepPlan) -> list[int]:
-    """Where scores stand among what logits are wanted of: behind the samples, or where one is."""
-    if not step.scores.rows:
-        return []
-    places = zip(step.samples.rows, step.samples.offsets, strict=True)
-    drawn = {place: slot for slot, place in enumerate(places)}
-    free = itertools.count(step.num_samples)
-    scored = zip(step.scores.rows, step.scores.offsets, strict=True)
-    return [drawn[place] if place in drawn else next(free) for place in scored]
-
-
-def score_batch(step: StepPlan, slots: Sequence[int], num_rows: int) -> ScoreBatch | None:
-    """The scores of a step as arrays, at the slots that `score_slots` gave them; None if none."""
-    if not slots:
-        return None
-    targets = np.zeros(num_rows, np.int32)
-    targets[list(slots)] = step.scores.targets
-    return ScoreBatch(targets, slots)
-
-
-def idle_scores(num_rows: int) -> ScoreBatch:
-    """Of nothing, to compile with."""
-    return ScoreBatch(np.zeros(num_rows, np.int32))

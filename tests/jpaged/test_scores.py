@@ -184,13 +184,23 @@ def test_a_compile_plan_may_have_scores():
     assert engine.stats().num_unplanned_compilations == 0
 
 
+@pytest.mark.parametrize("own", [{}, {"n": 3}, {"n": 5, "best_of": 9}, {"beam_width": 3}])
+def test_damaged_weights_fail_all_samples_of_a_prompt_in_chunks(own):
+    """Also where what is scored says so before samples are forked."""
+    params = {**tiny_params(), "final_norm": {"scale": jnp.full(32, jnp.nan)}}
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, **ONE_SHAPE)
+    engine = Engine(TINY, params, config)
+    (output,) = engine.generate([PROMPT], SamplingParams(prompt_logprobs=0, max_tokens=3, **own))
+    assert {sample.finish_reason for sample in output.outputs} == {"error"}
+    assert len(output.outputs) == own.get("n", 1)
+    engine.check_invariants()
+
+
 def test_damaged_weights_fail_what_is_scored():
     params = {**tiny_params(), "final_norm": {"scale": jnp.full(32, jnp.nan)}}
     engine = Engine(TINY, params, EngineConfig(max_num_seqs=4, **ONE_SHAPE))
     with pytest.raises(RuntimeError, match=r"request '0': NaN or infinite logits"):
         engine.score(PROMPT, COMPLETIONS)
-    (output,) = engine.generate([PROMPT], SamplingParams(prompt_logprobs=0, max_tokens=3))
-    assert output.outputs[0].finish_reason == "error"
     engine.check_invariants()
 
 
