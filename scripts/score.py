@@ -65,9 +65,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; name a file as --input=FILE")
     with usage_errors():
-        path = "-" if _INPUT.value is None else _INPUT.value
-        lines = read_prompts([], path, "--input")
-        places, pairs = read_pairs(lines, "standard input" if path == "-" else path)
+        path = _INPUT.value
+        if path is None and sys.stdin is not None and sys.stdin.isatty():
+            raise ValueError("nothing to score: give --input=FILE, or standard input")
+        lines = read_prompts([], "-" if path is None else path, "--input")
+        places, pairs = read_pairs(lines, "standard input" if path in (None, "-") else path)
         model = model_path(_MODEL.value)
         require_device()
         engine = Engine.load(model, engine_config_from_flags())
@@ -99,6 +101,7 @@ def main(argv: list[str]) -> None:
         except RuntimeError as e:
             print(f"jpaged score: {e}", file=sys.stderr)
             sys.exit(1)
+    engine.save_prompts()
     totals = engine.stats().totals
     print(
         f"{len(pairs)} completions scored; {totals.num_prefill_tokens} tokens computed, prefix hit "

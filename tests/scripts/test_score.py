@@ -3,11 +3,13 @@
 
 import functools
 import json
+import os
+import pty
 
 import pytest
 
 from jpaged import Engine, EngineConfig
-from tests.scripts.programs import ended
+from tests.scripts.programs import ended, start
 
 run = functools.partial(ended, "jpaged", "score")
 SETTINGS = ("--page_size=4", "--max_num_seqs=8", "--max_model_len=64")
@@ -64,6 +66,17 @@ def test_refusals(lines, message):
     assert done.returncode == 2 and done.stdout == ""
     last = done.stderr.splitlines()[-1]
     assert last.startswith("jpaged score: ") and message in last
+
+
+def test_a_terminal_is_no_input():
+    parent, child = pty.openpty()
+    try:
+        process = start("jpaged", "score", stdin=child)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        os.close(parent)
+        os.close(child)
+    assert process.returncode == 2 and b"nothing to score: give --input=FILE" in errors
 
 
 def test_a_file_that_is_not_there(tmp_path):

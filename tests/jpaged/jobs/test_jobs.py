@@ -2,6 +2,7 @@
 """Jobs: what is stopped anywhere goes on to the same bytes; wrong rows are records."""
 
 import bisect
+import dataclasses
 import gzip
 import io
 import itertools
@@ -16,8 +17,9 @@ import pytest
 from jpaged import Completion, RequestOutput, SamplingParams
 from jpaged.jobs import Result, Row, run
 from jpaged.jobs.inputs import open_input
-from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
+from jpaged.jobs.openai import RecordMaker, RowReader
 from jpaged.jobs.output import OutputError, OutputFile
+from tests.jpaged.jobs.rows import encode, written
 
 ROWS = [
     {"prompt": [i + 1, 2, 3], "max_tokens": 2 + i % 3, "n": 1 + i % 2, "custom_id": f"r{i}"}
@@ -27,13 +29,7 @@ ROWS = [
 
 @pytest.fixture
 def source(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-def encode(result):
-    return encode_record(RecordMaker(None, "tiny").record(result))
+    return written(tmp_path / "in.jsonl", ROWS)
 
 
 def go_on(source, path, engine, sync_rows=2, **options):
@@ -307,6 +303,17 @@ def test_standard_input_is_read_as_often_as_a_file(source):
 
 SAMPLE = Completion("ab", [5, 6], -math.inf, [{5: -0.5, 7: -1.5}, {6: -math.inf, 8: -0.25}], "stop")
 OUTPUT = RequestOutput("0", [1, 2, 3], [SAMPLE], True, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_prompts_log_probabilities_are_beside_the_choices(kind):
+    found = [None, {2: -0.25, 9: -1.5}, {3: -4.0}]
+    row = Row(row_id="a", kind=kind, model="m")
+    output = dataclasses.replace(OUTPUT, prompt_logprobs=found)
+    body = json.loads(encode(Result(row, output, None)))["response"]["body"]
+    assert body["prompt_logprobs"] == [None, {"2": -0.25, "9": -1.5}, {"3": -4.0}]
+    body = json.loads(encode(Result(row, OUTPUT, None)))["response"]["body"]
+    assert "prompt_logprobs" not in body
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])

@@ -18,7 +18,7 @@ from jpaged.jobs.manifest import (
     run_with,
     write_manifest,
 )
-from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
+from jpaged.jobs.openai import RowReader
 from jpaged.jobs.output import OutputFile
 from jpaged.jobs.shards import (
     ShardsMissingError,
@@ -27,6 +27,7 @@ from jpaged.jobs.shards import (
     shard_entry,
     shard_path,
 )
+from tests.jpaged.jobs.rows import encode
 
 ROWS = [
     {"prompt": [i + 1, 2], "max_tokens": 2 + i % 3, "n": 1 + i % 2, "custom_id": f"r{i}"}
@@ -75,10 +76,6 @@ class Job:
 
     def merge(self, num_shards, **options):
         return merge(self.output, self.ids, num_shards, self.asked, **options)
-
-
-def encode(result):
-    return encode_record(RecordMaker(None, "tiny").record(result))
 
 
 def test_a_row_is_of_the_shard_that_its_id_says():

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jpaged import Completion
 from jpaged.jobs import Snapshot, run
 from jpaged.jobs.inputs import open_input
-from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
+from jpaged.jobs.openai import RowReader
 from jpaged.jobs.output import OutputFile
 from jpaged.jobs.snapshot import remove_snapshot, snapshot_path
+from tests.jpaged.jobs.rows import encode, written
 
 JOB = {"manifest": 1, "input": "abc"}
 ROWS = [
@@ -34,13 +35,7 @@ class KilledError(Exception):
 
 @pytest.fixture
 def source(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-def encode(result):
-    return encode_record(RecordMaker(None, "tiny").record(result))
+    return written(tmp_path / "in.jsonl", ROWS)
 
 
 def go_on(source, path, engine, *, every_s=0.0, job=JOB, sync_rows=1, **options):
