@@ -179,6 +179,9 @@ def test_a_compile_plan_may_have_scores():
     engine = tiny_engine(strict_shapes=True, max_num_seqs=4, max_num_batched_tokens=16, **ONE_SHAPE)
     with pytest.raises(RuntimeError, match=r"SamplingParams\(prompt_logprobs=1\)"):
         engine.score(PROMPT, COMPLETIONS)
+    engine.warm_up(num_logprobs=1)  # of what scores need, the likeliest tokens alone
+    with pytest.raises(RuntimeError, match=r"SamplingParams\(prompt_logprobs=1\)"):
+        engine.score(PROMPT, COMPLETIONS)
     engine.warm_up(params=[SamplingParams(prompt_logprobs=1)])
     hold(engine.score(PROMPT, COMPLETIONS)[2], PROMPT, COMPLETIONS[2])
     assert engine.stats().num_unplanned_compilations == 0
@@ -193,6 +196,23 @@ def test_damaged_weights_fail_all_samples_of_a_prompt_in_chunks(own):
     (output,) = engine.generate([PROMPT], SamplingParams(prompt_logprobs=0, max_tokens=3, **own))
     assert {sample.finish_reason for sample in output.outputs} == {"error"}
     assert len(output.outputs) == own.get("n", 1)
+    engine.check_invariants()
+
+
+@pytest.mark.parametrize("own", [{}, {"n": 3}, {"beam_width": 3}])
+def test_a_score_that_is_no_number_fails_what_is_drawn_from_numbers(monkeypatch, own):
+    engine = tiny_engine(max_num_seqs=4, max_num_batched_tokens=8, **ONE_SHAPE)
+    programs = engine._runner.programs
+    found = programs.target_logprobs
+    monkeypatch.setattr(
+        programs,
+        "target_logprobs",
+        lambda logits, targets: jnp.where(targets == PROMPT[3], jnp.nan, found(logits, targets)),
+    )
+    params = SamplingParams(max_tokens=3, prompt_logprobs=0, **own)
+    (output,) = engine.generate([PROMPT], params)
+    assert {sample.finish_reason for sample in output.outputs} == {"error"}
+    assert "NaN or infinite logits" in output.outputs[0].error
     engine.check_invariants()
 
 
