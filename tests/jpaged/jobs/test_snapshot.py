@@ -268,3 +268,15 @@ def comparable(completion):
         "nan" if math.isnan(number) else number, text, completion.token_ids, logprobs,
         completion.finish_reason, completion.error,
     )  # fmt: skip
+
+
+def test_rows_with_a_result_leave_it(tmp_path):
+    done = set()
+    with Snapshot(tmp_path / "s", JOB, lambda row_id: row_id not in done, every_s=0) as snapshot:
+        sample = Completion("", [5, 6], -1.0, None, None)
+        snapshot.take([("a", [sample]), ("b", [sample])])
+        done.add("a")
+        snapshot.take([])
+    with Snapshot(tmp_path / "s", JOB, lambda row_id: True) as again:
+        assert again.progress("a") == [] and again.progress("b") == [sample]
+        assert (again.num_rows, again.num_tokens) == (1, 2)
