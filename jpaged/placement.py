@@ -21,7 +21,7 @@ from jpaged.device.ahead import AheadCompiler
 from jpaged.device.burst import default_decode_steps
 from jpaged.device.compilation_cache import keep_programs
 from jpaged.device.compile_threads import CompileThreads
-from jpaged.device.compiler_options import scans_layers
+from jpaged.device.compiler_options import merges_projections, scans_layers
 from jpaged.device.kv_scales import calibrate, calibration_prompt, read_kv_scales
 from jpaged.device.memory import PoolPlan, check_pages, default_dtype, plan_pool, pool_dtype
 from jpaged.device.programs import Programs
@@ -38,6 +38,7 @@ from jpaged.models.decoder import Decoder, Params, stack_layers
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import config_of, generation_config_of
+from jpaged.models.merged import merge_projections
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.text import load_tokenizer
 
@@ -139,6 +140,8 @@ def read_model(
         if ahead is not None:
             ahead.close()
         raise
+    if merges_projections(jax.default_backend()):
+        params = merge_projections(params)  # here, where nobody else holds them
     if scales is not None:
         logger.info("scales of %s pages are the checkpoint's", config.kv_dtype)
         params["kv_scales"] = jnp.asarray(scales)
@@ -318,6 +321,8 @@ def _compiler_of(
 ) -> AheadCompiler:
     scan_layers = scans_layers(config.scan_layers, jax.default_backend())
     params = Decoder(model_config, scan_layers, "xla").abstract_params(default_dtype(config))
+    if merges_projections(jax.default_backend()):
+        params = jax.eval_shape(merge_projections, params)
     if config.kv_dtype in EIGHT_BITS:
         shape = (model_config.num_layers, 2)
         params["kv_scales"] = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -356,6 +361,8 @@ def decoder_of(
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     if scan_layers and not stacked:
         params = stack_layers(params, model_config)
+    if merges_projections(jax.default_backend()):
+        params = merge_projections(params)
     decoder = Decoder(model_config, scan_layers, backend, max_length=max_length)
     if config.kv_dtype in EIGHT_BITS:
         if config.kv_scales is not None:

@@ -120,6 +120,7 @@ class ResultReader(StepReader):
             self.totals.prefill_s += took
         else:
             self.totals.decode_s += took
+            self.totals.num_decode_steps += len(steps)
         with phase("detokenize"):
             grown: dict[str, Request] = {}
             for step, outcome in zip(steps, outcomes, strict=True):

@@ -2,15 +2,17 @@
 """The building blocks of a decoder, as Flax Linen modules over a flat axis of tokens."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jpaged.models.config import AttentionSpec, MlpSpec, NormSpec
+from jpaged.models.merged import MERGED
 from jpaged.models.rope import rotate
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
@@ -50,6 +52,8 @@ class Attend(Protocol):
 
 # Up to this many tokens a CPU multiplies weights by activations, and not the other way round.
 _WEIGHTS_FIRST_TOKENS = 256
+# To so many a GPU's are padded where the result is wider than the weights.
+_GPU_TOKENS = 8
 
 
 @functools.partial(jax.jit, static_argnames="dtype")  # traced and lowered once for all layers
@@ -59,7 +63,8 @@ def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> j
     The CPU's matrix library packs its right operand anew at every call. With few tokens that is
     most of the work when the weights are on the right: weights first take as long, or down to a
     quarter (float32, docs/decisions.md). The compiler would turn the product round again, but for
-    the barrier.
+    the barrier. For GPUs it makes a product of one token one of a matrix and a vector, which has no
+    result wider than its operands: it would copy a head, as float32, in every step.
 
     Args:
       x: [tokens, in].
@@ -78,9 +83,17 @@ def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> j
         product = jax.lax.dot_general(weight, x, contracted, preferred_element_type=dtype)
         return jax.lax.optimization_barrier(product).T
 
+    def padded(x, weight):
+        tokens = jnp.pad(x, ((0, _GPU_TOKENS - x.shape[0]), (0, 0)))
+        return tokens_first(tokens, weight)[: x.shape[0]]
+
     if x.shape[0] > _WEIGHTS_FIRST_TOKENS:
         return tokens_first(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=weights_first, default=tokens_first)
+    widens = dtype is not None and dtype != weight.dtype
+    on_gpu = padded if widens and x.shape[0] < _GPU_TOKENS else tokens_first
+    return jax.lax.platform_dependent(
+        x, weight, cpu=weights_first, cuda=on_gpu, default=tokens_first
+    )
 
 
 class Linear(nn.Module):
@@ -99,6 +112,25 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
             y = y + bias.astype(y.dtype)[None]
         return y
+
+
+def project(
+    module: nn.Module, name: str, sizes: Sequence[int], bias: bool, x: jax.Array
+) -> list[jax.Array]:
+    """What a module's projections make of the same tokens, by one product if they are merged.
+
+    Args:
+      module: whose parameters they are.
+      name: of the merged one, in `merged.MERGED`.
+      sizes: features of each.
+      bias: whether they have biases.
+      x: [tokens, in].
+    """
+    if module.has_variable("params", name):
+        merged = Linear(sum(sizes), bias, name=name)(x)
+        return jnp.split(merged, np.cumsum(sizes)[:-1], axis=-1)
+    parts = zip(MERGED[name], sizes, strict=True)
+    return [Linear(size, bias, name=part)(x) for part, size in parts]
 
 
 class RMSNorm(nn.Module):
@@ -131,9 +163,8 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, table, kv_pages, layer, rows: Rows | None):
         s = self.spec
-        q = Linear(s.num_q_heads * s.head_dim, s.qkv_bias, name="q_proj")(x)
-        k = Linear(s.num_kv_heads * s.head_dim, s.qkv_bias, name="k_proj")(x)
-        v = Linear(s.num_kv_heads * s.head_dim, s.qkv_bias, name="v_proj")(x)
+        sizes = [heads * s.head_dim for heads in (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)]
+        q, k, v = project(self, "qkv_proj", sizes, s.qkv_bias, x)
         if s.qk_norm == "all":
             q = RMSNorm(self.norm, name="q_norm")(q)
             k = RMSNorm(self.norm, name="k_norm")(k)
@@ -171,7 +202,6 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         s = self.spec
-        gate = Linear(s.intermediate_size, s.bias, name="gate_proj")(x)
-        up = Linear(s.intermediate_size, s.bias, name="up_proj")(x)
+        gate, up = project(self, "gate_up_proj", 2 * [s.intermediate_size], s.bias, x)
         hidden = gated(s.activation, gate, up)
         return Linear(x.shape[-1], s.bias, name="down_proj")(hidden)

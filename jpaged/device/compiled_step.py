@@ -9,14 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged.device.compiler_options import compiler_options, scans_layers
+from jpaged.device.burst import burst_function
+from jpaged.device.compiler_options import (
+    compiler_options,
+    merges_projections,
+    scans_layers,
+)
 from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import step_function
 from jpaged.device.runner import inputs_of
 from jpaged.host.batch import StepShape, empty_batch
+from jpaged.host.burst import idle_burst
 from jpaged.models import sharding
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder
+from jpaged.models.merged import merge_projections
 from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler, hlo
 from jpaged.pallas_kernels.aot.program import collectives, operations_giving, try_compile
 
@@ -39,6 +46,7 @@ class StepFacts:
       weight_copies: operations that give a copy of a weight; see `hlo.weight_copies`.
       attention_kernels: different ones; those that are called more than once are compiled once.
       kernels_per_layer: what a device is given to do a layer; see `hlo.kernels_per_layer`.
+      blind_loops: see `hlo.blind_loops`.
       compile_s: seconds that lowering and compiling took.
       error: why it does not compile; then the rest is None.
     """
@@ -53,6 +61,7 @@ class StepFacts:
     weight_copies: int | None = None
     attention_kernels: int | None = None
     kernels_per_layer: float | None = None
+    blind_loops: int | None = None
     compile_s: float | None = None
     error: str | None = None
 
@@ -72,6 +81,7 @@ def compile_step(
     *,
     dtype: Any = jnp.bfloat16,
     scan_layers: bool | None = None,
+    decode_steps: int = 1,
 ) -> StepFacts:
     """Compiles a runner's step of a model as an engine does, the pool donated.
 
@@ -83,12 +93,15 @@ def compile_step(
       shape: what the step is padded to.
       dtype: of weights.
       scan_layers: as in `EngineConfig`.
+      decode_steps: most steps of a burst, sampler and all; 1 is a step by itself, up to logits.
     """
     backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
     scan_layers = scans_layers(scan_layers, backend)
     split = mesh if mesh.devices.size > 1 else None
     decoder = Decoder(config, scan_layers, backend, split, pool.max_model_len)
     params = Decoder(config, scan_layers, "xla").abstract_params(dtype)
+    if split is None and merges_projections(backend):
+        params = jax.eval_shape(merge_projections, params)
     if pool.dtype.itemsize == 1:
         params["kv_scales"] = Struct((config.num_layers, 2), jnp.float32)
     where = sharding.placements(params, sharding.param_shardings(params, mesh))
@@ -98,8 +111,12 @@ def compile_step(
     batch = empty_batch(shape, pool.pages_per_seq, 0, pool.num_groups)
     inputs = jax.tree.map(_struct, inputs_of(batch))
     slots, tokens = _struct(batch.previous_slots), Struct((shape.num_rows,), jnp.int32)
-    arguments = params, kv_pages, inputs, slots, tokens
+    arguments: tuple[Any, ...] = params, kv_pages, inputs, slots, tokens
     step = step_function(decoder.apply)
+    if decode_steps > 1:
+        step = burst_function(decoder.apply, decode_steps, shape.num_rows)
+        rows = batch.sampling, idle_burst(shape.num_rows).rows
+        arguments += jax.tree.map(_struct, rows)
     start, options = time.perf_counter(), compiler_options(backend)
     compiled = try_compile(
         compiler, mesh, step, *arguments, donate_argnums=(1,), compiler_options=options
@@ -121,6 +138,7 @@ def compile_step(
         weight_copies=hlo.weight_copies(program, _num_stacked(params)),
         attention_kernels=hlo.attention_kernels(program),
         kernels_per_layer=hlo.kernels_per_layer(program),
+        blind_loops=hlo.blind_loops(program),
         compile_s=compile_s,
     )
 

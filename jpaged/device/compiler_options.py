@@ -47,6 +47,18 @@ def scans_layers(scan_layers: bool | None, platform: str) -> bool:
     return platform == "tpu" if scan_layers is None else scan_layers
 
 
+def merges_projections(platform: str) -> bool:
+    """Whether weights that multiply the same tokens are one.
+
+    A GPU takes a third longer for a step of 64 rows without, in which most kernels are short. To
+    merge them is to copy them, once.
+
+    Args:
+      platform: as jax names them.
+    """
+    return platform in ("gpu", "cuda")
+
+
 def _given_flags() -> set[str]:
     """Names of the flags that XLA_FLAGS has, which may be the name of a file that has them."""
     text = os.environ.get("XLA_FLAGS", "").strip()

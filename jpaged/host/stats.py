@@ -15,6 +15,7 @@ class Counters:
 
     Attributes:
       num_steps: steps dispatched.
+      num_decode_steps: steps read that did nothing but decode.
       num_dispatches: how often the device was given steps: once for all of a burst.
       num_prefill_tokens: tokens computed in rows that were not a plain decode, recomputed ones
         included.
@@ -38,6 +39,7 @@ class Counters:
     """
 
     num_steps: int = 0
+    num_decode_steps: int = 0
     num_dispatches: int = 0
     num_prefill_tokens: int = 0
     num_generated_tokens: int = 0

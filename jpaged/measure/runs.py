@@ -61,6 +61,7 @@ def measure_reservations(
       profile: what of the first engine's measured run to trace; None traces nothing.
 
     Raises:
+      RuntimeError: if a request failed, of which no figure says anything.
       ValueError: if the pool has no room for a sequence of max_model_len tokens that a reservation
         needs, or a request could never run.
     """
@@ -138,7 +139,6 @@ def _run(
     engine.reset_stats()
     compilations, compile_s = engine.stats().num_compilations, clock.seconds
     trace, outputs = Trace(), []
-    num_decode_steps, decode_s = 0, 0.0
     with Profile(engine, profile) as traced:
         start = time.perf_counter()
         for index, item in enumerate(workload.items):
@@ -148,14 +148,15 @@ def _run(
         while engine.has_unfinished_requests:
             outputs += engine.step()
             traced.look()
-            stats = engine.stats()
-            trace.record(stats)
-            num_decode_steps += stats.totals.decode_s > decode_s
-            decode_s = stats.totals.decode_s
+            trace.record(engine.stats())
         wall_s = time.perf_counter() - start
 
+    for output in outputs:
+        for completion in output.outputs:
+            if completion.error is not None:
+                raise RuntimeError(f"request {output.request_id!r} failed: {completion.error}")
     stats = engine.stats()
-    num_output_tokens = stats.totals.num_generated_tokens
+    totals, num_output_tokens = stats.totals, stats.totals.num_generated_tokens
     first = [output.time_to_first_token_s for output in outputs]
     rest = [
         (output.latency_s - output.time_to_first_token_s) / (len(tokens) - 1)
@@ -168,7 +169,9 @@ def _run(
         "total_tokens_per_s": (workload.num_prompt_tokens + num_output_tokens) / wall_s,
         "prefill_tokens_per_s": stats.prefill_tokens_per_s,
         "decode_tokens_per_s": stats.decode_tokens_per_s,
-        "mean_decode_step_s": decode_s / num_decode_steps if num_decode_steps else None,
+        "mean_decode_step_s": (
+            totals.decode_s / totals.num_decode_steps if totals.num_decode_steps else None
+        ),
         "time_to_first_token_s": _percentiles(first),
         "latency_s": _percentiles([output.latency_s for output in outputs]),
         "time_per_output_token_s": _percentiles(rest),

@@ -140,6 +140,20 @@ def kernels_per_layer(program: Program) -> float | None:
     return (calls[-1] - calls[0]) / (len(calls) - 1)
 
 
+def blind_loops(program: Program) -> int:
+    """Loops of an unknown number of turns whose condition is an argument, and no kernel's result.
+
+    As a part of a CUDA graph, such a loop does not wait for that argument before it looks at it.
+    """
+    loops = (op for ops in program.run_by_device() for op in ops if op.opcode == "while")
+    return sum(
+        not any(op.is_kernel for op in program.computations[condition[1]])
+        for loop in loops
+        if "known_trip_count" not in loop.text
+        and (condition := re.search(r"\bcondition=%?([\w.\-]+)", loop.text))
+    )
+
+
 def weight_copies(program: Program, stacked: Sequence[int]) -> int:
     """Operations that read a weight and give an array as large as it, and are no product.
 

@@ -12,6 +12,7 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -48,6 +49,8 @@ _FULL_TURNS = 0.9
 # Blocks of keys that make a split worth a thread block of its own.
 _MIN_SPLIT_BLOCKS = 4
 _TINY = np.finfo(np.float32).tiny
+# The logarithm of a sum of weights that has none: finite, so that two of them subtract to 0.
+_NOTHING = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,16 +267,21 @@ def merge_splits(
         out = jnp.where(live, out[0], jnp.zeros((), out.dtype))
     else:
         live = jnp.arange(plan.num_splits)[:, None] < splits[None, :]
-        live = live[:, None, :, None]
-        lse = jnp.where(live, out[..., plan.head_dim], -jnp.inf)
-        peak = lse.max(axis=0, keepdims=True)
-        peak = jnp.where(live.any(axis=0, keepdims=True), peak, 0)
-        weights = jnp.exp(lse - peak)
-        total = weights.sum(axis=0, keepdims=True)
+        live = live[:, None, :, None, None]
+        results = jnp.where(live, out[..., : plan.head_dim], 0)
+        # Of every lane by itself, and split by split: so the compiler makes one kernel of it.
+        lse = jnp.broadcast_to(out[..., plan.head_dim : plan.head_dim + 1], results.shape)
+        lse = jnp.where(live, lse, _NOTHING)
+        peak = functools.reduce(jnp.maximum, lse)
+        weights = [
+            jnp.where(own, jnp.exp(each - peak), 0) for own, each in zip(live, lse, strict=True)
+        ]
+        total = sum(weights)
         if sinks is not None:
             # Infinite where it leaves the keys less than float32 can tell from nothing.
-            total += jnp.exp(sinks.reshape(1, plan.num_kv_heads, 1, plan.group) - peak)
-        weights = weights / jnp.maximum(total, _TINY)
-        results = jnp.where(live[..., None], out[..., : plan.head_dim], 0)
-        out = (weights[..., None] * results).sum(axis=0).astype(plan.dtype)
+            total += jnp.exp(sinks.reshape(plan.num_kv_heads, 1, plan.group, 1) - peak)
+        merged = sum(weight * each for weight, each in zip(weights, results, strict=True))
+        merged = (merged / jnp.maximum(total, _TINY)).astype(plan.dtype)
+        # Else it is merged again for every feature of the product that follows.
+        out = jax.lax.optimization_barrier(merged)
     return out.swapaxes(0, 1).reshape(num_tokens, plan.num_q_heads, plan.head_dim)

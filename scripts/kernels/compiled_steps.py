@@ -51,6 +51,7 @@ def compile_decode(
     kv_len: int = 2048,
     page_size: int = 16,
     kv_dtype: str | None = None,
+    decode_steps: int = 1,
 ) -> StepFacts:
     """Compiles a step of a model in bfloat16 whose pool has room for all of its rows.
 
@@ -63,6 +64,7 @@ def compile_decode(
       kv_len: tokens of each that the pool has room for.
       page_size: tokens a page holds.
       kv_dtype: of pages, as in `EngineConfig`.
+      decode_steps: most steps of a burst; 1 is a step by itself.
     """
     num_groups = cache_groups(config).num_groups
     settings = EngineConfig(
@@ -75,4 +77,5 @@ def compile_decode(
     backend = "tpu" if isinstance(compiler, TpuCompiler) else "gpu"
     large = FreeMemory(num_bytes=2**62, name="any device", platform=backend)
     pool = plan_pool(settings, config, backend, large)
-    return compile_step(compiler, mesh, config, pool, StepShape(num_tokens or num_rows, num_rows))
+    shape = StepShape(num_tokens or num_rows, num_rows)
+    return compile_step(compiler, mesh, config, pool, shape, decode_steps=decode_steps)

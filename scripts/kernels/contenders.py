@@ -2,6 +2,7 @@
 """Attention kernels that `benchmark_kernels` measures, ours and others, on the same numbers."""
 
 import dataclasses
+import functools
 import importlib
 import math
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged import pallas_kernels
+from jpaged.device.compiler_options import compiler_options
 from jpaged.pallas_kernels import reference
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
@@ -186,7 +188,8 @@ def _jax_runner(name: str, inputs: Inputs):
     call = jax.jit(call, static_argnums=1 if name in peers else ())
 
     def chain(trips):
-        @jax.jit
+        # As steps are compiled: one graph, without the host between two kernels.
+        @functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))
         def loop(q, operands):
             def trip(i, q):
                 for layer in range(layers):

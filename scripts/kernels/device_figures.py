@@ -71,6 +71,7 @@ class Size:
       rows: sequences of a decode step, the most telling first.
       prompt_len, output_len: tokens of each.
       prefill_len, prefill_requests: of prefill alone.
+      prefill_tokens: of a step, at most.
       profile_steps: steps that a profile has.
       kernels: flags of `benchmark_kernels`.
     """
@@ -82,8 +83,16 @@ class Size:
     output_len: int
     prefill_len: int
     prefill_requests: int
+    prefill_tokens: int
     profile_steps: int
     kernels: tuple[str, ...]
+
+    @property
+    def step_shapes(self) -> str:
+        """Few, as each takes seconds to compile: decode of `rows`, and prefill beside others."""
+        some = sorted(self.rows)
+        prefill = [f"{self.prefill_tokens}x{rows}" for rows in some[1:]]
+        return ",".join([*(f"{rows}x{rows}" for rows in some), *prefill])
 
 
 def size_of(*, smoke: bool) -> Size:
@@ -97,6 +106,7 @@ def size_of(*, smoke: bool) -> Size:
             output_len=64,
             prefill_len=2048,
             prefill_requests=8,
+            prefill_tokens=2048,
             profile_steps=24,
             kernels=(
                 "--rows=64,8,1",
@@ -127,6 +137,7 @@ def size_of(*, smoke: bool) -> Size:
         output_len=12,
         prefill_len=32,
         prefill_requests=2,
+        prefill_tokens=32,
         profile_steps=4,
         kernels=(
             *("--rows=1,2", "--contexts=32", "--steps=1*8@8", "--peers=cudnn", "--head_dim=16"),
@@ -190,8 +201,10 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None
     config = EngineConfig(
         dtype=size.dtype,
         max_num_seqs=max(size.rows),
+        max_num_batched_tokens=size.prefill_tokens,
         max_model_len=max(size.prompt_len + size.output_len, size.prefill_len + 1),
         prefix_cache=False,
+        step_shapes=size.step_shapes,
     )
     engine = Engine(size.model, weights, config)
     del weights
@@ -238,6 +251,12 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None
     work = workload(size.prefill_requests, size.prefill_len, 1)
     rate = measure(engine, work, params, clock)["prefill_tokens_per_s"]
     figures.add("figures", prefill_tokens_per_s=rate)
+    profile = ProfileConfig(
+        directory=str(directory / "profile_prefill"), steps=size.profile_steps, start="first"
+    )
+    traced = measure(engine, work, params, clock, warmup=False, profile=profile)["profile"]
+    if traced is not None:
+        print(draw(traced), flush=True)
     if product_flops_per_s:
         # One token of logits a prompt: the head is left out.
         head = size.model.vocab_size * size.model.hidden_size

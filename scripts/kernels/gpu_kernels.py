@@ -8,12 +8,12 @@
 
 Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode and of a mixed
 step, the token write and the page copy; and decode steps of the models that --steps names, as the
-engine runs them, of 64 rows on one GPU and on two. --cases=none leaves the cases out. Nothing runs,
-so nothing here is a time but those of compiling. The last line of standard output is one JSON
+engine runs them, of --rows, on one GPU and on two, bursts on one. --cases=none leaves the cases
+out. Nothing runs, so nothing here is a time but those of compiling. The last line of standard output is one JSON
 object: `target`; `facts`, by case and kernel (the fields of
 `pallas_kernels.aot.gpu_kernels.KernelFacts`); `steps`, by model and number of GPUs
 (`jpaged.device.compiled_step.StepFacts`). Exits with 1 if anything fails that is not refused by a
-rule of ours, and if a step copies its pool or a weight.
+rule of ours, and if a step copies its pool or a weight, or has a loop that a CUDA graph gets wrong.
 """
 
 import dataclasses
@@ -49,11 +49,15 @@ _KV_DTYPE = flags.DEFINE_enum(
     "kv_dtype", None, CHOICES["kv_dtype"], "Of the pages of --steps; bfloat16 by default."
 )
 _TOKENS = flags.DEFINE_integer(
-    "tokens", None, "Tokens of a step of --steps: more than its 64 rows make it a mixed one."
+    "tokens", None, "Tokens of a step of --steps: more than its --rows make it a mixed one."
+)
+_ROWS = flags.DEFINE_integer("rows", 64, "Sequences of a step of --steps.", lower_bound=1)
+_DECODE_STEPS = flags.DEFINE_integer(
+    "decode_steps", 1, "More than 1: bursts of --steps of so many decode steps.", lower_bound=1
 )
 _NO_CASES = ["none"]
-# What may be done to a pool: the scatter of the token write, in place.
-_POOL_OPS = {"scatter", "fusion"}
+# What may be done to a pool: the scatter of the token write, in place; of one token it is another.
+_POOL_OPS = {"scatter", "dynamic-update-slice", "fusion"}
 
 
 def main(argv: list[str]) -> None:
@@ -112,14 +116,16 @@ def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]
         config = dataclasses.replace(config, num_layers=_LAYERS.value)
     report = {}
     for num_devices in (1, 2):
-        if config.num_kv_heads % num_devices:
+        if config.num_kv_heads % num_devices or (num_devices > 1 and _DECODE_STEPS.value > 1):
             continue
         facts = compile_decode(
             compiler,
             compiler.mesh(num_devices),
             config,
+            num_rows=_ROWS.value,
             num_tokens=_TOKENS.value,
             kv_dtype=_KV_DTYPE.value,
+            decode_steps=_DECODE_STEPS.value,
         )
         if facts.error is None and (
             facts.alias_bytes != facts.pool_bytes or not set(facts.pool_ops or ()) <= _POOL_OPS
@@ -127,6 +133,8 @@ def _report_steps(compiler: GpuCompiler, name: str) -> dict[int, dict[str, Any]]
             facts = dataclasses.replace(facts, error=f"copies the pool: {facts.pool_ops}")
         if facts.error is None and facts.weight_copies:
             facts = dataclasses.replace(facts, error=f"copies {facts.weight_copies} weights")
+        if facts.error is None and facts.blind_loops:
+            facts = dataclasses.replace(facts, error="a loop does not wait for its condition")
         report[num_devices] = dataclasses.asdict(facts)
         what = facts.error or _describe_step(facts)
         print(f"{name:<34} step on {num_devices}: {what}", flush=True)

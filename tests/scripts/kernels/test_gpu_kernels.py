@@ -132,9 +132,29 @@ class TestCompiled:
             assert step["attention_kernels"] == 1  # however many layers call it
             assert step["temp_bytes"] < 5e6
             assert step["compile_s"] > 0
-        # Seven products; two norms, the activation, attention with what is before and after it, and
+        # Four products; two norms, the activation, attention with what is before and after it, and
         # the token write. Nothing that lengths alone decide, and nothing that grows with depth.
-        assert steps["1"]["kernels_per_layer"] <= 14
+        assert steps["1"]["kernels_per_layer"] < 12
+        # Weights stay apart where they are split over devices.
+        assert steps["2"]["kernels_per_layer"] >= 14
+
+    @pytest.mark.parametrize(
+        ("rows", "more_kernels"), [(1, 3), pytest.param(64, 0, marks=pytest.mark.nightly)]
+    )
+    def test_nor_does_a_burst(self, rows, more_kernels):
+        """Of one row too: its products are others, and it once copied the head in every step."""
+        flags = ["--cases=none", "--steps=llama-3.2-1b", "--layers=4", "--decode_steps=8"]
+        done = run("--target=h100", f"--rows={rows}", *flags)
+        assert done.returncode == 0, done.stdout[-3000:]
+        step = json.loads(done.stdout.splitlines()[-1])["steps"]["llama-3.2-1b"]["1"]
+        assert step["alias_bytes"] == step["pool_bytes"] and step["weight_copies"] == 0
+        assert step["attention_kernels"] == 1
+        assert step["blind_loops"] == 0
+        # Logits, of 8 rows at least, while they are drawn from.
+        logits = max(rows, 8) * 128_256 * 4
+        assert step["temp_bytes"] < 5e6 + (1 if rows == 1 else 4) * logits
+        # With those of the sampler, and of what lengths decide, shared out to 4 layers.
+        assert step["kernels_per_layer"] < 12 + more_kernels + 8
 
     @pytest.mark.nightly
     @pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
