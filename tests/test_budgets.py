@@ -26,7 +26,7 @@ MAX_FOLDER_LINES = {
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read. What pages depend on, as a digest.
-    "jpaged/device": 2450,
+    "jpaged/device": 2500,
     # Rows, inputs, records, output and manifest of batch jobs, their shards and snapshots.
     "jpaged/jobs": 1850,
     "jpaged/planning": 700,
@@ -39,7 +39,7 @@ MAX_FOLDER_LINES = {
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
     # Read by threads, and straight to where layers are stacked; scales of a float8 cache too.
-    "models": 4900,
+    "models": 4950,
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,

@@ -85,8 +85,8 @@ def burst_function(apply: Callable[..., Any], max_steps: int, num_slots: int) ->
         tokens = jnp.zeros((max_steps, num_rows), jnp.int32)
         logprobs = jnp.full((max_steps, num_rows), jnp.nan, jnp.float32)
         state = jnp.int32(0), going, jnp.zeros(num_rows, jnp.int32), first, first
-        # Not `going` alone, which of one row takes no kernel: the loop of a CUDA graph does not wait
-        # for such a condition, and a burst may find that the one before has ended.
+        # Not `going` alone, which takes no kernel if there is one row: for that the loop of a CUDA
+        # graph does not wait, and a burst may find that the one before has ended.
         state = jax.lax.while_loop(
             lambda state: (state[1] & (state[0] < max_steps)).any(),
             step,

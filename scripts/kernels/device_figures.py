@@ -8,8 +8,8 @@
 Each part is a process with a share of --budget_s, and what it leaves the next may use:
 
   * `steps`: llama-3.2-1b's shape, random weights in bfloat16: decode steps of 64, of 1 and of 256
-    sequences, 256 tokens of prompt and 64 of output each, once as they are and once profiled; then
-    prefill of prompts of 2,048 tokens;
+    sequences, 256 tokens of prompt and 64 of output each, and prefill of prompts of 2,048 tokens;
+    then the same again, profiled, with one step a dispatch;
   * `transformers`, with --transformers_python, an interpreter that has torch and transformers: the
     same shape and lengths, eager and with a compiled static cache;
   * `kernels`: attention of 1, 8 and 64 rows at 4,096 tokens and of 2,048 tokens of prefill, beside
@@ -43,7 +43,8 @@ from jpaged.models.config import ModelConfig, dense_config
 from jpaged.models.shapes import SHAPES
 from jpaged.scripts.flags import require_device, run
 
-PARTS = MappingProxyType({"steps": 0.5, "transformers": 0.2, "kernels": 0.3})
+# transformers' static cache takes more than a minute to compile.
+PARTS = MappingProxyType({"steps": 0.35, "transformers": 0.3, "kernels": 0.35})
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Of a figure, at least or at most what.
@@ -192,7 +193,7 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None
     from jpaged.measure.runs import measure
     from jpaged.models.decoder import Decoder
     from jpaged.simulation.lengths import Uniform
-    from jpaged.simulation.workload import make_workload
+    from jpaged.simulation.workload import Workload, make_workload
 
     figures.add("device", **hardware())
     figures.add("versions", **versions())
@@ -207,7 +208,6 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None
         step_shapes=size.step_shapes,
     )
     engine = Engine(size.model, weights, config)
-    del weights
 
     def workload(count: int, prompt_len: int, output_len: int):
         return make_workload(
@@ -219,49 +219,43 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None
             seed=0,
         )
 
-    product_flops_per_s = None
+    step_us: dict[int, float] = {}
     for rows in size.rows:
-        work = workload(rows, size.prompt_len, size.output_len)
-        report = measure(engine, work, params, clock)
-        step_us = 1e6 * report["mean_decode_step_s"]
-        figures.add(
-            "figures",
-            **{f"step_us_{rows}": step_us, f"tokens_per_s_{rows}": report["output_tokens_per_s"]},
-            **{f"compile_s_{rows}": report["warmup"]["compile_s"]},
-        )
-        profile = ProfileConfig(
-            directory=str(directory / f"profile_{rows}"), steps=size.profile_steps
-        )
-        traced = measure(engine, work, params, clock, warmup=False, profile=profile)["profile"]
-        if traced is None:
-            continue
-        print(draw(traced), flush=True)
-        floor, device = traced["floor"], traced["device"]
-        product_flops_per_s = floor["product_flops_per_s"]
-        figures.add(
-            "figures",
-            **{f"floor_us_{rows}": floor["step_us"]},
-            **{f"step_over_floor_{rows}": step_us / floor["step_us"]},
-            **{f"device_busy_us_{rows}": device["busy_us"]},
-            **{f"programs_per_step_{rows}": device["programs"]},
-            **{f"kernels_per_step_{rows}": device["kernels"]},
-            copy_bytes_per_s=floor["copy_bytes_per_s"],
-            product_flops_per_s=product_flops_per_s,
-        )
-    work = workload(size.prefill_requests, size.prefill_len, 1)
-    rate = measure(engine, work, params, clock)["prefill_tokens_per_s"]
+        report = measure(engine, workload(rows, size.prompt_len, size.output_len), params, clock)
+        step_us[rows] = 1e6 * report["mean_decode_step_s"]
+        found = {"step_us": step_us[rows], "tokens_per_s": report["output_tokens_per_s"]}
+        found["compile_s"] = report["warmup"]["compile_s"]
+        figures.add("figures", **{f"{name}_{rows}": value for name, value in found.items()})
+    prefill = workload(size.prefill_requests, size.prefill_len, 1)
+    rate = measure(engine, prefill, params, clock)["prefill_tokens_per_s"]
     figures.add("figures", prefill_tokens_per_s=rate)
-    profile = ProfileConfig(
-        directory=str(directory / "profile_prefill"), steps=size.profile_steps, start="first"
-    )
-    traced = measure(engine, work, params, clock, warmup=False, profile=profile)["profile"]
-    if traced is not None:
-        print(draw(traced), flush=True)
-    if product_flops_per_s:
+    # One step a dispatch: of a loop that is a part of a CUDA graph, a trace has some turns only.
+    engine = Engine(size.model, weights, dataclasses.replace(config, decode_steps=1))
+    del weights
+
+    def traced(name: str, work: Workload, start: str) -> dict[str, Any]:
+        profile = ProfileConfig(
+            directory=str(directory / f"profile_{name}"), steps=size.profile_steps, start=start
+        )
+        found = measure(engine, work, params, clock, profile=profile)["profile"]
+        print(draw(found), flush=True)
+        return found
+
+    for rows in size.rows:
+        found = traced(str(rows), workload(rows, size.prompt_len, size.output_len), "decode")
+        floor, device = found["floor"], found["device"]
+        of_rows = {"floor_us": floor["step_us"], "device_busy_us": device["busy_us"]}
+        of_rows["step_over_floor"] = step_us[rows] / floor["step_us"]
+        of_rows |= {f"{each}_per_step": device[each] for each in ("programs", "kernels")}
+        figures.add("figures", **{f"{name}_{rows}": value for name, value in of_rows.items()})
+        rates = ("copy_bytes_per_s", "product_flops_per_s")
+        figures.add("figures", **{name: floor[name] for name in rates})
         # One token of logits a prompt: the head is left out.
         head = size.model.vocab_size * size.model.hidden_size
         own = Decoder(size.model).num_params - head * (2 - size.model.tie_word_embeddings)
-        figures.add("figures", prefill_over_product_rate=2 * own * rate / product_flops_per_s)
+        share = 2 * own * rate / floor["product_flops_per_s"]
+        figures.add("figures", prefill_over_product_rate=share)
+    traced("prefill", prefill, "first")
 
 
 def kernel_figures(report: Mapping[str, Any]) -> dict[str, float]:

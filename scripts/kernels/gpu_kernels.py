@@ -9,8 +9,8 @@
 Needs `make cuda-compiler`. Compiles, for each of the cases, attention of a decode and of a mixed
 step, the token write and the page copy; and decode steps of the models that --steps names, as the
 engine runs them, of --rows, on one GPU and on two, bursts on one. --cases=none leaves the cases
-out. Nothing runs, so nothing here is a time but those of compiling. The last line of standard output is one JSON
-object: `target`; `facts`, by case and kernel (the fields of
+out. Nothing runs, so nothing here is a time but those of compiling. The last line of standard
+output is one JSON object: `target`; `facts`, by case and kernel (the fields of
 `pallas_kernels.aot.gpu_kernels.KernelFacts`); `steps`, by model and number of GPUs
 (`jpaged.device.compiled_step.StepFacts`). Exits with 1 if anything fails that is not refused by a
 rule of ours, and if a step copies its pool or a weight, or has a loop that a CUDA graph gets wrong.
