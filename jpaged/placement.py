@@ -33,12 +33,12 @@ from jpaged.host.config import EIGHT_BITS, EngineConfig
 from jpaged.host.params import SamplingParams
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
-from jpaged.models.config_json import load_config
 from jpaged.models.decoder import Decoder, Params, stack_layers
 from jpaged.models.generation_config import GenerationConfig, load_generation_config
-from jpaged.models.gguf_file import GgufFile, is_gguf
-from jpaged.models.gguf_model import config_of, generation_config_of
+from jpaged.models.gguf_file import GgufFile
+from jpaged.models.gguf_model import generation_config_of
 from jpaged.models.merged import merge_projections
+from jpaged.models.sources import Source, opened, read_config
 from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.text import load_tokenizer
 
@@ -59,23 +59,22 @@ class ModelFiles(typing.NamedTuple):
       chat_template: its chat templates.
     """
 
-    source: pathlib.Path | GgufFile
+    source: Source
     tokenizer: tokenizers.Tokenizer | None
     generation_config: GenerationConfig | None
     chat_template: ChatTemplate
 
     @classmethod
-    def of(cls, path: pathlib.Path | GgufFile, config: EngineConfig) -> "ModelFiles":
+    def of(cls, path: Source, config: EngineConfig) -> "ModelFiles":
         """Reads them; see `Engine.load` for the errors."""
-        reads = config.generation_config == "model"
-        if not isinstance(path, GgufFile) and not is_gguf(path):
-            tokenizer, chat_template = load_tokenizer(path), ChatTemplate.load(path)
-            defaults = load_generation_config(path) if reads else None
-            return cls(path, tokenizer, defaults, chat_template)
-        file = path if isinstance(path, GgufFile) else GgufFile(path)
-        tokenizer, chat_template = tokenizer_of(file), chat_template_of(file)
-        defaults = generation_config_of(file) if reads else None
-        return cls(file, tokenizer, defaults, chat_template)
+        reads, source = config.generation_config == "model", opened(path)
+        if isinstance(source, GgufFile):
+            tokenizer, chat_template = tokenizer_of(source), chat_template_of(source)
+            defaults = generation_config_of(source) if reads else None
+        else:
+            tokenizer, chat_template = load_tokenizer(source), ChatTemplate.load(source)
+            defaults = load_generation_config(source) if reads else None
+        return cls(source, tokenizer, defaults, chat_template)
 
     @property
     def path(self) -> pathlib.Path:
@@ -85,8 +84,7 @@ class ModelFiles(typing.NamedTuple):
     @property
     def config(self) -> ModelConfig:
         """The model's shape, whose weights are not looked at."""
-        source = self.source
-        return config_of(source) if isinstance(source, GgufFile) else load_config(source)
+        return read_config(self.source)
 
 
 ModelPath = str | pathlib.Path | GgufFile | ModelFiles
@@ -125,7 +123,7 @@ def read_model(
         if compile_first is not None:
             ahead = compile_first()
         elif config.strict_shapes or config.deterministic:
-            ahead = compile_ahead(config, files, ShapeBuckets.of(config).all_shapes())
+            ahead = compile_ahead(config, files)
         else:
             pool_of(config, found, backend)
 
@@ -247,7 +245,7 @@ def compiler_of(config: EngineConfig, model_config: ModelConfig) -> tuple[AheadC
 def compile_ahead(
     config: EngineConfig,
     files: ModelFiles,
-    shapes: Sequence[StepShape],
+    shapes: Sequence[StepShape] | None = None,
     num_logprobs: int = 0,
     params: Sequence[SamplingParams] = (),
 ) -> CompileThreads:
@@ -259,7 +257,7 @@ def compile_ahead(
     Args:
       config: the engine's settings.
       files: its model.
-      shapes: the steps; the first is needed first.
+      shapes: the steps, the first is needed first; None takes all that there can be.
       num_logprobs: as in `Engine.warm_up`.
       params: likewise.
 
@@ -267,6 +265,7 @@ def compile_ahead(
       ValueError: if settings or memory do not allow the engine.
     """
     model_config = files.config
+    shapes = ShapeBuckets.of(config).all_shapes() if shapes is None else shapes
     plan = unread_pool_of(config, model_config)
     programs = _programs_of(config, model_config, plan)
     wanted = wanted_programs(config, files, plan, shapes, num_logprobs, params)

@@ -38,21 +38,22 @@ import numpy as np
 import tqdm
 
 from jpaged.models.config import ModelConfig
-from jpaged.models.config_json import config_to_hf, load_config
+from jpaged.models.config_json import config_to_hf
 from jpaged.models.decoder import Params, stacked_place
 from jpaged.models.fitting import (
     check_size,
     check_tensors,
     wanted_shapes,
 )
-from jpaged.models.gguf_file import GgufFile, is_gguf
-from jpaged.models.gguf_model import GgufWeights, config_of
+from jpaged.models.gguf_file import GgufFile
+from jpaged.models.gguf_model import GgufWeights
 from jpaged.models.host_arrays import aligned, reuse_freed_memory
 from jpaged.models.json_fields import shown
 from jpaged.models.param_trees import insert, parent_of
 from jpaged.models.paths import is_address, path_of, resolved
 from jpaged.models.safetensors_weights import SafetensorsWeights
 from jpaged.models.sharding import check_mesh, param_sharding
+from jpaged.models.sources import opened, read_config
 from jpaged.models.stored_tensor import (
     WEIGHT_DTYPES,
     CheckpointError,
@@ -177,13 +178,10 @@ def _with_layer(stacked: jax.Array, leaf: jax.Array, number: int) -> jax.Array:
 
 def find_weights(model: str | pathlib.Path | GgufFile) -> tuple[ModelConfig, Weights]:
     """Reads the config of a model, and finds its weights; see `load`."""
-    directory = model if isinstance(model, GgufFile) else path_of(model)
-    if not isinstance(directory, GgufFile) and is_gguf(directory):
-        directory = GgufFile(directory)
+    directory = opened(model if isinstance(model, GgufFile) else path_of(model))
+    config = read_config(directory)
     if isinstance(directory, GgufFile):
-        config = config_of(directory)
         return config, GgufWeights(directory, config)
-    config = load_config(directory)
     orbax = directory / ORBAX_DIR
     if not orbax.is_dir() or not any(orbax.iterdir()):
         if is_address(directory):

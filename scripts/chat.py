@@ -18,6 +18,7 @@ pool has room for one conversation of the longest length. Layers are scanned ove
 answer sooner; on a CPU, long answers are quicker with --noscan_layers.
 """
 
+from jpaged.models.sources import opened
 from jpaged.scripts import interrupts
 
 if __name__ == "__main__":
@@ -41,7 +42,6 @@ from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
     define_chat_flags,
-    opened,
 )
 from jpaged.scripts.flags import (
     define_engine_flags,

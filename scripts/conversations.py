@@ -14,8 +14,9 @@ from jpaged.host.checks import shown
 from jpaged.host.params import SamplingParams
 from jpaged.jobs.fields import own_params, parse_json
 from jpaged.models.config_json import check_directory
-from jpaged.models.gguf_file import GgufFile, is_gguf
+from jpaged.models.gguf_file import GgufFile
 from jpaged.models.paths import is_there
+from jpaged.models.sources import opened
 from jpaged.scripts.prompts import decode_flag
 
 # The flags belong to the program that calls `define_chat_flags`, so that its --help shows them.
@@ -64,16 +65,6 @@ def chat_options_from_flags() -> ChatOptions:
             raise ValueError(f"--chat_template_kwargs={shown(value)} must be a JSON object")
         options["chat_template_kwargs"] = value
     return options
-
-
-def opened(path: pathlib.Path) -> pathlib.Path | GgufFile:
-    """The path, or the GGUF file that it is, its header read: once for all that look at it.
-
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is damaged.
-    """
-    return GgufFile(path) if is_gguf(path) else path
 
 
 def chat_template_of(directory: pathlib.Path | GgufFile) -> ChatTemplate:

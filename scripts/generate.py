@@ -208,22 +208,23 @@ def _engine(
 ) -> Engine:
     """Loads the model, while threads compile what the job begins with; with its plan, all of it."""
     begun: list[tuple[CompilePlan, CompileThreads]] = []
+    strict = config.strict_shapes or config.deterministic  # then all that it can have
 
     def compile_first() -> CompileThreads:
         defaults = model_defaults(files.generation_config, files.config.vocab_size)
         own = [with_fallbacks(each, defaults) for each in params]
-        ready = encoded(prompts, files.tokenizer, rendered=_CHAT.value)
-        if not _PRINT_COMPILE_PLAN.value:
-            return compile_ahead(config, files, first_shapes(ready, own, config, files))
-        with _prompt_errors():
+        with _prompt_errors():  # before the weights are read
+            ready = encoded(prompts, files.tokenizer, rendered=_CHAT.value)
+            if not _PRINT_COMPILE_PLAN.value:
+                shapes = first_shapes(ready, own, config, files)
+                return compile_ahead(config, files, None if strict else shapes)
             plan = plan_of(ready, own, config, files)
         shapes = [each.shape for each in plan.shapes]
         num_logprobs = max(each.logprobs or 0 for each in own)
         begun.append((plan, compile_ahead(config, files, shapes, num_logprobs, own)))
         return begun[0][1]
 
-    strict = config.strict_shapes and not _PRINT_COMPILE_PLAN.value  # then all that it can have
-    engine = Engine.load(files, config, None if strict else compile_first)
+    engine = Engine.load(files, config, compile_first)
     for plan, threads in begun:
         seconds = wait_for_all(threads, [each.shape for each in plan.shapes])
         print("\n".join(plan.timed(seconds).table()), file=sys.stderr)

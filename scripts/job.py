@@ -105,15 +105,12 @@ def first_shapes(
 ) -> list[StepShape]:
     """The shapes of the steps that a job begins with, the first one first.
 
-    Of a job that cannot be served there are none: who runs it is told.
+    Raises:
+      ValueError: naming the prompt that cannot be served, of all that there are.
     """
-    most = 2 * config.max_num_seqs
-    try:
-        pool = unread_pool_of(config, files.config)
-        items = items_of(prompts[:most], params[:most], config, files, pool)
-        steps = job_steps(simulator_of(config, files, pool), items, most_steps=_FIRST_STEPS)
-    except ValueError:
-        return []
+    pool = unread_pool_of(config, files.config)
+    items = items_of(prompts, params, config, files, pool)[: 2 * config.max_num_seqs]
+    steps = job_steps(simulator_of(config, files, pool), items, most_steps=_FIRST_STEPS)
     buckets = ShapeBuckets.of(config)
     shapes = dict.fromkeys(buckets.shape(*size, 0) for size in steps.sizes)
     return list(shapes)[:_FIRST_SHAPES]

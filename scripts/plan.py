@@ -33,11 +33,9 @@ from absl import app, flags
 from jpaged.device.compiled_step import StepFacts
 from jpaged.models import hub
 from jpaged.models.config import ModelConfig
-from jpaged.models.config_json import load_config
-from jpaged.models.gguf_file import GgufFile, is_gguf
-from jpaged.models.gguf_model import config_of
 from jpaged.models.paths import is_address, path_of
 from jpaged.models.shapes import SHAPES
+from jpaged.models.sources import opened, read_config
 from jpaged.planning import (
     CHIPS,
     KindPlan,
@@ -124,9 +122,7 @@ def _read_config(name: str) -> ModelConfig:
         if name in SHAPES:
             return SHAPES[name]
         path = hub.download_config(name) if hub.is_name(name) else model_path(name)
-    if is_gguf(path):
-        return config_of(GgufFile(path))
-    return load_config(path.parent if path.name == "config.json" else path)
+    return read_config(opened(path.parent if path.name == "config.json" else path))
 
 
 def _as_dict(plan: Plan, steps: Mapping[str, StepFacts] | None) -> dict[str, object]:
@@ -159,10 +155,12 @@ def _lines(plan: Plan, family: str, steps: Mapping[str, StepFacts] | None) -> It
     if plan.host_swap_bytes:
         yield f"          and {_size(plan.host_swap_bytes)} of host memory for preempted sequences"
     yield f"longest   {plan.longest:,} tokens in a sequence; max_model_len {plan.max_model_len:,}"
+    held = plan.seqs_at_end, plan.seqs_half_way
+    at_once = dict.fromkeys(min(count, plan.max_num_seqs) for count in held)
     yield (
-        f"at once   of {plan.prompt_len:,} + {plan.output_len:,} tokens: {plan.seqs_at_end:,} "
-        f"whole ({plan.pages_at_end:,} pages each), {plan.seqs_half_way:,} half-way through their "
-        f"answers; max_num_seqs {plan.max_num_seqs:,}"
+        f"at once   of {plan.prompt_len:,} + {plan.output_len:,} tokens: "
+        f"{' to '.join(f'{count:,}' for count in at_once)} (max_num_seqs {plan.max_num_seqs:,}; "
+        f"pages for {held[0]:,} whole, {plan.pages_at_end:,} each, {held[1]:,} half-way)"
     )
     for name, facts in (steps or {}).items():
         yield f"compiled  {name}: {_step(facts)}"

@@ -33,12 +33,12 @@ from jpaged.host.batch import ShapeBuckets
 from jpaged.host.compile_plan import CompilePlan, JobSteps, StepSize, fewest_shapes
 from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
+from jpaged.models.sources import opened
 from jpaged.placement import ModelFiles, compiler_of, wanted_programs
 from jpaged.scripts.conversations import (
     chat_options_from_flags,
     chat_template_of,
     define_chat_flags,
-    opened,
     read_conversations,
     render_conversations,
 )

@@ -39,7 +39,7 @@ MAX_FOLDER_LINES = {
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
     # Read by threads, and straight to where layers are stacked; scales of a float8 cache too.
-    "models": 4950,
+    "models": 5000,
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,

@@ -94,6 +94,7 @@ def test_what_is_wrong_in_a_file_is_named_by_its_line(tmp_path, line, message):
     assert done.returncode == 2 and done.stdout == "", done.stdout
     last = done.stderr.splitlines()[-1]
     assert f"jpaged generate: {file}: {message}" in last, done.stderr
+    assert "loaded" not in done.stderr  # not even the weights
 
 
 def test_show_pages_draws_the_fullest_step():

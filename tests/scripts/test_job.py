@@ -33,11 +33,12 @@ def test_a_job_begins_with_what_it_needs_first(demo):
     assert found == wanted[: len(found)] and len(found) >= 2
 
 
-def test_of_a_job_that_cannot_be_there_is_nothing_to_compile(demo):
-    long = prompts(10 * demo.config.max_position_embeddings)
-    assert first_shapes(long, [PARAMS], CONFIG, demo) == []
-    with pytest.raises(ValueError, match="leaves no room"):
-        plan_of(long, [PARAMS], CONFIG, demo)
+@pytest.mark.parametrize("shapes_of", [first_shapes, plan_of])
+def test_a_job_that_cannot_be_served_is_refused(demo, shapes_of):
+    """Of all prompts: a job begins with fewer than 100."""
+    long = 100 * prompts(4) + prompts(10 * demo.config.max_position_embeddings)
+    with pytest.raises(ValueError, match=r"request '100': .*leaves no room"):
+        shapes_of(long, [PARAMS] * 101, CONFIG, demo)
 
 
 def test_prompts_are_what_an_engine_takes(demo):
