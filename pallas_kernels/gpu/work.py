@@ -51,6 +51,8 @@ _MIN_SPLIT_BLOCKS = 4
 _TINY = np.finfo(np.float32).tiny
 # The logarithm of a sum of weights that has none: finite, so that two of them subtract to 0.
 _NOTHING = -1e30
+# Of more, the time to compile what joins them one by one grows to minutes.
+_FEW_SPLITS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,19 +271,39 @@ def merge_splits(
         live = jnp.arange(plan.num_splits)[:, None] < splits[None, :]
         live = live[:, None, :, None, None]
         results = jnp.where(live, out[..., : plan.head_dim], 0)
-        # Of every lane by itself, and split by split: so the compiler makes one kernel of it.
-        lse = jnp.broadcast_to(out[..., plan.head_dim : plan.head_dim + 1], results.shape)
-        lse = jnp.where(live, lse, _NOTHING)
-        peak = functools.reduce(jnp.maximum, lse)
-        weights = [
-            jnp.where(own, jnp.exp(each - peak), 0) for own, each in zip(live, lse, strict=True)
-        ]
-        total = sum(weights)
+        lse = out[..., plan.head_dim : plan.head_dim + 1]
+        join = _join_few if plan.num_splits <= _FEW_SPLITS else _join_many
+        peak, total, joined = join(lse, live, results)
         if sinks is not None:
             # Infinite where it leaves the keys less than float32 can tell from nothing.
             total += jnp.exp(sinks.reshape(plan.num_kv_heads, 1, plan.group, 1) - peak)
-        merged = sum(weight * each for weight, each in zip(weights, results, strict=True))
-        merged = (merged / jnp.maximum(total, _TINY)).astype(plan.dtype)
-        # Else it is merged again for every feature of the product that follows.
-        out = jax.lax.optimization_barrier(merged)
+        joined = (joined / jnp.maximum(total, _TINY)).astype(plan.dtype)
+        # Else it is computed again for every feature of the product that follows.
+        out = jax.lax.optimization_barrier(joined)
     return out.swapaxes(0, 1).reshape(num_tokens, plan.num_q_heads, plan.head_dim)
+
+
+def _join_few(lse, live, results):
+    """Joins splits one by one, every lane by itself, of which the compiler makes one kernel.
+
+    Args:
+      lse: f32[splits, ..., 1], logarithms of sums of weights.
+      live: bool[splits, ..., 1], which splits are there.
+      results: f32[splits, ..., lanes], divided by those sums; 0 of those that are not there.
+
+    Returns:
+      The largest of `lse`, and sums of weights and weighted results beside it, f32[..., lanes].
+    """
+    lse = jnp.where(live, jnp.broadcast_to(lse, results.shape), _NOTHING)
+    peak = functools.reduce(jnp.maximum, lse)
+    parts = zip(lse, live, results, strict=True)
+    pairs = [(jnp.where(own, jnp.exp(each - peak), 0), part) for each, own, part in parts]
+    return peak, sum(weight for weight, _ in pairs), sum(weight * part for weight, part in pairs)
+
+
+def _join_many(lse, live, results):
+    """As `_join_few`, in two or three kernels; the first two results are f32[..., 1]."""
+    lse = jnp.where(live, lse, _NOTHING)
+    peak = lse.max(axis=0, keepdims=True)
+    weights = jnp.where(live, jnp.exp(lse - peak), 0)
+    return peak[0], weights.sum(axis=0), (weights * results).sum(axis=0)

@@ -138,8 +138,10 @@ def test_query_rows_are_merged_back(num_tokens):
     np.testing.assert_array_equal(merged, q.at[1].set(0))
 
 
-def test_splits_are_weighted_by_their_sums():
+@pytest.mark.parametrize("join", [work._join_few, work._join_many])
+def test_splits_are_weighted_by_their_sums(join, monkeypatch):
     """Against one softmax over all keys, in float64; what no split gave is NaN."""
+    monkeypatch.setattr(work, "_join_few", join)
     plan = plan_of(4, num_sms=40)
     assert plan.num_splits == 2
     rng = np.random.default_rng(0)
