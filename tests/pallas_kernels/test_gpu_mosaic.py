@@ -205,13 +205,59 @@ def test_a_plan_fits_the_chip(head_dim, kv_dtype, num_tokens, chip):
     plan = mosaic.plan_attention(*args, chip)
     num_stages = mosaic.choose_stages(plan, chip)
     assert mosaic.smem_bytes(plan, num_stages) <= chip.smem_bytes and num_stages >= 2
-    assert plan.tile_rows % mosaic.tensor_core_of(chip).rows == 0
+    if mosaic.is_narrow(plan):
+        assert chip == H100 and num_tokens == 64 and head_dim != 96 and plan.tile_tokens == 1
+    else:
+        assert plan.tile_rows % mosaic.tensor_core_of(chip).rows == 0
 
 
-def test_two_thread_blocks_of_decode_fit_a_multiprocessor():
-    plan = mosaic.plan_attention(*arguments(), H100)
-    num_stages = mosaic.choose_stages(plan, H100)
-    assert 2 * mosaic.smem_bytes(plan, num_stages) <= H100.smem_bytes
+@pytest.mark.parametrize(
+    ("chip", "changes", "count"),
+    [
+        (H100, {"head_dim": 64}, 4),
+        (H100, {}, 3),
+        (H100, {"heads": (17, 1)}, 2),
+        (H100, {"head_dim": 96}, 2),
+    ],
+    ids=["head_dim 64", "usual", "17 heads a group", "head_dim 96"],
+)
+def test_several_thread_blocks_of_decode_fit_a_multiprocessor(chip, changes, count):
+    plan = mosaic.plan_attention(*arguments(**changes), chip)
+    num_stages = mosaic.choose_stages(plan, chip)
+    # CUDA takes 1 KiB of each for itself.
+    assert count * (mosaic.smem_bytes(plan, num_stages) + 1024) <= chip.smem_bytes + 1024
+
+
+@pytest.mark.parametrize(
+    ("chip", "changes"),
+    [
+        (B200, {}),
+        (H100, {"num_tokens": 65}),
+        (H100, {"heads": (34, 2)}),
+        (H100, {"head_dim": 80}),
+    ],
+    ids=["b200", "more tokens than rows", "17 heads a group", "head_dim 80"],
+)
+def test_queries_are_rows_where_keys_cannot_be_or_need_not(chip, changes):
+    assert not mosaic.is_narrow(mosaic.plan_attention(*arguments(**changes), chip))
+    assert mosaic.is_narrow(mosaic.plan_attention(*arguments(), H100))
+
+
+@interpreted
+def test_keys_as_rows_of_rows_with_several_tokens_or_none():
+    """A step as small as decode whose rows have several tokens each, and splits."""
+    lens = [(3, 300), (0, 5), (1, 1), (4, 700), (0, 9), (0, 70), (0, 1), (0, 3)]
+    case = conformance.make_case(
+        lens,
+        num_q_heads=12,
+        num_kv_heads=1,
+        head_dim=64,
+        page_size=16,
+        pad_tokens=0,
+        dtype=jnp.bfloat16,
+        sliding_window=200,
+    )
+    check(case)
 
 
 REFUSALS = {
