@@ -17,9 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jpaged.pallas_kernels.gpu import work
+from jpaged.pallas_kernels.gpu import mosaic_narrow, work
 from jpaged.pallas_kernels.gpu.chip import Chip
-from jpaged.pallas_kernels.gpu.mosaic_kernel import OUT_ROW_BYTES, attend_tile, pieces
+from jpaged.pallas_kernels.gpu.mosaic_kernel import (
+    OUT_ROW_BYTES,
+    Warpgroup,
+    attend_tile,
+    pieces,
+)
 from jpaged.pallas_kernels.gpu.mosaic_pages import BLOCK_TOKENS, block_pages
 from jpaged.pallas_kernels.gpu.tensor_core import Blackwell, Hopper
 from jpaged.pallas_kernels.rows import Rows
@@ -27,6 +32,9 @@ from jpaged.pallas_kernels.variant import AttentionVariant
 
 # What a multiprocessor keeps of its shared memory for each thread block.
 _BLOCK_SMEM_BYTES = 1024
+# Thread blocks that a multiprocessor has at once: with queries as rows registers suffice for two.
+_WIDE_BLOCKS_PER_SM = 2
+_MAX_BLOCKS_PER_SM = 4
 _MIN_STAGES = 2
 _MAX_STAGES = 4
 # What the compiler takes of a thread block's shared memory beside what is planned: barriers.
@@ -38,8 +46,13 @@ def tensor_core_of(chip: Chip) -> Hopper | Blackwell:
     return Hopper() if chip.capability[0] == 9 else Blackwell()
 
 
-def plan_attention(q: jax.Array, kv_pages: jax.Array, rows: Rows, chip: Chip) -> work.AttentionPlan:
-    """See `gpu.attention.Lowering`."""
+def plan_attention(
+    q: jax.Array, kv_pages: jax.Array, rows: Rows, chip: Chip, *, narrow: bool = False
+) -> work.AttentionPlan:
+    """See `gpu.attention.Lowering`.
+
+    `narrow` is whether keys are rows where they can be: see `gpu.narrow`.
+    """
     head_dim, page_size = q.shape[2], kv_pages.shape[3]
     eight_bit = kv_pages.dtype in (jnp.int8, jnp.float8_e4m3fn)
     if kv_pages.dtype != q.dtype and not eight_bit:
@@ -64,14 +77,19 @@ def plan_attention(q: jax.Array, kv_pages: jax.Array, rows: Rows, chip: Chip) ->
             f"more than the {2**31 - 1} that backend 'gpu' counts; lower num_pages"
         )
     # A second warpgroup saves reading keys once more, but 8-bit pages are converted by one alone.
-    cores = tensor_core_of(chip)
-    num_wgs = 1 if rows.is_decode(q.shape[0]) or eight_bit else cores.max_wgs
-    for count in range(num_wgs, 0, -1):
+    cores, is_decode = tensor_core_of(chip), rows.is_decode(q.shape[0])
+    num_wgs = 1 if is_decode or eight_bit else cores.max_wgs
+    tile_rows = [cores.rows * count for count in range(num_wgs, 0, -1)]
+    group = q.shape[1] // kv_pages.shape[2]
+    narrow = narrow and is_decode and isinstance(cores, Hopper)
+    if narrow and mosaic_narrow.takes(group, head_dim):
+        tile_rows = [group]
+    for count in tile_rows:
         plan = work.plan_attention(
             q,
             kv_pages,
             rows,
-            tile_rows=cores.rows * count,
+            tile_rows=count,
             block_tokens=BLOCK_TOKENS,
             chip=chip,
         )
@@ -88,20 +106,40 @@ def plan_attention(q: jax.Array, kv_pages: jax.Array, rows: Rows, chip: Chip) ->
 def smem_bytes(plan: work.AttentionPlan, num_stages: int) -> int:
     """Shared memory of a thread block that has so many blocks of keys and values in it."""
     cells = BLOCK_TOKENS * 2 * plan.head_dim
-    row = (plan.head_dim + BLOCK_TOKENS) * plan.dtype.itemsize + OUT_ROW_BYTES
+    operands = (plan.head_dim + BLOCK_TOKENS) * plan.dtype.itemsize
+    if is_narrow(plan):
+        results = 4 * (plan.head_dim + BLOCK_TOKENS)
+        rows = mosaic_narrow.num_columns(plan) * (operands + results)
+    else:
+        rows = plan.tile_rows * (operands + OUT_ROW_BYTES)
     converted = 0 if plan.kv_dtype == plan.dtype else cells * plan.dtype.itemsize
     stages = num_stages * cells * plan.kv_dtype.itemsize
-    return plan.tile_rows * row + converted + stages + _SMEM_RESERVE_BYTES
+    return rows + converted + stages + _SMEM_RESERVE_BYTES
+
+
+def is_narrow(plan: work.AttentionPlan) -> bool:
+    """Whether the kernel is that of `mosaic_narrow`, whose tiles are smaller than all others."""
+    return plan.tile_rows <= mosaic_narrow.MAX_GROUP
+
+
+def blocks_per_sm(plan: work.AttentionPlan, chip: Chip) -> int:
+    """Thread blocks that a multiprocessor has at once: if they are narrow, as many as fit."""
+    if not is_narrow(plan):
+        return _WIDE_BLOCKS_PER_SM
+    fits = (chip.smem_bytes + _BLOCK_SMEM_BYTES) // (
+        smem_bytes(plan, _MIN_STAGES) + _BLOCK_SMEM_BYTES
+    )
+    return max(1, min(fits, _MAX_BLOCKS_PER_SM))
 
 
 def choose_stages(plan: work.AttentionPlan, chip: Chip) -> int:
     """Blocks of keys and values that a thread block has, of which all but one are on their way.
 
-    As many as fit, and leave a small tile's multiprocessor room for another thread block.
+    As many as fit, and leave a small tile's multiprocessor room for other thread blocks.
     """
     limit = chip.smem_bytes
-    if plan.tile_rows == tensor_core_of(chip).rows:
-        limit = (limit + _BLOCK_SMEM_BYTES) // 2 - _BLOCK_SMEM_BYTES
+    if plan.tile_rows <= tensor_core_of(chip).rows:
+        limit = (limit + _BLOCK_SMEM_BYTES) // blocks_per_sm(plan, chip) - _BLOCK_SMEM_BYTES
     fits = [n for n in range(_MIN_STAGES, _MAX_STAGES + 1) if smem_bytes(plan, n) <= limit]
     return max(fits, default=_MIN_STAGES)
 
@@ -120,25 +158,35 @@ def attend_tiles(
 ) -> jax.Array:
     """See `gpu.attention.Lowering`."""
     cores = tensor_core_of(chip)
-    num_wgs, head_dim = plan.tile_rows // cores.rows, plan.head_dim
+    narrow, head_dim, dtype = is_narrow(plan), plan.head_dim, plan.dtype
+    num_wgs = 1 if narrow else plan.tile_rows // cores.rows
     num_stages = choose_stages(plan, chip)
-    cells, dtype = (BLOCK_TOKENS, 2 * head_dim), plan.dtype
+    rows = mosaic_narrow.num_columns(plan) if narrow else cores.rows
+    cells, out_dtype = (BLOCK_TOKENS, 2 * head_dim), plan.out_type.dtype
+    params = {}
     scratch = {
-        "q": plgpu.SMEM((num_wgs, cores.rows, head_dim), dtype, transforms=_tiled(head_dim, dtype)),
+        "q": plgpu.SMEM((num_wgs, rows, head_dim), dtype, transforms=_tiled(head_dim, dtype)),
         "kv": plgpu.SMEM(
             (num_stages, *cells), plan.kv_dtype, transforms=_tiled(head_dim, plan.kv_dtype)
         ),
         "weights": plgpu.SMEM(
-            (num_wgs, cores.rows, BLOCK_TOKENS), dtype, transforms=_tiled(head_dim, dtype)
-        ),
-        "out": plgpu.SMEM(
-            (num_wgs, cores.rows, OUT_ROW_BYTES // plan.out_type.dtype.itemsize),
-            plan.out_type.dtype,
+            (num_wgs, rows, BLOCK_TOKENS), dtype, transforms=_tiled(head_dim, dtype)
         ),
         "kv_ready": plgpu.Barrier(num_arrivals=block_pages(plan), num_barriers=num_stages),
         "kv_done": plgpu.Barrier(num_arrivals=num_wgs, num_barriers=num_stages),
         "cleared": plgpu.Barrier(num_arrivals=num_wgs),
     }
+    if narrow:
+        scratch |= {
+            "out": plgpu.SMEM((rows, head_dim), out_dtype),
+            "lse": plgpu.SMEM((rows, BLOCK_TOKENS), jnp.float32),
+            "q_ready": plgpu.Barrier(),
+        }
+        q_rows = mosaic_narrow.pad_columns(q_rows, plan)
+        # What the largest of all rows takes for 8 columns, so that a third thread block fits.
+        params["reduction_scratch_bytes"] = rows * 128
+    else:
+        scratch["out"] = plgpu.SMEM((num_wgs, rows, OUT_ROW_BYTES // out_dtype.itemsize), out_dtype)
     if plan.kv_dtype != dtype:
         scratch["converted"] = plgpu.SMEM(cells, dtype, transforms=_tiled(head_dim, dtype))
     lanes = {"scores": BLOCK_TOKENS} | {
@@ -151,6 +199,7 @@ def attend_tiles(
             cores=cores,
             num_pages=kv_pages.shape[1],
             variant=variant,
+            warpgroup_type=mosaic_narrow.NarrowWarpgroup if narrow else Warpgroup,
         ),
         out_type=plan.out_type,
         # The last axis is the fastest: thread blocks side by side read all of a page, head by head.
@@ -160,7 +209,7 @@ def attend_tiles(
         thread_name="wg",
         scratch_types={"scratch": scratch | cores.scratch(lanes)},
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **params
         ),
         kernel_name="paged_attention",
     )

@@ -23,8 +23,8 @@ _CELL_LANES = 128
 # A row of results in shared memory, whose boxes TMA takes from multiples of 128 bytes alone.
 OUT_ROW_BYTES = 128
 # Finite, so that rows that have seen no key yet subtract to 0 and not to NaN.
-_MASKED = -1e30
-_LOG2_E = math.log2(math.e)
+MASKED = -1e30
+LOG2_E = math.log2(math.e)
 
 
 def attend_tile(
@@ -47,6 +47,7 @@ def attend_tile(
     cores: Hopper | Blackwell,
     num_pages: int,
     variant: AttentionVariant,
+    warpgroup_type: "type[Warpgroup]",
 ):
     """A warpgroup's part in one split of a tile's keys, for one KV head."""
     head, tile, split = (jax.lax.axis_index(name) for name in ("head", "tile", "split"))
@@ -76,7 +77,7 @@ def attend_tile(
             end=end_block,
         )
         wg = jax.lax.axis_index("wg")
-        warpgroup = _Warpgroup(
+        warpgroup = warpgroup_type(
             plan=plan,
             cores=cores,
             variant=variant,
@@ -90,15 +91,14 @@ def attend_tile(
             lowest_query=lowest_query,
             lowest_key=lowest_key,
         )
-        warpgroup.when_first(blocks.start)
-        warpgroup.load_queries(q_ref)
+        warpgroup.start(q_ref)
         sums = warpgroup.attend()
         warpgroup.when_first(blocks.finish)
         warpgroup.store(out_ref, split, *sums)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Warpgroup:
+class Warpgroup:
     """A warpgroup's rows of a tile, which meet the blocks of a split.
 
     Attributes:
@@ -141,8 +141,12 @@ class _Warpgroup:
         """Acts in one of the thread block's warpgroups."""
         act() if self._num_wgs == 1 else pl.when(self.index == 0)(act)
 
-    def load_queries(self, q_ref) -> None:
-        """Puts its rows of [num_kv_heads, query_rows, head_dim] where they are multiplied."""
+    def start(self, q_ref) -> None:
+        """Puts its rows of [num_kv_heads, query_rows, head_dim] where they are multiplied.
+
+        Before that the first blocks are on their way.
+        """
+        self.when_first(lambda: self.blocks.start(self.blocks.find_first()))
         # Not by TMA, which copies tiles of 8 rows, from multiples of 8 alone: others come as zeros.
         home = q_ref.at[self.blocks.head, pl.ds(self.first_row, self._rows)]
         self.scratch["q"][self.index] = versions.mosaic_load(home, self.cores.layout)
@@ -160,7 +164,7 @@ class _Warpgroup:
 
         carry = (
             blocks.find(blocks.first + blocks.num_stages - 1),
-            full((rows,), _MASKED, layout.reduce(1)),
+            full((rows,), MASKED, layout.reduce(1)),
             full((rows,), 0, layout.reduce(1)),
             *(full((rows, width), 0, layout) for _, width in self._value_pieces),
         )
@@ -251,10 +255,10 @@ class _Warpgroup:
         """Scores, scaled and capped, in units of log 2."""
         cap = self.variant.soft_cap
         if cap is None:
-            return scores * (self.scale_ref[0] * _LOG2_E)
+            return scores * (self.scale_ref[0] * LOG2_E)
         # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's own tanh is off by 2**-11.
-        power = jnp.exp2(scores * (self.scale_ref[0] * (2 * _LOG2_E / cap)))
-        return (cap * _LOG2_E) * (1 - 2 / (1 + power))
+        power = jnp.exp2(scores * (self.scale_ref[0] * (2 * LOG2_E / cap)))
+        return (cap * LOG2_E) * (1 - 2 / (1 + power))
 
     def _masked(self, scores, block):
         """Scores without those of keys that a row does not see."""
@@ -264,7 +268,7 @@ class _Warpgroup:
         )
         position = (row + self.first_row) // self.plan.group + self.field("to_position")
         key = key + block * BLOCK_TOKENS
-        return jnp.where(self.variant.sees(position, key), scores, _MASKED)
+        return jnp.where(self.variant.sees(position, key), scores, MASKED)
 
     def store(self, out_ref, split, peak, total, *accs) -> None:
         """Brings home what becomes of the sums of `attend`.
@@ -290,7 +294,7 @@ class _Warpgroup:
                 piece = results[:, start : start + count].astype(self.plan.out_type.dtype)
                 store(piece, lane + start)
         if self.plan.gives_lse:
-            lse = peak / _LOG2_E + jnp.log(total)
+            lse = peak / LOG2_E + jnp.log(total)
             store(_over_lanes(lse, (rows, work.LSE_LANES)), self.plan.head_dim)
 
 

@@ -63,11 +63,15 @@ class KeyBlocks:
             for token in tokens
         ]
 
-    def start(self) -> None:
-        """Starts the copies of the first blocks, one fewer than there are stages."""
-        for i in range(self.num_stages - 1):
+    def find_first(self) -> list[list[jax.Array]]:
+        """Ids of the pages of the first blocks, one fewer than there are stages."""
+        return [self.find(self.first + i) for i in range(self.num_stages - 1)]
+
+    def start(self, page_ids: list[list[jax.Array]]) -> None:
+        """Starts the copies of the first blocks, whose ids `find_first` gave."""
+        for i, block_ids in enumerate(page_ids):
             block = self.first + i
-            pl.when(block < self.end)(functools.partial(self._fetch, block, self.find(block)))
+            pl.when(block < self.end)(functools.partial(self._fetch, block, block_ids))
 
     def fetch_ahead(self, block: jax.Array, page_ids: list[jax.Array]) -> None:
         """Refills the stage that the block before had, with pages of known ids."""

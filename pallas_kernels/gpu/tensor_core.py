@@ -29,7 +29,9 @@ class Hopper:
         return {}
 
     def multiply(self, a_ref, b_ref, name: str, scratch: dict) -> jax.Array:
-        """f32[rows, n] of `a_ref` [rows, k] and `b_ref` [k, n], which are free again then.
+        """f32[m, n] of `a_ref` [m, k] and `b_ref` [k, n], which are free again then.
+
+        m is `rows`, or with Hopper a multiple of it.
 
         `name` is the one in `scratch` whose lanes are n.
         """
@@ -40,7 +42,7 @@ class Hopper:
             return acc_ref[...]
 
         return pl.run_scoped(
-            product, plgpu.WGMMAAccumulatorRef((self.rows, b_ref.shape[1]), jnp.float32)
+            product, plgpu.WGMMAAccumulatorRef((a_ref.shape[0], b_ref.shape[1]), jnp.float32)
         )
 
 

@@ -39,7 +39,7 @@ FIELDS = (
 # What a split gives beside its results: the logarithm of its sum of weights, in each such lane.
 # They are so many that each query row of results starts at a multiple of 16 bytes.
 LSE_LANES = 8
-# Thread blocks that a multiprocessor is taken to have at once.
+# Thread blocks that fill a multiprocessor; it may have room for more.
 _BLOCKS_PER_SM = 2
 # In decode splitting aims at so many turns of all multiprocessors: more than one, as sequences are
 # not equally long, and few, as what splits give must be merged.
@@ -63,7 +63,7 @@ class AttentionPlan:
       num_q_heads, num_kv_heads, head_dim, page_size, kv_dim: as in `paged_attention`.
       dtype: of the queries; what the tensor cores multiply.
       kv_dtype: of the pool.
-      tile_rows: query rows of a tile; a multiple of 16.
+      tile_rows: query rows of a tile; a multiple of 16, or `group` where a token is a tile.
       block_tokens: tokens that are fetched and attended to together.
       query_rows: query rows of the step, padded to hold a tile.
       max_tiles: tiles at most.

@@ -18,7 +18,7 @@ from jpaged.pallas_kernels import reference
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
-OWN = ("gpu", "gpu-mosaic", "gpu-triton", "tpu", "xla")
+OWN = ("gpu", "gpu-mosaic", "gpu-narrow", "gpu-triton", "tpu", "xla")
 PEERS = ("xla", "jax_triton", "cudnn", "torch_sdpa", "torch_flex")
 UNCACHED_BYTES = 2**27  # more than any GPU's cache holds
 
