@@ -28,7 +28,7 @@ MAX_FOLDER_LINES = {
     # Threads that compile while weights are read. What pages depend on, as a digest.
     "jpaged/device": 2450,
     # Rows, inputs, records, output and manifest of batch jobs, their shards and snapshots.
-    "jpaged/jobs": 1850,
+    "jpaged/jobs": 1900,
     "jpaged/planning": 700,
     # Records of runs and their page, lines of JSON, metrics.
     "jpaged/telemetry": 850,
