@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipe for SkyPilot: what it runs gives the bytes of one run, also from machines that go."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -21,7 +23,13 @@ FLAGS = [f"--{name}={value}" for name, value in {**CONFIG, **PARAMS, "seed": SEE
 
 
 class Machine:
-    """Runs the recipe as one of two machines, with directories for its disk and the bucket."""
+    """Runs the recipe as one of two machines, with directories for its disk and the bucket.
+
+    Attributes:
+      processes: what machines have started, for `bucket` to end.
+    """
+
+    processes: ClassVar[list[subprocess.Popen]] = []
 
     def __init__(self, tmp_path, bucket, rank):
         self.disk = tmp_path / f"disk{rank}"
@@ -40,11 +48,13 @@ class Machine:
         self.variables = environment(PATH=path, PYTHONPATH=str(ROOT)) | given | sky
 
     def start(self):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["bash", "-c", self.script],
             cwd=self.disk, env=self.variables, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
+        self.processes.append(process)
+        return process
 
     def run(self):
         """Runs it to its end. Returns: what it said."""
@@ -59,7 +69,11 @@ def bucket(tmp_path):
     """With the input of a job."""
     path = tmp_path / "bucket"
     path.mkdir()
-    return path
+    yield path
+    for process in Machine.processes:  # of a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    Machine.processes.clear()
 
 
 def put_rows(bucket, given):
