@@ -46,7 +46,6 @@ import pathlib
 import stat
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from absl import app, flags
@@ -57,6 +56,7 @@ from jpaged.jobs.inputs import Input, RowIds, open_input
 from jpaged.jobs.manifest import asked_for, check_same, read_manifest, run_with, write_manifest
 from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
 from jpaged.jobs.output import OutputError
+from jpaged.jobs.settings import for_jobs, with_fallbacks
 from jpaged.jobs.shards import ShardsMissingError, merge, open_output, shard_entry, shard_path
 from jpaged.jobs.snapshot import remove_snapshot, snapshot_path
 from jpaged.recovery import EngineDeadError
@@ -67,15 +67,11 @@ from jpaged.scripts.sampling_flags import (
     SAMPLING_FLAGS,
     define_sampling_flags,
     sampling_params_from_flags,
-    with_fallbacks,
 )
 
 _OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
 _DEVICE_LOST = 71  # EX_OSERR: also when run again, it may fail
 _MAX_REASON = 500  # characters of what the device says, which may be pages
-# With one shape for every step, this many tokens a sequence that runs: enough for prompts to come
-# in while others decode, and little to compute in vain.
-_TOKENS_PER_SEQ = 4
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -325,15 +321,10 @@ class _Job:
 
 
 def _engine_config() -> EngineConfig:
-    """The engine's settings: with one shape for every step, unless the flags say otherwise."""
-    config = programs.engine_config_from_flags()
-    changes: dict[str, Any] = {}
-    if not flags.FLAGS["deterministic"].present:
-        changes["deterministic"] = True
-    deterministic = changes.get("deterministic", config.deterministic)
-    if deterministic and not flags.FLAGS["max_num_batched_tokens"].present:
-        changes["max_num_batched_tokens"] = max(_TOKENS_PER_SEQ * config.max_num_seqs, 64)
-    return dataclasses.replace(config, **changes)
+    given = [
+        field.name for field in dataclasses.fields(EngineConfig) if flags.FLAGS[field.name].present
+    ]
+    return for_jobs(programs.engine_config_from_flags(), given)
 
 
 def _output_path() -> pathlib.Path:

@@ -27,6 +27,7 @@ ended with an error with 1, standard output that cannot be written with 74, one 
 with 141.
 """
 
+from jpaged.jobs.settings import with_fallbacks
 from jpaged.scripts import interrupts
 
 if __name__ == "__main__":
@@ -80,7 +81,6 @@ from jpaged.scripts.prompts import read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
-    with_fallbacks,
 )
 
 _MODEL = flags.DEFINE_string(

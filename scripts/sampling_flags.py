@@ -8,7 +8,6 @@ from typing import Any
 
 from absl import flags
 
-from jpaged.defaults import Defaults
 from jpaged.host.params import SamplingParams
 from jpaged.scripts.prompts import decode_flag, parse_ids
 
@@ -129,18 +128,6 @@ def sampling_params_from_flags(
     """
     values = {name: _VALUES.get(name, _as_it_is)(flag_values[name].value) for name in names}
     return SamplingParams(**values)
-
-
-def with_fallbacks(params: SamplingParams, defaults: Defaults) -> SamplingParams:
-    """Where neither a prompt nor the model say: answers that are neither dull nor endless."""
-    values: dict[str, Any] = {}
-    own = defaults.params
-    if params.max_tokens is None and own.max_tokens is None and defaults.max_length is None:
-        values["max_tokens"] = max(128, params.min_tokens or own.min_tokens or 0)
-    sampled = params.beam_width is None
-    if sampled and params.temperature is None and own.temperature is None:
-        values["temperature"] = 0.7
-    return dataclasses.replace(params, **values)
 
 
 def _as_it_is(value: Any) -> Any:

@@ -33,6 +33,7 @@ from jpaged.host.batch import ShapeBuckets
 from jpaged.host.compile_plan import CompilePlan, JobSteps, StepSize, fewest_shapes
 from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
+from jpaged.jobs.settings import with_fallbacks
 from jpaged.models.sources import opened
 from jpaged.placement import ModelFiles, compiler_of, wanted_programs
 from jpaged.scripts.conversations import (
@@ -57,7 +58,6 @@ from jpaged.scripts.prompts import read_prompts
 from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
-    with_fallbacks,
 )
 from jpaged.simulation import Item, make_workload, parse_lengths
 from jpaged.simulation.job_steps import job_steps

@@ -27,8 +27,11 @@ MAX_FOLDER_LINES = {
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read. What pages depend on, as a digest.
     "jpaged/device": 2500,
-    # Rows, inputs, records, output and manifest of batch jobs, their shards and snapshots.
-    "jpaged/jobs": 1850,
+    # Rows, inputs, records, output and manifest of batch jobs, their shards and snapshots, and what
+    # those share that answer as they do.
+    "jpaged/jobs": 1900,
+    # Systems that run it, a file each, and the engine that callers share.
+    "jpaged/integrations": 620,
     "jpaged/planning": 700,
     # Records of runs and their page, lines of JSON, metrics.
     "jpaged/telemetry": 850,

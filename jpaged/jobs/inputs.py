@@ -156,7 +156,7 @@ class Input:
                 with self._open(place) as file:
                     for count, data in enumerate(_lines(file, digest), 1):
                         number += 1
-                        yield _line_of(data, number, f"{prefix}line {count}")
+                        yield line_of(data, f"row-{number}", f"{prefix}line {count}")
             except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                 raise ValueError(f"{self._name(place)} is a damaged gzip file: {e}") from e
         if not self.sha256:
@@ -252,8 +252,14 @@ def _lines(file: BinaryIO, digest: Any) -> Iterator[bytes | None]:
         yield whole
 
 
-def _line_of(data: bytes | None, number: int, where: str) -> Line:
-    own = f"row-{number}"
+def line_of(data: bytes | None, own_id: str, where: str) -> Line:
+    """What a line of JSON is.
+
+    Args:
+      data: of the line, None for one that is too long.
+      own_id: what it is called if it has no custom_id, or is an error.
+      where: see `Line`.
+    """
     try:
         if data is None:
             raise ValueError(f"it has more than {MAX_LINE_BYTES >> 20} MiB")
@@ -266,13 +272,21 @@ def _line_of(data: bytes | None, number: int, where: str) -> Line:
                 f"it is not UTF-8 (byte 0x{data[e.start]:02x} at position {e.start + 1})"
             ) from None
         value = parse_json(text.strip(), "it")
+    except ValueError as e:
+        return Line(own_id, where, None, str(e))
+    return line_of_value(value, own_id, where)
+
+
+def line_of_value(value: Any, own_id: str, where: str) -> Line:
+    """As `line_of`, of what a line is in JSON."""
+    try:
         if not isinstance(value, dict):
             raise ValueError(f'{shown(value)} must be a JSON object, such as {{"prompt": "Hello"}}')
         row_id = value.get("custom_id")
         if row_id is None:
             if "body" in value:
                 raise ValueError("custom_id is missing; give each row one of its own")
-            return Line(own, where, value, None)
+            return Line(own_id, where, value, None)
         if not isinstance(row_id, str) or not 0 < len(row_id) <= _MAX_ID_LENGTH:
             raise ValueError(
                 f"custom_id={shown(row_id)} must be a string of 1 to {_MAX_ID_LENGTH} characters"
@@ -284,4 +298,4 @@ def _line_of(data: bytes | None, number: int, where: str) -> Line:
             )
         return Line(row_id, where, value, None)
     except ValueError as e:
-        return Line(own, where, None, str(e))
+        return Line(own_id, where, None, str(e))

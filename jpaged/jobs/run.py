@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _WINDOW = 4
 # In order, results wait for a slow row before them: so many for each row in the engine.
 _MAX_HELD = 16
+_END = Row(row_id="")
 # Looking at the engine for the progress bar takes longer than all else that a step is here.
 _SHOW_S = 0.5
 
@@ -54,7 +55,7 @@ def row_seed(seed: int, row_id: str) -> int:
 
 
 def run(
-    rows: Iterable[Row],
+    rows: Iterable[Row | None],
     sink: Sink,
     engine: Engine,
     *,
@@ -75,7 +76,8 @@ def run(
     memory holds. A row that cannot be served is a result with an error, never the end of the job.
 
     Args:
-      rows: with ids that differ.
+      rows: with ids that differ. None among them says that there is none at the moment: those that
+        live go on, and the iterator is asked after each step; while none lives, it waits itself.
       sink: what it raises ends the job.
       engine: with no request of anybody's; `job.run` has it for itself.
       seed: of the job; see `row_seed`.
@@ -141,7 +143,7 @@ class _Job:
 
     def run(
         self,
-        rows: Iterator[Row],
+        rows: Iterator[Row | None],
         stop: Callable[[], object],
         grace_s: float,
         on_step: Callable[[], object],
@@ -154,8 +156,10 @@ class _Job:
                 self._take_snapshot()
                 self._leave_waiting()
             while more and len(self._live) < self._window and self._has_room():
-                row = next(rows, None)
+                row = next(rows, _END)
                 if row is None:
+                    break
+                if row is _END:
                     more = False
                 else:
                     self._begin(row)

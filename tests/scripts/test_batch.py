@@ -18,8 +18,8 @@ from jpaged.jobs import run
 from jpaged.jobs.inputs import open_input
 from jpaged.jobs.openai import RecordMaker, RowReader, encode_record
 from jpaged.jobs.output import OutputFile
+from jpaged.jobs.settings import with_fallbacks
 from jpaged.models import DEMO
-from jpaged.scripts.sampling_flags import with_fallbacks
 from tests.chatting import chatty_model
 from tests.scripts.programs import ROOT, ended, environment, start
 

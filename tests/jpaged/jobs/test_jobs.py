@@ -291,6 +291,38 @@ def test_a_seed_is_of_job_and_row(engine):
     assert results["a"] != first["a"]
 
 
+def test_rows_that_come_later_join_those_that_run(engine):
+    results = []
+
+    class Sink:
+        def write(self, result):
+            results.append((result.row.row_id, result.output.outputs[0].token_ids))
+
+        def tick(self):
+            pass
+
+    def of(name, length):
+        params = SamplingParams(max_tokens=length, ignore_eos=True)
+        return Row(row_id=name, prompt=[1, 2], params=params)
+
+    def coming():
+        yield of("long", 24)
+        yield from [None] * 5
+        assert not results and engine.has_unfinished_requests
+        yield of("short", 3)
+        while len(results) < 2:
+            yield None
+        yield of("last", 3)
+
+    report = run(coming(), Sink(), engine)
+    assert (report.num_done, report.num_left, report.stopped) == (3, 0, False)
+    assert [name for name, _ in results] == ["short", "long", "last"]
+    together = dict(results)
+    results.clear()
+    run([of("long", 24), of("short", 3), of("last", 3)], Sink(), engine)
+    assert dict(results) == together
+
+
 def test_standard_input_is_read_as_often_as_a_file(source):
     for data in (source.read_bytes(), gzip.compress(source.read_bytes())):
         given, file = open_input(["-"], io.BytesIO(data)), open_input([str(source)])
