@@ -101,14 +101,7 @@ class RequestMaker:
     ) -> Request:
         """Makes a request of a prompt; see `Engine.add_request`.
 
-        Args:
-          prompt: likewise, like the rest.
-          params: likewise.
-          request_id: likewise.
-          stream: likewise.
-          cache_salt: likewise.
-          resume: likewise.
-          max_model_len: tokens at most, if not as many as the engine's sequences have.
+        Its sequences have `max_model_len` tokens at most, where that is not None.
 
         Raises:
           ValueError: if it could never be served.
@@ -150,7 +143,7 @@ class RequestMaker:
         """
         token_ids, first = self._encode_pair(prompt, completion, request_id)
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        # The last token is known: it is not computed, but what predicts it is. So it needs no place.
+        # The last token is known: it is not computed, and needs no place, but what predicts it is.
         most = self._config.max_model_len + 1
         request = self.make(token_ids[:-1], params, request_id, stream=False, max_model_len=most)
         vocab_size = self._model_config.vocab_size

@@ -170,7 +170,7 @@ def test_help_of_a_program_shows_its_flags():
 def test_the_metadata_is_whole():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["dynamic"] == ["version"] and project["urls"]
-    for extra in ("cuda", "tpu", "train", "plots", "docs", "test", "dev"):
+    for extra in ("cuda", "tpu", "lm-eval", "train", "plots", "docs", "test", "dev"):
         assert project["optional-dependencies"][extra]
 
 

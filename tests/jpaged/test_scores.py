@@ -122,7 +122,7 @@ def test_what_is_scored_may_have_one_token_more_than_the_model_sees(settings):
     hold(score, prompt[:1], prompt[1:] + completion)
     engine.check_invariants()
     with pytest.raises(
-        ValueError, match="a prompt of 65 tokens leaves no room .* max_model_len=64"
+        ValueError, match=r"a prompt of 65 tokens leaves no room .* max_model_len=64"
     ):
         engine.score([*prompt, 1], [completion])
     with pytest.raises(ValueError, match="a prompt of 64 tokens leaves no room"):

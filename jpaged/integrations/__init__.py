@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""jpaged inside other systems, which are imported only where they are used; each is an extra."""
