@@ -220,6 +220,11 @@ class RequestMaker:
                 f"logprobs={own.logprobs} cannot be given for the tokens before the fork: request "
                 f"{parent.request_id!r} has none; give it logprobs too"
             )
+        if own.logprobs is not None and own.logprobs_mode != parent.params.logprobs_mode:
+            raise ValueError(
+                f"logprobs_mode={own.logprobs_mode!r} must be {parent.params.logprobs_mode!r}, as "
+                f"of the tokens that request {parent.request_id!r} has before the fork"
+            )
         k = checked("k", k, int, _FORKS)
         (source,) = parent.sequences
         assert own.max_tokens is not None

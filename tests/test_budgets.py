@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAX_FOLDER_LINES = {
     # Tokenizers and chat templates of GGUF files; what is read of a model without its weights;
     # scales of pages; what compiles an engine's first steps before it is there; scores; prompts on
-    # disk.
-    "jpaged": 4200,
+    # disk; a fork's mode of log-probabilities.
+    "jpaged": 4250,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from; and
     # tokens that are scored, not drawn, and sequences that resume from tokens. Pages on disk: their
     # files, and which are worth it.
@@ -26,7 +26,8 @@ MAX_FOLDER_LINES = {
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read. What pages depend on, as a digest.
-    "jpaged/device": 2450,
+    # Log-probabilities of what tokens are drawn from.
+    "jpaged/device": 2550,
     # Rows, inputs, records, output and manifest of batch jobs, their shards and snapshots.
     "jpaged/jobs": 1850,
     # A model of lm-evaluation-harness.

@@ -10,10 +10,12 @@ import numpy as np
 from jpaged.host.burst import Burst
 from jpaged.host.config import EngineConfig, step_shapes
 from jpaged.host.logits_processors import ProcessorRows, processor_rows
+from jpaged.host.logprobs import LogprobsMode, ModeBatch, mode_batch
 from jpaged.host.score_batch import ScoreBatch, score_batch, score_slots
 from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
+_RAW = LogprobsMode.RAW
 
 
 class PageRows(typing.Protocol):
@@ -176,6 +178,8 @@ class Batch:
       sampling: how tokens are drawn, one entry a row of the padded shape.
       num_samples: live samples.
       num_logprobs: likeliest tokens wanted with each sample or score; 0 for none.
+      modes: samples whose log-probabilities are not the model's, and not among those of
+        num_logprobs; None where there are none.
       scores: of given tokens whose log-probabilities are wanted; None where none are.
       beams: one for each beam search.
       processors: what changes the logits of samples before tokens are chosen; None where nothing
@@ -200,6 +204,7 @@ class Batch:
     processors: ProcessorRows | None
     burst: Burst | None = None
     scores: ScoreBatch | None = None
+    modes: ModeBatch | None = None
 
 
 def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch:
@@ -261,12 +266,16 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
         ),
         num_samples=num_samples,
         num_logprobs=max(
-            max((draw.num_logprobs for draw in samples.draws), default=0),
+            max(
+                (draw.num_logprobs for draw in samples.draws if draw.logprobs_mode == _RAW),
+                default=0,
+            ),
             max(step.scores.num_likeliest, default=0),
         ),
         beams=tuple(_beam_batch(search, processors) for search in step.searches),
         processors=processors,
         scores=score_batch(step, slots, shape.num_rows),
+        modes=mode_batch(samples.draws, shape.num_rows),
     )
 
 
@@ -312,8 +321,8 @@ def _sampling_rows(draws: Sequence[Draw], positions: np.ndarray, num_rows: int) 
         padded[: len(values)] = values
         return padded
 
-    columns = zip(*draws, strict=True) if draws else iter([()] * 7)
-    temperature, top_k, top_p, min_p, seeds, indices, _ = columns
+    columns = zip(*draws, strict=True) if draws else iter([()] * 8)
+    temperature, top_k, top_p, min_p, seeds, indices, *_ = columns
     return SamplingRows(
         column(temperature, np.float32),
         column(top_k, np.int32),

@@ -11,6 +11,7 @@ from jpaged.host.batch import BeamBatch, ShapeBuckets, StepShape
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors
+from jpaged.host.logprobs import LogprobsMode
 from jpaged.host.params import SamplingParams
 
 
@@ -77,4 +78,5 @@ def warm_up_plan(
         "beams": [idle_beams(own, eos_token_ids) for own in resolved if own.beam_width is not None],
         "processors": sorted(widths),
         "scores": any(own.prompt_logprobs is not None for own in resolved),
+        "modes": any(own.logprobs_mode != LogprobsMode.RAW for own in resolved),
     }

@@ -25,10 +25,15 @@ ROUNDING = 5e-3
 ONE_SHAPE = {"deterministic": True, "page_size": 4, "max_model_len": 64}
 
 
-def dense_logprobs(tokens, config=TINY):
+def dense_logits(tokens, config=TINY):
     """f64[num_tokens, vocab_size] of a model without pages."""
     padded = jnp.zeros((1, 80), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
-    logits = np.asarray(_dense(config)(padded)[0, : len(tokens)], np.float64)
+    return np.asarray(_dense(config)(padded)[0, : len(tokens)], np.float64)
+
+
+def dense_logprobs(tokens, config=TINY):
+    """Likewise."""
+    logits = dense_logits(tokens, config)
     peak = logits.max(axis=-1, keepdims=True)
     return logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
 
