@@ -9,8 +9,7 @@ from typing import Any
 from absl import flags
 
 from jpaged.defaults import Defaults
-from jpaged.host.logprobs import LogprobsMode
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import LogprobsMode, SamplingParams
 from jpaged.scripts.prompts import decode_flag, parse_ids
 
 flags.disclaim_key_flags()  # as in scripts.flags

@@ -10,7 +10,8 @@ import numpy as np
 from jpaged.host.burst import Burst
 from jpaged.host.config import EngineConfig, step_shapes
 from jpaged.host.logits_processors import ProcessorRows, processor_rows
-from jpaged.host.logprobs import LogprobsMode, ModeBatch, mode_batch
+from jpaged.host.logprobs import ModeBatch, mode_batch
+from jpaged.host.params import LogprobsMode
 from jpaged.host.score_batch import ScoreBatch, score_batch, score_slots
 from jpaged.host.step import Draw, Search, StepPlan
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from jpaged.host.logprobs import LogprobsMode
 from jpaged.host.page_table import PageTable
+from jpaged.host.params import LogprobsMode
 from jpaged.host.sequence import Sequence, Status
 from jpaged.host.step import Rows, Samples, StepPlan
 from jpaged.host.step_builder import ScheduledStep

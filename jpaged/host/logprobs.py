@@ -1,25 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the log-probability of a generated token means, and the rows of a step that say."""
+"""The samples of a step whose log-probabilities are not those of the model's logits."""
 
-import enum
 import typing
 from collections.abc import Sequence
 
 import numpy as np
 
-if typing.TYPE_CHECKING:
-    from jpaged.host.step import Draw
-
-
-class LogprobsMode(enum.StrEnum):
-    """Of which logits log-probabilities of generated tokens are; see `SamplingParams`.
-
-    Those of prompts and scores are always of the first kind.
-    """
-
-    RAW = "raw"  # those that the model gives
-    TEMPERATURE = "temperature"  # of these, changed by processors, and divided by temperature
-    FILTERS = "filters"  # of these, what top_k, top_p and min_p leave
+from jpaged.host.params import LogprobsMode
+from jpaged.host.step import Draw
 
 
 class ModeBatch(typing.NamedTuple):
@@ -36,7 +24,7 @@ class ModeBatch(typing.NamedTuple):
     count: int
 
 
-def mode_batch(draws: Sequence["Draw"], num_rows: int) -> ModeBatch | None:
+def mode_batch(draws: Sequence[Draw], num_rows: int) -> ModeBatch | None:
     """The samples of a step whose mode is not raw; None if there are none.
 
     Args:

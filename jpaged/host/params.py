@@ -2,6 +2,7 @@
 """How a request wants its tokens chosen and when it wants to stop."""
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,18 @@ from jpaged.host.checks import (
     one_of,
     shown,
 )
-from jpaged.host.logprobs import LogprobsMode
+
+
+class LogprobsMode(enum.StrEnum):
+    """Of which logits log-probabilities of generated tokens are; see `SamplingParams`.
+
+    Those of prompts and scores are always of the first kind.
+    """
+
+    RAW = "raw"  # those that the model gives
+    TEMPERATURE = "temperature"  # of these, changed by processors, and divided by temperature
+    FILTERS = "filters"  # of these, what top_k, top_p and min_p leave
+
 
 # Samples, beams or forks of one request: each is an object of the host, however few run at once.
 MAX_NUM_SAMPLES = 2**14

@@ -13,8 +13,7 @@ import numpy as np
 from jpaged.host.growth.base import Growth
 from jpaged.host.growth.sampling import Sampling
 from jpaged.host.logits_processors import LogitsProcessors, Processing
-from jpaged.host.logprobs import LogprobsMode
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import LogprobsMode, SamplingParams
 from jpaged.host.scored import ScoredTokens
 from jpaged.host.step import Draw
 from jpaged.host.swap import SwappedGroup

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 
 from jpaged.host.logits_processors import Processing
-from jpaged.host.logprobs import LogprobsMode
+from jpaged.host.params import LogprobsMode
 
 
 class Row(typing.NamedTuple):

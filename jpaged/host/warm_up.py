@@ -11,8 +11,7 @@ from jpaged.host.batch import BeamBatch, ShapeBuckets, StepShape
 from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
 from jpaged.host.growth import growth_of
 from jpaged.host.logits_processors import LogitsProcessors
-from jpaged.host.logprobs import LogprobsMode
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import LogprobsMode, SamplingParams
 
 
 def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBatch:

@@ -11,7 +11,7 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.device import sampling
-from jpaged.host.logprobs import LogprobsMode
+from jpaged.host.params import LogprobsMode
 from tests.jpaged.test_sampling import make_rows
 from tests.jpaged.test_scores import ONE_SHAPE, ROUNDING, dense_logits, dense_logprobs
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, token_ids
