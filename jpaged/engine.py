@@ -14,7 +14,7 @@ from jpaged.device.compilation_cache import keep_programs
 from jpaged.device.compile_threads import CompileThreads
 from jpaged.device.costs import scheduler_config_of
 from jpaged.device.memory import default_dtype
-from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
+from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.checks import instance_of
 from jpaged.host.config import EngineConfig, engine_config
 from jpaged.host.outputs import Completion, RequestOutput
@@ -24,6 +24,7 @@ from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.stats import Counters, EngineStats
 from jpaged.host.viewer import PoolSnapshot
+from jpaged.host.warm_up import warm_up_plan
 from jpaged.live import LiveRequests
 from jpaged.logs import open_logs
 from jpaged.models.checkpoint import check_params

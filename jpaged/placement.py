@@ -27,10 +27,11 @@ from jpaged.device.memory import PoolPlan, check_pages, default_dtype, plan_pool
 from jpaged.device.programs import Programs
 from jpaged.device.runner import ModelRunner
 from jpaged.gguf_text import chat_template_of, tokenizer_of
-from jpaged.host.batch import ShapeBuckets, StepShape, warm_up_plan
+from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.checks import directory
 from jpaged.host.config import EIGHT_BITS, EngineConfig
 from jpaged.host.params import SamplingParams
+from jpaged.host.warm_up import warm_up_plan
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder, Params, stack_layers

@@ -97,8 +97,11 @@ class RequestMaker:
         stream: bool,
         cache_salt: str | None = None,
         resume: Sequence[Completion] = (),
+        max_model_len: int | None = None,
     ) -> Request:
         """Makes a request of a prompt; see `Engine.add_request`.
+
+        Its sequences have `max_model_len` tokens at most, where that is not None.
 
         Raises:
           ValueError: if it could never be served.
@@ -117,7 +120,7 @@ class RequestMaker:
                 f"[0, {vocab_size})"
             )
         seed = params.seed if params.seed is not None else secrets.randbits(32)
-        request = self._new(request_id, token_ids, params, seed, stream, cache_salt)
+        request = self._new(request_id, token_ids, params, seed, stream, cache_salt, max_model_len)
         check_fits(request, self._config, self._table)
         _check_host_memory(request)
         if isinstance(resume, str) or not isinstance(resume, Sequence):
@@ -140,8 +143,9 @@ class RequestMaker:
         """
         token_ids, first = self._encode_pair(prompt, completion, request_id)
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        # The last token is known: it is not computed, but what predicts it is.
-        request = self.make(token_ids[:-1], params, request_id, stream=False)
+        # The last token is known: it is not computed, and needs no place, but what predicts it is.
+        most = self._config.max_model_len + 1
+        request = self.make(token_ids[:-1], params, request_id, stream=False, max_model_len=most)
         vocab_size = self._model_config.vocab_size
         if not 0 <= token_ids[-1] < vocab_size:
             raise ValueError(
@@ -215,6 +219,11 @@ class RequestMaker:
             raise ValueError(
                 f"logprobs={own.logprobs} cannot be given for the tokens before the fork: request "
                 f"{parent.request_id!r} has none; give it logprobs too"
+            )
+        if own.logprobs is not None and own.logprobs_mode != parent.params.logprobs_mode:
+            raise ValueError(
+                f"logprobs_mode={own.logprobs_mode!r} must be {parent.params.logprobs_mode!r}, as "
+                f"of the tokens that request {parent.request_id!r} has before the fork"
             )
         k = checked("k", k, int, _FORKS)
         (source,) = parent.sequences
@@ -291,10 +300,11 @@ class RequestMaker:
         seed: int,
         stream: bool,
         cache_salt: str | None,
+        max_model_len: int | None = None,
     ) -> Request:
         processors = self._processors(params, request_id)
         assert params.max_tokens is not None, "not resolved"
-        max_model_len = self._config.max_model_len
+        max_model_len = max_model_len or self._config.max_model_len
         room = min(params.max_tokens, max_model_len - len(token_ids))
         request = Request(
             request_id,

@@ -93,7 +93,8 @@ class ScoreMethods(abc.ABC):
           prompt: text, or token ids. Of text, the tokens are those of prompt and completion
             together, as in lm-evaluation-harness: spaces at the prompt's end belong to what
             follows them.
-          completions: likewise, at least one token each.
+          completions: likewise, at least one token each. With the prompt they may have one token
+            more than max_model_len: the last is predicted, and nothing is computed of it.
 
         Returns:
           The scores, in the order of the completions.

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import LogprobsMode, SamplingParams
 from jpaged.scripts.prompts import decode_flag, parse_ids
 
 flags.disclaim_key_flags()  # as in scripts.flags
@@ -19,6 +19,10 @@ _FILE = "None takes the model's generation_config.json, else "
 
 def _early_stoppings(name: str, default: Any, text: str, **where: Any) -> None:
     flags.DEFINE_enum(name, default, list(_EARLY_STOPPINGS), text, **where)
+
+
+def _modes(name: str, default: Any, text: str, **where: Any) -> None:
+    flags.DEFINE_enum(name, default, [mode.value for mode in LogprobsMode], text, **where)
 
 
 _WHOLE, _REAL, _BOOL = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool
@@ -88,6 +92,11 @@ SAMPLING_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
         "stop_token_ids": (_TOKENS, "A token that ends a sample; may be repeated."),
         "ignore_eos": (_BOOL, "Go on after the model's end of text."),
         "logprobs": (_WHOLE, "Report this many likeliest tokens with each token."),
+        "logprobs_mode": (
+            _modes,
+            "What these are of: the model's logits (raw), these changed by penalties, biases and "
+            "forbidden tokens and divided by temperature, or what filters leave of that.",
+        ),
         "prompt_logprobs": (
             _WHOLE,
             "With --output=json, report each token of the prompt, and this many likeliest ones.",

@@ -7,7 +7,7 @@ and `device`. `telemetry` is what runs tell of the host's side, `simulation` the
 a device, and `planning` says what an engine would take of one. `measure` stands on the front,
 as it runs engines, and on `simulation`, whose workloads it has them serve: no part of either; what
 a step cannot be faster than it takes from `models`. `jobs` stands on the front likewise: it has an
-engine run rows; and `integrations` on it, which have other systems do so.
+engine run rows; and `integrations` on it, which have other systems do so, or evaluate with it.
 """
 
 import ast
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "jpaged": {"jpaged/host", "jpaged/telemetry", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/planning": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/jobs": {"jpaged", "jpaged/host", "models"},
-    "jpaged/integrations": {"jpaged", "jpaged/host", "jpaged/jobs"},
+    "jpaged/integrations": {"jpaged", "jpaged/host", "jpaged/jobs", "models"},
     "jpaged/measure": {
         *("jpaged", "jpaged/host", "jpaged/simulation"),
         *("jpaged/device", "models", "pallas_kernels"),

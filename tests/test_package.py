@@ -170,8 +170,8 @@ def test_help_of_a_program_shows_its_flags():
 def test_the_metadata_is_whole():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["dynamic"] == ["version"] and project["urls"]
-    fleets = ("beam", "ray", "skypilot")
-    for extra in ("cuda", "tpu", "train", "plots", "docs", "test", "dev", *fleets):
+    others = ("beam", "ray", "skypilot", "lm-eval")
+    for extra in ("cuda", "tpu", "train", "plots", "docs", "test", "dev", *others):
         assert project["optional-dependencies"][extra]
 
 

@@ -15,6 +15,7 @@ from jpaged.device.runner import SWAP_PAGES, inputs_of, zeros
 from jpaged.host.batch import BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
+from jpaged.host.logprobs import idle_modes
 from jpaged.host.score_batch import idle_scores
 from jpaged.models.sharding import placements
 
@@ -55,6 +56,7 @@ class AheadCompiler:
         beams: Sequence[BeamBatch] = (),
         processors: Collection[int] = (),
         scores: bool = False,
+        modes: bool = False,
     ) -> Iterator[jax.stages.Lowered]:
         """Traces what steps of a shape call; each may be compiled in any thread.
 
@@ -67,6 +69,7 @@ class AheadCompiler:
           beams: likewise.
           processors: likewise.
           scores: likewise.
+          modes: likewise.
 
         Raises:
           Exception: whatever the compiler has to say.
@@ -87,10 +90,16 @@ class AheadCompiler:
                 idle_burst(shape.num_rows).rows,
             )  # fmt: skip
         if num_logprobs:
-            yield self._lower(programs.top_logprobs, logits, programs.num_likeliest(batch))
+            yield self._lower(programs.top_logprobs, logits, programs.num_likeliest(num_logprobs))
         if scores:
             targets = idle_scores(shape.num_rows).targets
             yield self._lower(programs.target_logprobs, logits, targets)
+        if modes:
+            filtered, _, count = idle_modes(shape.num_rows, num_logprobs)
+            yield self._lower(
+                programs.drawn_logprobs, logits, tokens, batch.sampling, filtered,
+                programs.num_likeliest(count),
+            )  # fmt: skip
         for beam in beams:
             yield self._lower(
                 programs.beam_candidates, logits, beam.slots, beam.scores, beam.num_candidates

@@ -49,7 +49,7 @@ class Programs:
       sample: (logits, rows) -> tokens i32[max_num_samples], and their log-probabilities.
       burst: `burst.burst_function`'s, likewise.
       process, model_logprobs: `sampling.process_logits` and `sampling.model_logprobs`.
-      target_logprobs: that of `sampling`.
+      target_logprobs, drawn_logprobs: those of `sampling`.
       top_logprobs, beam_candidates, processed_beam_candidates: those of `sampling`.
       copy_pages, get_pages, set_pages: of a pool, which the first and the last are donated.
     """
@@ -91,6 +91,7 @@ class Programs:
         self.process = self._jit("process_logits", sampling.process_logits)
         self.model_logprobs = self._jit("model_logprobs", sampling.model_logprobs)
         self.target_logprobs = self._jit("target_logprobs", sampling.target_logprobs)
+        self.drawn_logprobs = self._jit("drawn_logprobs", sampling.drawn_logprobs, static_argnums=4)
         self.top_logprobs = self._jit("top_logprobs", sampling.top_logprobs, static_argnums=1)
         self.beam_candidates = self._jit(
             "beam_candidates", sampling.beam_candidates, static_argnums=3
@@ -112,9 +113,9 @@ class Programs:
         """Those of them that this thread compiled, and not one that is ahead of it."""
         return self._compilations[threading.get_ident()]
 
-    def num_likeliest(self, batch: Batch) -> int:
+    def num_likeliest(self, num_logprobs: int) -> int:
         """A power of two, so that requests that differ a little share a program."""
-        return min(1 << (batch.num_logprobs - 1).bit_length(), self._vocab_size)
+        return min(1 << (num_logprobs - 1).bit_length(), self._vocab_size)
 
     def check_planned(self, batch: Batch) -> None:
         """Raises UnplannedProgramError if something that a batch needs did not run before."""
@@ -141,7 +142,9 @@ class Programs:
         rows, processors = batch.shape.num_rows, batch.processors
         needed: set[Hashable] = {batch.shape}
         if batch.num_logprobs:
-            needed.add((rows, self.num_likeliest(batch)))
+            needed.add((rows, self.num_likeliest(batch.num_logprobs)))
+        if batch.modes is not None:
+            needed.add((rows, "modes", self.num_likeliest(batch.modes.count)))
         if batch.scores is not None:
             needed.add((rows, "scores"))
         width = None

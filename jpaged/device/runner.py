@@ -20,6 +20,7 @@ from jpaged.device.step_result import BurstResult, StepResult
 from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
+from jpaged.host.logprobs import idle_modes
 from jpaged.host.prompt_cache import PageLoad
 from jpaged.host.score_batch import idle_scores
 from jpaged.models.inputs import PagedInputs
@@ -186,12 +187,21 @@ class ModelRunner:
         ]
         top = None
         if batch.num_logprobs:
-            top = programs.top_logprobs(logits, programs.num_likeliest(batch))
+            top = programs.top_logprobs(logits, programs.num_likeliest(batch.num_logprobs))
+        modes = None
+        if batch.modes is not None:
+            filtered, slots, count = batch.modes
+            count = programs.num_likeliest(count)
+            found = programs.drawn_logprobs(
+                chosen_from, self._tokens, batch.sampling, filtered, count
+            )
+            modes = found, slots
         scores = None
         if batch.scores is not None:
             found = programs.target_logprobs(logits, batch.scores.targets)
             scores = found, batch.scores.slots
-        return StepResult(self._tokens, logprobs, top, beams, batch.num_samples, scores), waited_s
+        found = self._tokens, logprobs, top, beams, batch.num_samples, scores, modes
+        return StepResult(*found), waited_s
 
     def swap(self, outs: Sequence[tuple[int, int]], ins: Sequence[tuple[int, int]]) -> float:
         """Copies pages to host memory, and others back; after the steps before, before the next.
@@ -272,6 +282,7 @@ class ModelRunner:
         beams: Iterable[BeamBatch] = (),
         processors: Collection[int] = (),
         scores: bool = False,
+        modes: bool = False,
     ) -> None:
         """Compiles steps of the given shapes, and every size of page copy, ahead of need.
 
@@ -283,6 +294,7 @@ class ModelRunner:
           processors: also compile what changes logits before tokens are chosen, with lists of these
             widths.
           scores: also compile what scores given tokens.
+          modes: also compile log-probabilities that are not the model's.
         """
         beams, tokens, self._warm = tuple(beams), self._tokens, False
         for shape in shapes:
@@ -290,6 +302,8 @@ class ModelRunner:
             batch = empty_batch(shape, *sizes)
             if scores:
                 batch = dataclasses.replace(batch, scores=idle_scores(shape.num_rows))
+            if modes:
+                batch = dataclasses.replace(batch, modes=idle_modes(shape.num_rows, num_logprobs))
             self.run(dataclasses.replace(batch, beams=beams))
             for width in processors:
                 rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)

@@ -32,7 +32,7 @@ def sample(logits: jax.Array, rows: SamplingRows) -> tuple[jax.Array, jax.Array]
     greedy = _first_largest(logits)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+        scaled = _divided(logits, rows)
         filters = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
         scaled = jax.lax.cond(
             (filters & (rows.temperature > 0)).any(), lambda: _filter(scaled, rows), lambda: scaled
@@ -153,6 +153,37 @@ def target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return mark_not_finite(logits, own)
 
 
+def drawn_logprobs(
+    logits: jax.Array, tokens: jax.Array, rows: SamplingRows, filtered: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of what tokens are drawn from, by temperature and filters.
+
+    Args:
+      logits: f32[num_samples, vocab_size], as `sample` took them.
+      tokens: i32, the chosen ones, padded.
+      rows: parameters of each sample.
+      filtered: bool[num_samples], whether what filters cut off is -inf, where any apply.
+      count: how many likeliest tokens; static.
+
+    Returns:
+      f32[num_samples] of the chosen tokens; i32 and f32[num_samples, count] likeliest tokens and
+      theirs, as `top_logprobs` does.
+    """
+    scaled = _divided(logits - logits.max(axis=-1, keepdims=True), rows)
+    tokens = tokens[: logits.shape[0], None]
+    # What was drawn is left in any case, however another program rounds at a filter's edge.
+    own = jnp.arange(logits.shape[-1])[None] == tokens
+    applied = (filtered & (rows.temperature > 0))[:, None]
+    scaled = jax.lax.cond(
+        applied.any(),
+        lambda: jnp.where(applied & ~own, _filter(scaled, rows), scaled),
+        lambda: scaled,
+    )
+    logprobs = jax.nn.log_softmax(scaled, axis=-1)
+    values, likeliest = jax.lax.top_k(logprobs, count)
+    return jnp.take_along_axis(logprobs, tokens, axis=-1)[:, 0], likeliest, values
+
+
 def top_logprobs(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The likeliest tokens of each row.
 
@@ -234,6 +265,11 @@ def _best_continuations(totals: jax.Array, count: int) -> tuple[jax.Array, jax.A
     places = best[jnp.minimum(places // width, best.shape[0] - 1)] * width + places % width
     places = jnp.minimum(places, size - 1)
     return values, places // vocab_size, places % vocab_size
+
+
+def _divided(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Logits divided by temperature, where that is not 0."""
+    return logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
 
 
 def _bits(bitmaps: jax.Array | np.ndarray, count: int) -> jax.Array:

@@ -24,6 +24,8 @@ class StepResult:
       num_samples: live samples.
       scores: f32[num_rows], log-probabilities of given tokens, and which of them are wanted; None
         where none are.
+      modes: what `sampling.drawn_logprobs` returned, and of which samples it is wanted; None where
+        of none.
       compile_s: seconds that compiling took before the step was on its way; 0 mostly.
     """
 
@@ -33,6 +35,7 @@ class StepResult:
     beams: list[tuple[jax.Array, ...]]
     num_samples: int
     scores: tuple[jax.Array, Sequence[int]] | None = None
+    modes: tuple[tuple[jax.Array, ...], Sequence[int]] | None = None
     compile_s: float = 0.0
 
     def outcomes(self) -> list[Outcome]:
@@ -52,11 +55,20 @@ class StepResult:
             scores = [(found[slot], likeliest[slot] if likeliest else {}) for slot in slots]
         if likeliest is not None:
             likeliest = likeliest[: self.num_samples]
+        reported: dict[int, float] = {}
+        if self.modes is not None:
+            (own, ids, values), slots = self.modes
+            own, ids, values = (np.asarray(part).tolist() for part in (own, ids, values))
+            likeliest = likeliest or [{} for _ in tokens]
+            for slot in slots:
+                reported[slot] = own[slot]
+                pairs = zip(ids[slot], values[slot], strict=True)
+                likeliest[slot] = {token: value for token, value in pairs if value > -math.inf}
         candidates = []
         for parts in self.beams:
             found = zip(*(np.asarray(part).tolist() for part in parts), strict=True)
             candidates.append([Candidate(*each) for each in found if each[0] > -math.inf])
-        return [Outcome(tokens, logprobs, likeliest, candidates, scores)]
+        return [Outcome(tokens, logprobs, likeliest, candidates, scores, reported)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,7 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
       ValueError: if it wants more beams than can run at once.
     """
     (seq,), growth = request.sequences, request.growth
-    if seq.num_prompt_tokens >= config.max_model_len:
+    if seq.num_prompt_tokens >= seq.max_total_tokens:
         raise RequestTooLongError(
             f"request {request.request_id!r}: a prompt of {seq.num_prompt_tokens} tokens "
             f"leaves no room for an answer in max_model_len={config.max_model_len}; shorten "

@@ -3,21 +3,20 @@
 
 import dataclasses
 import typing
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from jpaged.host.burst import Burst
-from jpaged.host.checks import Rule, at_least, checked, instance_of, shown
 from jpaged.host.config import EngineConfig, step_shapes
-from jpaged.host.growth import growth_of
-from jpaged.host.logits_processors import LogitsProcessors, ProcessorRows, processor_rows
-from jpaged.host.params import SamplingParams
+from jpaged.host.logits_processors import ProcessorRows, processor_rows
+from jpaged.host.logprobs import ModeBatch, mode_batch
+from jpaged.host.params import LogprobsMode
 from jpaged.host.score_batch import ScoreBatch, score_batch, score_slots
 from jpaged.host.step import Draw, Search, StepPlan
 
 _MIN_PREFILL_TOKENS = 16
+_RAW = LogprobsMode.RAW
 
 
 class PageRows(typing.Protocol):
@@ -180,6 +179,8 @@ class Batch:
       sampling: how tokens are drawn, one entry a row of the padded shape.
       num_samples: live samples.
       num_logprobs: likeliest tokens wanted with each sample or score; 0 for none.
+      modes: samples whose log-probabilities are not the model's, and not among those of
+        num_logprobs; None where there are none.
       scores: of given tokens whose log-probabilities are wanted; None where none are.
       beams: one for each beam search.
       processors: what changes the logits of samples before tokens are chosen; None where nothing
@@ -204,6 +205,7 @@ class Batch:
     processors: ProcessorRows | None
     burst: Burst | None = None
     scores: ScoreBatch | None = None
+    modes: ModeBatch | None = None
 
 
 def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch:
@@ -265,79 +267,17 @@ def build_batch(step: StepPlan, table: PageRows, buckets: ShapeBuckets) -> Batch
         ),
         num_samples=num_samples,
         num_logprobs=max(
-            max((draw.num_logprobs for draw in samples.draws), default=0),
+            max(
+                (draw.num_logprobs for draw in samples.draws if draw.logprobs_mode == _RAW),
+                default=0,
+            ),
             max(step.scores.num_likeliest, default=0),
         ),
         beams=tuple(_beam_batch(search, processors) for search in step.searches),
         processors=processors,
         scores=score_batch(step, slots, shape.num_rows),
+        modes=mode_batch(samples.draws, shape.num_rows),
     )
-
-
-def idle_beams(params: SamplingParams, eos_token_ids: Collection[int]) -> BeamBatch:
-    """Beams of a search that has not begun, to compile with: running them changes nothing."""
-    chooser = growth_of(params, [0], 1, eos_token_ids).chooser
-    assert chooser is not None, "not a search"
-    selection = chooser.selection()
-    slots = np.zeros(selection.width, np.int32)
-    return BeamBatch(slots, slots.astype(np.float32) - np.inf, selection.num_candidates)
-
-
-def warm_up_plan(
-    buckets: ShapeBuckets,
-    vocab_size: int,
-    eos_token_ids: Collection[int],
-    defaults: SamplingParams,
-    max_model_len: int,
-    shapes: Collection[StepShape] | None,
-    num_logprobs: int,
-    params: Collection[SamplingParams],
-) -> dict[str, Any]:
-    """What there is to compile ahead of need; see `Engine.warm_up`.
-
-    Args:
-      buckets: the shapes that steps have.
-      vocab_size: the model's.
-      eos_token_ids: likewise.
-      defaults: the model's own sampling parameters.
-      max_model_len: most tokens of a request.
-      shapes: as in `Engine.warm_up`, like the rest.
-      num_logprobs: likewise.
-      params: likewise.
-
-    Returns:
-      Arguments of `ModelRunner.warm_up`.
-
-    Raises:
-      ValueError: if one of the last three cannot be.
-    """
-    most = Rule(f"at most {vocab_size}, the vocabulary", vocab_size.__ge__)
-    num_logprobs = checked("num_logprobs", num_logprobs, int, (*at_least(0), most))
-    shapes = buckets.all_shapes() if shapes is None else shapes
-    possible = {*buckets.all_shapes(), *dataclasses.replace(buckets, given=()).all_shapes()}
-    for name, value in (("shapes", shapes), ("params", params)):
-        if isinstance(value, str) or not isinstance(value, Collection):
-            raise ValueError(f"{name}={shown(value)} must be a list")
-    for shape in shapes:
-        if instance_of("shapes", shape, StepShape) not in possible:
-            raise ValueError(f"shapes={shape} must be shapes that steps of this engine have")
-    resolved = [
-        instance_of("params", own, SamplingParams).resolve(defaults, max_model_len)
-        for own in params
-    ]
-    num_logprobs = max(num_logprobs, *(own.prompt_logprobs or 0 for own in resolved), 0)
-    widths: set[int] = set()
-    for own in (defaults.resolve(room=max_model_len), *resolved):
-        if processors := LogitsProcessors.of(own, (), vocab_size):
-            widths.update(processors.widths(min(own.max_tokens or 0, max_model_len)))
-    return {
-        "shapes": list(shapes),
-        "bursts": [own for own in shapes if buckets.single or own.num_tokens == own.num_rows],
-        "num_logprobs": num_logprobs,
-        "beams": [idle_beams(own, eos_token_ids) for own in resolved if own.beam_width is not None],
-        "processors": sorted(widths),
-        "scores": any(own.prompt_logprobs is not None for own in resolved),
-    }
 
 
 def _beam_batch(search: Search, processors: ProcessorRows | None) -> BeamBatch:
@@ -382,8 +322,8 @@ def _sampling_rows(draws: Sequence[Draw], positions: np.ndarray, num_rows: int) 
         padded[: len(values)] = values
         return padded
 
-    columns = zip(*draws, strict=True) if draws else iter([()] * 7)
-    temperature, top_k, top_p, min_p, seeds, indices, _ = columns
+    columns = zip(*draws, strict=True) if draws else iter([()] * 8)
+    temperature, top_k, top_p, min_p, seeds, indices, *_ = columns
     return SamplingRows(
         column(temperature, np.float32),
         column(top_k, np.int32),

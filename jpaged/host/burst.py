@@ -16,6 +16,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from jpaged.host.page_table import PageTable
+from jpaged.host.params import LogprobsMode
 from jpaged.host.sequence import Sequence, Status
 from jpaged.host.step import Rows, Samples, StepPlan
 from jpaged.host.step_builder import ScheduledStep
@@ -62,6 +63,7 @@ def can_burst(step: ScheduledStep) -> bool:
         and plan.num_tokens == count
         and plan.samples.rows == tuple(range(count))
         and not any(draw.num_logprobs for draw in plan.samples.draws)
+        and all(draw.logprobs_mode == LogprobsMode.RAW for draw in plan.samples.draws)
         and all(seq.request.processors is None for seq in step.samples)
     )
 

@@ -2,6 +2,7 @@
 """How a request wants its tokens chosen and when it wants to stop."""
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +14,21 @@ from jpaged.host.checks import (
     TokenBias,
     at_least,
     check_fields,
+    one_of,
     shown,
 )
+
+
+class LogprobsMode(enum.StrEnum):
+    """Of which logits log-probabilities of generated tokens are; see `SamplingParams`.
+
+    Those of prompts and scores are always of the first kind.
+    """
+
+    RAW = "raw"  # those that the model gives
+    TEMPERATURE = "temperature"  # of these, changed by processors, and divided by temperature
+    FILTERS = "filters"  # of these, what top_k, top_p and min_p leave
+
 
 # Samples, beams or forks of one request: each is an object of the host, however few run at once.
 MAX_NUM_SAMPLES = 2**14
@@ -83,6 +97,7 @@ _RULES = {
     "stop": (Rule("free of empty strings", all),),
     "stop_token_ids": (_NOT_NEGATIVE,),
     "logprobs": at_least(0),
+    "logprobs_mode": one_of(*(mode.value for mode in LogprobsMode)),
     "prompt_logprobs": at_least(0),
 }
 
@@ -94,6 +109,7 @@ _NOT_OF_BEAMS = {
     "frequency_penalty": 0.0,
     "best_of": None,
     "stop": (),
+    "logprobs_mode": LogprobsMode.RAW.value,
 }
 # Likewise of the rest that a model may have a default for, lengths apart.
 _NEUTRAL = {
@@ -118,7 +134,8 @@ class SamplingParams:
     added, then come repetition_penalty, frequency_penalty and presence_penalty; what min_tokens,
     suppress_tokens, bad_words_ids and allowed_token_ids rule out is never chosen, whatever the rest
     does. Then filters apply in the order temperature, top_k, top_p, min_p; a tie at a filter's edge
-    is kept whole. Log-probabilities are reported as the model has them.
+    is kept whole. Log-probabilities are reported as the model has them, unless logprobs_mode says
+    otherwise.
 
     Attributes:
       max_tokens: most tokens to generate, >= 1; None is the model's default (no limit), as far as
@@ -172,6 +189,12 @@ class SamplingParams:
       stop_token_ids: tokens that end a sample beside the model's own; they are kept in token_ids.
       ignore_eos: whether to go on after the model's end-of-sequence tokens.
       logprobs: how many likeliest tokens to report with each token; None reports none.
+      logprobs_mode: what the log-probabilities of generated tokens are of. "raw": the model's
+        logits. "temperature": these as penalties, biases and forbidden tokens change them, divided
+        by temperature, or by 1 where it is 0. "filters": of these, what top_k, top_p and min_p
+        leave, scaled to add up to 1; greedy sampling has none. What cannot be drawn is not among
+        the likeliest. cumulative_logprob, best_of, and prompt_logprobs are of the model's logits
+        in any case, and beam search has no other mode.
       prompt_logprobs: how many likeliest tokens to report at each place of the prompt, beside the
         log-probability of the token that is there; None reports none. All of the prompt is
         computed for it, also what other requests left in the prefix cache.
@@ -204,6 +227,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprobs_mode: str = LogprobsMode.RAW.value
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
 

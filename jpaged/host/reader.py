@@ -68,7 +68,8 @@ class StepReader:
             grown[request.request_id] = request
             if _is_sound(request, logprob):
                 likeliest = outcome.likeliest[slot] if outcome.likeliest else {}
-                self._take_token(sample, token, logprob, likeliest)
+                reported = outcome.reported.get(slot, logprob)
+                self._take_token(sample, token, logprob, reported, likeliest)
                 num_taken += 1
             else:
                 self._fail(sample, self.not_finite([sample]))
@@ -131,12 +132,17 @@ class StepReader:
         return True
 
     def _take_token(
-        self, sample: Sequence, token: int, logprob: float, likeliest: Mapping[int, float]
+        self,
+        sample: Sequence,
+        token: int,
+        logprob: float,
+        reported: float,
+        likeliest: Mapping[int, float],
     ) -> None:
         try:
             if (wanted := sample.request.params.logprobs) is not None:
                 kept = itertools.islice(likeliest.items(), wanted)
-                sample.logprobs.append({token: logprob, **dict(kept)})
+                sample.logprobs.append({token: reported, **dict(kept)})
             sample.receive(token, logprob)
             reason = self.stop_reason(sample)
         except BaseException as e:

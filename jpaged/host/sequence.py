@@ -13,7 +13,7 @@ import numpy as np
 from jpaged.host.growth.base import Growth
 from jpaged.host.growth.sampling import Sampling
 from jpaged.host.logits_processors import LogitsProcessors, Processing
-from jpaged.host.params import SamplingParams
+from jpaged.host.params import LogprobsMode, SamplingParams
 from jpaged.host.scored import ScoredTokens
 from jpaged.host.step import Draw
 from jpaged.host.swap import SwappedGroup
@@ -241,6 +241,7 @@ def _draw_of(request: Request, sample_index: int) -> Draw:
         request.seed,
         sample_index,
         params.logprobs or 0,
+        LogprobsMode.RAW.value if params.logprobs is None else params.logprobs_mode,
     )
 
 

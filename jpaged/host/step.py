@@ -8,6 +8,7 @@ import typing
 from collections.abc import Sequence
 
 from jpaged.host.logits_processors import Processing
+from jpaged.host.params import LogprobsMode
 
 
 class Row(typing.NamedTuple):
@@ -38,6 +39,7 @@ class Draw(typing.NamedTuple):
       seed: of the request.
       sample_index: of the sequence, as each draws with other random bits.
       num_logprobs: likeliest tokens to report with each token.
+      logprobs_mode: what their log-probabilities are of; "raw" where none are wanted.
     """
 
     temperature: float
@@ -47,6 +49,7 @@ class Draw(typing.NamedTuple):
     seed: int
     sample_index: int
     num_logprobs: int
+    logprobs_mode: str = LogprobsMode.RAW.value
 
 
 class Sample(typing.NamedTuple):

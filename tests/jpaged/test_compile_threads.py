@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """First steps compiled while weights are read: found when they are called; faults and Ctrl-C."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -25,10 +26,10 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0)
 PROMPT = json.loads((CASE / "expected.json").read_text())["prompts"][0][:12]
 
 
-def load(path=CASE, **config):
+def load(path=CASE, params=(), **config):
     config = EngineConfig(**SETTINGS | config)
     files = ModelFiles.of(path, config)
-    return Engine.load(files, config, lambda: compile_ahead(config, files, STEPS))
+    return Engine.load(files, config, lambda: compile_ahead(config, files, STEPS, 0, params))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,14 @@ def test_what_was_compiled_ahead_is_what_steps_call(expected):
     assert engine.stats().num_compilations == 3
     assert engine._runner.programs.num_compiled_here == 0
     assert engine.stats().totals.compile_s > 0
+
+
+def test_log_probabilities_of_other_modes_are_compiled_ahead_too(expected):
+    params = dataclasses.replace(GREEDY, logprobs=1, logprobs_mode="filters")
+    engine = load(params=[params], scan_layers=True)
+    assert token_ids(engine.generate([PROMPT], params)) == expected
+    assert engine.stats().num_compilations == 4
+    assert engine._runner.programs.num_compiled_here == 0
 
 
 def test_a_strict_engine_compiles_all_of_its_steps_so(expected):

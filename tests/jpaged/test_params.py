@@ -53,6 +53,7 @@ REFUSED = [
     ("seed", 2**32, "in [0, 2**32), or None"),
     ("stop", ("end", ""), "free of empty strings"),
     ("logprobs", -1, "at least 0, or None"),
+    ("logprobs_mode", "processed", "'raw', 'temperature' or 'filters'"),
     ("prompt_logprobs", -1, "at least 0, or None"),
     ("best_of", 0, "at least n=1, or None"),
     ("beam_width", 0, "at least n=1, or None"),

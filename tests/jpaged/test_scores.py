@@ -25,10 +25,15 @@ ROUNDING = 5e-3
 ONE_SHAPE = {"deterministic": True, "page_size": 4, "max_model_len": 64}
 
 
-def dense_logprobs(tokens, config=TINY):
+def dense_logits(tokens, config=TINY):
     """f64[num_tokens, vocab_size] of a model without pages."""
-    padded = jnp.zeros((1, 64), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
-    logits = np.asarray(_dense(config)(padded)[0, : len(tokens)], np.float64)
+    padded = jnp.zeros((1, 80), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
+    return np.asarray(_dense(config)(padded)[0, : len(tokens)], np.float64)
+
+
+def dense_logprobs(tokens, config=TINY):
+    """Likewise."""
+    logits = dense_logits(tokens, config)
     peak = logits.max(axis=-1, keepdims=True)
     return logits - peak - np.log(np.exp(logits - peak).sum(axis=-1, keepdims=True))
 
@@ -107,6 +112,26 @@ def test_a_windows_pages_go_while_tokens_are_scored():
     for score, completion in zip(engine.score(PROMPT, completions), completions, strict=True):
         hold(score, PROMPT, completion, config)
     engine.check_invariants()
+
+
+@pytest.mark.parametrize("settings", [{}, {"reservation": "max"}, {"max_num_batched_tokens": 9}])
+def test_what_is_scored_may_have_one_token_more_than_the_model_sees(settings):
+    """As many inputs as max_model_len, as lm-evaluation-harness's windows have."""
+    engine = tiny_engine(
+        max_num_seqs=2, num_pages=40, **ONE_SHAPE | {"deterministic": False} | settings
+    )
+    prompt, completion = prompts_of([51, 14], seed=6)
+    (score,) = engine.score(prompt, [completion])
+    hold(score, prompt, completion)
+    (score,) = engine.score(prompt[:1], [prompt[1:] + completion])
+    hold(score, prompt[:1], prompt[1:] + completion)
+    engine.check_invariants()
+    with pytest.raises(
+        ValueError, match=r"a prompt of 65 tokens leaves no room .* max_model_len=64"
+    ):
+        engine.score([*prompt, 1], [completion])
+    with pytest.raises(ValueError, match="a prompt of 64 tokens leaves no room"):
+        engine.generate([[1] * 64])
 
 
 def test_a_prompt_is_computed_once():
@@ -234,7 +259,7 @@ def test_damaged_weights_fail_what_is_scored():
         ([1, 2], [[97, 1]], r"request '0': token id 97 is outside the vocabulary"),
         ([1, 2], ["a"], r"prompt=\[1, 2\] and completion='a' must be two strings or two lists"),
         ("a", ["b"], r"the model has no tokenizer\.json"),
-        ([1] * 60, [[1] * 6], r"66|65"),
+        ([1] * 60, [[1] * 6], r"a prompt of 65 tokens leaves no room"),
     ],
 )
 def test_refusals(prompt, completions, message):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +36,7 @@ class Outcome(typing.NamedTuple):
       candidates: per search its continuations, best first.
       scores: per scored token its log-probability, NaN where the logits were not finite, and
         `{token_id: log-probability}` of the likeliest ones.
+      reported: by sample, what its token's log-probability is by a mode that is not raw.
     """
 
     tokens: Sequence[int]
@@ -42,6 +44,7 @@ class Outcome(typing.NamedTuple):
     likeliest: Sequence[Mapping[int, float]] | None
     candidates: Sequence[Sequence[Candidate]]
     scores: Sequence[tuple[float, Mapping[int, float]]] = ()
+    reported: Mapping[int, float] = types.MappingProxyType({})
 
 
 class Selection(typing.NamedTuple):
