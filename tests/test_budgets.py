@@ -32,7 +32,8 @@ MAX_FOLDER_LINES = {
     "jpaged/planning": 700,
     # Records of runs and their page, lines of JSON, metrics.
     "jpaged/telemetry": 850,
-    "jpaged/simulation": 1500,
+    # Latency tails.
+    "jpaged/simulation": 1550,
     # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
     # perplexity through pages.
     "jpaged/measure": 1200,
