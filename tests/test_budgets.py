@@ -21,8 +21,8 @@ MAX_FOLDER_LINES = {
     "jpaged": 4200,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from; and
     # tokens that are scored, not drawn, and sequences that resume from tokens. Pages on disk: their
-    # files, and which are worth it.
-    "jpaged/host": 7050,
+    # files, and which are worth it. Priorities, victims, and room to the end.
+    "jpaged/host": 7150,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read. What pages depend on, as a digest.

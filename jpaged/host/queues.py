@@ -18,6 +18,7 @@ class Queues:
       waiting: hold none, in their order; but first come those that others of their request wait
         for, which run.
       draining: scheduled for the last time in the step before.
+      num_changes: how often other sequences ran than before.
 
     Invariants:
       - Running and waiting ones are in order (`Sequence.order`): by priority, of one priority
@@ -31,6 +32,7 @@ class Queues:
         self.running: list[Sequence] = []
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.draining: list[Sequence] = []
+        self.num_changes = 0
 
     def group(self, index: int) -> list[Sequence]:
         """The running sequences of a request, of which the first is at `index`."""
@@ -75,12 +77,14 @@ class Queues:
 
     def start(self, seqs: SequenceOf[Sequence]) -> None:
         """Has sequences run that do not wait, where their order says."""
+        self.num_changes += 1
         for seq in seqs:
             _insert(self.running, seq)
             seq.status = Status.RUNNING
 
     def stop(self, seqs: SequenceOf[Sequence]) -> None:
         """Has sequences of a request that run wait where their order says."""
+        self.num_changes += 1
         for seq in seqs:
             self.running.remove(seq)
             seq.status = Status.WAITING
@@ -92,12 +96,14 @@ class Queues:
 
     def drain(self, seq: Sequence) -> None:
         """Takes a sequence whose last step was scheduled off those that run."""
+        self.num_changes += 1
         self.running.remove(seq)
         self.draining.append(seq)
         seq.status = Status.DRAINING
 
     def replace(self, before: SequenceOf[Sequence], after: SequenceOf[Sequence]) -> None:
         """Puts sequences where others of their request stand, with the status of the first."""
+        self.num_changes += 1
         status = before[0].status
         if status is Status.RUNNING:
             at = self.running.index(before[0])
@@ -114,6 +120,7 @@ class Queues:
 
     def remove(self, seq: Sequence) -> None:
         """Takes a sequence off the queue that it is in, if it is in one."""
+        self.num_changes += 1
         queues = {Status.RUNNING: self.running, Status.WAITING: self.waiting}
         queue = queues.get(seq.status, self.draining)
         if queue is not self.draining or seq in queue:

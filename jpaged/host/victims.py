@@ -42,15 +42,13 @@ def choose_victim(losses: SequenceOf[Loss]) -> int:
       Its index.
     """
     last = max(loss.priority for loss in losses)
-    best = -1
-    for index, loss in enumerate(losses):
-        if loss.priority < last or not loss.num_freed:
-            continue
+    best = next(index for index, loss in enumerate(losses) if loss.priority == last)
+    for index in range(best + 1, len(losses)):
+        loss, least = losses[index], losses[best]
         # Products, not quotients: equal ones must be equal.
-        gain = loss.num_freed * losses[best].num_lost - losses[best].num_freed * loss.num_lost
-        if best < 0 or gain >= 0:
+        if loss.num_freed * least.num_lost >= least.num_freed * loss.num_lost:
             best = index
-    return best if best >= 0 else len(losses) - 1
+    return best
 
 
 def loss_of(table: PageTable, group: SequenceOf[Sequence]) -> Loss:
