@@ -212,7 +212,7 @@ class Request:
         self.processors: LogitsProcessors | None = None
         self.scored: ScoredTokens | None = None
         self.num_forks = 0
-        self.order = (params.priority, 0, 0)
+        self.order: tuple[int, int, int] = (params.priority, 0, 0)
         assert params.max_tokens is not None, "not resolved"
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         first = Sequence(self, 0, self.max_total_tokens)
