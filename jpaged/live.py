@@ -114,8 +114,7 @@ class LiveRequests:
         results = self.pipeline.results
         texts = [results.forked_text(source, child.sequences[0]) for child in children]
         with self.change:
-            # Each is put right behind the parent.
-            for child, text in zip(reversed(children), reversed(texts), strict=True):
+            for child, text in zip(children, texts, strict=True):
                 results.add_text(child.sequences[0], text)
                 scheduler.fork(parent, child)
                 self.by_id[child.request_id] = child

@@ -102,6 +102,10 @@ SAMPLING_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
             "With --output=json, report each token of the prompt, and this many likeliest ones.",
         ),
         "skip_special_tokens": (_BOOL, "Leave the tokenizer's special tokens out of the text."),
+        "priority": (
+            _WHOLE,
+            "Prompts with a lower one are served first; what is said of a prompt in a file counts.",
+        ),
     }
 )
 

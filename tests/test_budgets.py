@@ -21,8 +21,8 @@ MAX_FOLDER_LINES = {
     "jpaged": 4250,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from; and
     # tokens that are scored, not drawn, and sequences that resume from tokens. Pages on disk: their
-    # files, and which are worth it.
-    "jpaged/host": 7050,
+    # files, and which are worth it. Priorities, victims, and room to the end.
+    "jpaged/host": 7200,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read. What pages depend on, as a digest.
@@ -37,7 +37,8 @@ MAX_FOLDER_LINES = {
     "jpaged/planning": 700,
     # Records of runs and their page, lines of JSON, metrics.
     "jpaged/telemetry": 850,
-    "jpaged/simulation": 1500,
+    # Latency tails.
+    "jpaged/simulation": 1550,
     # Profiles: a window of steps, the trace read back, kinds of kernels, the floor, the page; and
     # perplexity through pages.
     "jpaged/measure": 1200,

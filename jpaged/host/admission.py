@@ -4,6 +4,7 @@
 import bisect
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 from jpaged.host.groups import most_pages
@@ -137,6 +138,23 @@ def _pages_alone(
     return total
 
 
+def peak_pages(lengths: Iterable[tuple[int, int]], page_size: int) -> int:
+    """Pages that sequences hold at most, together, until all have ended.
+
+    Args:
+      lengths: of each the tokens that it has and those at its end. Each grows by one a step, and
+        holds nothing once it has ended.
+      page_size: tokens a page holds.
+    """
+    most = held = 0
+    by_end = sorted(lengths, key=lambda own: own[0] - own[1])
+    for count, (now, end) in enumerate(by_end, 1):
+        # Before this one ends, those are there that have as many to go or more.
+        held += now
+        most = max(most, held + count * (end - now + page_size - 1))
+    return most // page_size
+
+
 def _last_usable(seq: Sequence) -> int:
     """How many tokens of a sequence may be found, not computed."""
     usable = seq.num_known_tokens - 1
@@ -164,6 +182,8 @@ class Admission:
         self._space = space
         self._queues = queues
         self._prompts = prompts
+        # For whom, and beside whom, there was found to be no room to the end.
+        self._no_room: tuple[Sequence, int] | None = None
 
     def start(self, step: StepBuilder) -> list[Sequence]:
         """Has the first waiting sequence run, with all that were swapped to host memory with it.
@@ -192,7 +212,8 @@ class Admission:
         if config.reservation == "max":
             needed = -(-config.max_model_len // size) * table.num_groups
         else:
-            root, free = seq.request.cache_root, pool.num_free_pages - self._spare_pages(seq)
+            spare = self._spare_pages(seq)
+            root, free = seq.request.cache_root, pool.num_free_pages - spare
             if root is not None:
                 # What was computed beside known pages has them only once it is written, and those
                 # that wait for this one are not planned again before it starts.
@@ -213,7 +234,9 @@ class Admission:
                     if waits or needed > free or not step.addressed.isdisjoint(last):
                         held = found.usable_tokens(held // size * size)
                         pages = found.pages(held)
-            needed = self._pages_needed(total, held, pages) + self._spare_pages(seq)
+            needed = self._pages_needed(total, held, pages)
+            if needed + spare > pool.num_free_pages and not self._has_room_to_the_end(seq, needed):
+                return []
         if needed > pool.num_free_pages:
             return []
         if self._prompts is not None:
@@ -294,6 +317,27 @@ class Admission:
 
     def _have_places(self, request: Request, count: int) -> bool:
         return self._queues.num_free_places() >= self._queues.places_needed(request, count)
+
+    def _has_room_to_the_end(self, seq: Sequence, needed: int) -> bool:
+        """Whether a sequence can start without pages to spare, as those that run leave them free.
+
+        That is so where all have pages up to their `max_tokens`, as far as that is plain: not with
+        windows, or samples and beams that are still to come.
+        """
+        table, queues, state = self._table, self._queues, (seq, self._queues.num_changes)
+        if needed > table.pool.num_free_pages or self._no_room == state:
+            return False
+        seqs = [*queues.running, seq]
+        if all(k.window is None for k in table.kinds) and all(s.request.is_single for s in seqs):
+            # The newest token of those that run has no cell yet, and the last one needs none.
+            lengths = (
+                (s.num_tokens - (s.num_inflight_tokens > 0), s.max_total_tokens - 1) for s in seqs
+            )
+            peak = peak_pages(lengths, table.page_size) * table.num_groups
+            if peak <= table.pool.num_usable_pages:
+                return True
+        self._no_room = state
+        return False
 
     def _spare_pages(self, seq: Sequence) -> int:
         """Pages to leave free: two for each that runs to grow into, as far as the pool can spare.

@@ -99,6 +99,7 @@ _RULES = {
     "logprobs": at_least(0),
     "logprobs_mode": one_of(*(mode.value for mode in LogprobsMode)),
     "prompt_logprobs": at_least(0),
+    "priority": (Rule("in [-2**63, 2**63)", lambda priority: -(2**63) <= priority < 2**63),),
 }
 
 # What a search for beams does not look at, with the values that say nothing.
@@ -200,6 +201,9 @@ class SamplingParams:
         computed for it, also what other requests left in the prefix cache.
       skip_special_tokens: whether the tokenizer's special tokens are left out of the text; the
         token that ends a sample is left out in any case.
+      priority: requests with a lower one are served first, as in vLLM, in [-2**63, 2**63); those
+        with equal ones as they came. It decides who waits, starts and keeps its pages, never what
+        an answer is.
     """
 
     max_tokens: int | None = None
@@ -230,6 +234,7 @@ class SamplingParams:
     logprobs_mode: str = LogprobsMode.RAW.value
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    priority: int = 0
 
     def __post_init__(self):
         if isinstance(self.stop, str):

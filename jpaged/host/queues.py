@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sequences run, wait and drain, in order of age."""
+"""Which sequences run, wait and drain, in order of priority and age."""
 
+import bisect
 import collections
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, MutableSequence
 from collections.abc import Sequence as SequenceOf
 
 from jpaged.host.sequence import Request, Sequence, Status
@@ -12,13 +14,15 @@ class Queues:
     """The sequences of a scheduler, and the places that they take.
 
     Attributes:
-      running: hold pages and are scheduled, oldest request first.
-      waiting: hold none, oldest first.
+      running: hold pages and are scheduled, in their order.
+      waiting: hold none, in their order; but first come those that others of their request wait
+        for, which run.
       draining: scheduled for the last time in the step before.
+      num_changes: how often other sequences ran than before.
 
     Invariants:
-      - Every running sequence is older than every waiting one.
-      - The running sequences of a request stand side by side.
+      - Running and waiting ones are in order (`Sequence.order`): by priority, of one priority
+        oldest first. So the running sequences of a request stand side by side.
       - Running sequences number at most max_num_seqs.
     """
 
@@ -28,6 +32,7 @@ class Queues:
         self.running: list[Sequence] = []
         self.waiting: collections.deque[Sequence] = collections.deque()
         self.draining: list[Sequence] = []
+        self.num_changes = 0
 
     def group(self, index: int) -> list[Sequence]:
         """The running sequences of a request, of which the first is at `index`."""
@@ -40,8 +45,8 @@ class Queues:
             end += 1
         return running[index:end]
 
-    def youngest(self) -> list[Sequence]:
-        """The running sequences of the youngest request."""
+    def last(self) -> list[Sequence]:
+        """The running sequences of the request that is last in order."""
         first = len(self.running) - 1
         while first and self.running[first - 1].request is self.running[first].request:
             first -= 1
@@ -66,37 +71,39 @@ class Queues:
             return count
         return 0 if any(seq.request is request for seq in self.running) else reserved
 
-    def queue(self, seq: Sequence, behind: Sequence) -> None:
-        """Has a sequence wait behind another that waits, or as the next if that one does not."""
-        if behind.status is Status.WAITING:
-            self.waiting.insert(self.waiting.index(behind) + 1, seq)
-            return
-        # Behind those that wait for others of their request, which run already.
-        last = self.running[-1].request if self.running else None
-        self.waiting.insert(sum(other.request is last for other in self.waiting), seq)
+    def queue(self, seq: Sequence) -> None:
+        """Has a sequence wait where its order says."""
+        _insert(self.waiting, seq, self._num_awaited())
 
-    def start(self, seqs: SequenceOf[Sequence], behind: Sequence | None = None) -> None:
-        """Has sequences run, right behind another; None puts them at the end."""
-        at = len(self.running) if behind is None else self.running.index(behind) + 1
-        self.running[at:at] = seqs
+    def start(self, seqs: SequenceOf[Sequence]) -> None:
+        """Has sequences run that do not wait, where their order says."""
+        self.num_changes += 1
         for seq in seqs:
+            _insert(self.running, seq)
             seq.status = Status.RUNNING
 
     def stop(self, seqs: SequenceOf[Sequence]) -> None:
-        """Has running sequences wait before all others, in this order."""
+        """Has sequences of a request that run wait where their order says."""
+        self.num_changes += 1
         for seq in seqs:
             self.running.remove(seq)
             seq.status = Status.WAITING
-        self.waiting.extendleft(reversed(seqs))
+        again = list(seqs)
+        while self.waiting and self.waiting[0].request is seqs[0].request:
+            again.append(self.waiting.popleft())  # which nobody who runs waits for any more
+        for seq in again:
+            self.queue(seq)
 
     def drain(self, seq: Sequence) -> None:
         """Takes a sequence whose last step was scheduled off those that run."""
+        self.num_changes += 1
         self.running.remove(seq)
         self.draining.append(seq)
         seq.status = Status.DRAINING
 
     def replace(self, before: SequenceOf[Sequence], after: SequenceOf[Sequence]) -> None:
         """Puts sequences where others of their request stand, with the status of the first."""
+        self.num_changes += 1
         status = before[0].status
         if status is Status.RUNNING:
             at = self.running.index(before[0])
@@ -113,6 +120,7 @@ class Queues:
 
     def remove(self, seq: Sequence) -> None:
         """Takes a sequence off the queue that it is in, if it is in one."""
+        self.num_changes += 1
         queues = {Status.RUNNING: self.running, Status.WAITING: self.waiting}
         queue = queues.get(seq.status, self.draining)
         if queue is not self.draining or seq in queue:
@@ -127,9 +135,29 @@ class Queues:
         """Raises AssertionError if a queue has what does not belong there; for tests."""
         assert len(self.running) <= self.max_num_seqs
         assert all(seq.status is Status.RUNNING for seq in self.running)
+        assert all(seq.status is Status.WAITING for seq in self.waiting)
         assert all(seq.table_id is None for seq in self.waiting)
-        seen: list[Request] = []
-        for seq in self.running:
-            if not seen or seen[-1] is not seq.request:
-                assert seq.request not in seen, "sequences of a request stand apart"
-                seen.append(seq.request)
+        behind = list(self.waiting)[self._num_awaited() :]
+        for queue in (self.running, behind):
+            orders = [seq.order for seq in queue]
+            assert orders == sorted(set(orders)), "sequences are out of order"
+
+    def _num_awaited(self) -> int:
+        """How many wait, before all others, that sequences which run cannot go on without."""
+        if not self.waiting or self.waiting[0].request.growth.num_rows == 1:
+            return 0
+        request = self.waiting[0].request
+        if all(seq.status is not Status.RUNNING for seq in request.sequences):
+            return 0
+        return sum(seq.request is request for seq in self.waiting)
+
+
+_order = operator.attrgetter("order")
+
+
+def _insert(queue: MutableSequence[Sequence], seq: Sequence, start: int = 0) -> None:
+    """Puts a sequence among others that are in order, from one on."""
+    if len(queue) == start or queue[-1].order < seq.order:
+        queue.append(seq)  # as most are who come
+    else:
+        bisect.insort(queue, seq, start, key=_order)

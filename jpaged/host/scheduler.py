@@ -22,20 +22,21 @@ from jpaged.host.queues import Queues
 from jpaged.host.sequence import Request, Sequence, Status
 from jpaged.host.step_builder import ScheduledStep, StepBuilder
 from jpaged.host.swap import SwapSpace
+from jpaged.host.victims import victims_of
 
 logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """First come, first served, with continuous batching, chunked prefill and preemption.
+    """First come, first served, by priority, with chunked prefill and preemption.
 
-    Running sequences go first, oldest first, each with all the tokens it lacks or as many as the
-    budget allows; what is left of the budget admits waiting ones. When pages run out, the youngest
-    request is preempted, all its sequences together: they give their pages back and wait at the
-    head of the queue, to find them in the prefix cache, get them back from host memory, or compute
-    them again. The oldest can therefore always go on, and since a request that does not fit the
-    empty pool is refused when it is added, everything ends. A request that is alone loses its
-    youngest sample only.
+    Running sequences go first, in order (`Sequence.order`), each with all the tokens it lacks or as
+    many as the budget allows; what is left of the budget admits waiting ones. When pages run out, a
+    request is preempted, all its sequences together (`jpaged.host.victims`): they give their pages
+    back and wait where their order says, to find them in the prefix cache, get them back from host
+    memory, or compute them again. The first in order always goes on, nobody overtakes who waits,
+    and a request that does not fit the empty pool is refused when it is added: so everything ends.
+    A request that is alone loses its last sample only.
 
     What else there is to know of a request is its `growth`: whether its sequences are computed all
     in one step, or none, and whether they wait for the host.
@@ -53,6 +54,7 @@ class Scheduler:
         # Called with sequences of a request that lost their pages, who needs them, and how.
         self.on_preempt: Callable[[SequenceOf[Sequence], Request, Preemption], object] | None = None
         self._queues = Queues(config.max_num_seqs)
+        self._num_added = 0
         self._admission = Admission(
             config, table, self.cache, self.swap_space, self._queues, prompts
         )
@@ -87,8 +89,12 @@ class Scheduler:
           salt: requests with equal ones share the pages of equal prefixes.
         """
         self._set_root(request, salt)
-        # One that resumes may have several, some of which have ended.
-        self._queues.waiting += [s for s in request.sequences if s.status is Status.WAITING]
+        self._num_added += 1
+        request.order = request.params.priority, self._num_added, 0
+        for seq in request.sequences:
+            # One that resumes may have several, some of which have ended.
+            if seq.status is Status.WAITING:
+                self._queues.queue(seq)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Starts a request where another is, with the tokens of its only sequence.
@@ -99,16 +105,18 @@ class Scheduler:
             pages of the parent, but computes the last token again, for what comes after it.
         """
         (source,), (seq,) = parent.sequences, child.sequences
+        self._num_added += 1
+        child.order = child.params.priority, parent.order[1], self._num_added
         child.cache_root = self.cache.use_root(parent.cache_root)
         if source.status is not Status.RUNNING or not self._queues.num_free_places():
-            self._queues.queue(seq, source)
+            self._queues.queue(seq)
             return
         assert source.table_id is not None
         held = min(source.num_computed_tokens, seq.num_known_tokens - 1)
         seq.table_id = self.table.fork(source.table_id, held)
         seq.num_computed_tokens = held
         seq.num_addressed_pages = min(source.num_addressed_pages, held // self.table.page_size)
-        self._queues.start([seq], source)
+        self._queues.start([seq])
 
     def schedule(self) -> ScheduledStep:
         """Plans the next step and assigns its pages; without sequences it has nothing to do."""
@@ -193,7 +201,7 @@ class Scheduler:
                 self._queues.drain(seq)
 
     def _plan_running(self, step: StepBuilder) -> int:
-        """Plans all that run, oldest first, and preempts where pages lack.
+        """Plans all that run, in order, and preempts where pages lack.
 
         Returns:
           How many more tokens the step can compute.
@@ -223,7 +231,8 @@ class Scheduler:
                 for each in group:
                     self._release_unseen(each)
             if self._pages_needed(group, tokens) > pool.num_free_pages:
-                self._preempt_for(group, step)
+                victims = victims_of(self._queues, self.table, index)
+                self._preempt(victims, seq.request, step)
                 continue
             budget -= sum(tokens)
             index += self._plan(step, group, tokens)
@@ -285,7 +294,7 @@ class Scheduler:
         )
 
     def _admit(self, step: StepBuilder, budget: int) -> None:
-        """Starts waiting sequences, oldest first, while tokens, places and pages last."""
+        """Starts waiting sequences, in order, while tokens, places and pages last."""
         queues = self._queues
         while queues.waiting and budget:
             if step.num_extra_places and not self._has_room_for(step, queues.waiting[0]):
@@ -294,7 +303,7 @@ class Scheduler:
             if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
                 first = queues.running.index(group[0]) - group[0].sample_index
-                together = queues.running[first:]
+                together = queues.group(first)
                 group = group if any(map(step.has_row, together)) else together
             tokens = self._tokens_of(step, group, budget) if group else None
             if tokens is None or self._pages_needed(group, tokens) > self.table.pool.num_free_pages:
@@ -349,13 +358,13 @@ class Scheduler:
             child.table_id = self.table.fork(parent.table_id)
             step.add_sample(child, row)
             children.append(child)
-        self._queues.start(children, parent)
+        self._queues.start(children)
         left, parent.num_pending_forks = parent.num_pending_forks - forks, 0
         if left:
             child = parent.request.fork_sequence(parent)
             child.num_computed_tokens = child.num_addressed_pages = 0
             child.num_pending_forks = left - 1
-            self._queues.waiting.appendleft(child)
+            self._queues.queue(child)
         return forks
 
     def _set_root(self, request: Request, salt: object) -> None:
@@ -367,17 +376,8 @@ class Scheduler:
             # Its sequences find each other's pages again after a preemption.
             request.cache_root = self.cache.private_root()
 
-    def _preempt_for(self, group: SequenceOf[Sequence], step: StepBuilder) -> None:
-        """Preempts the youngest request, or its youngest sample if there is no other request."""
-        victims = self._queues.youngest()
-        if victims[0] is self._queues.running[0]:
-            growth = victims[0].request.growth
-            assert not growth.reserved_places, "what does not fit the pool was admitted"
-            victims = victims[-1:]
-        self._preempt(victims, group[0].request, step)
-
     def _preempt(self, victims: list[Sequence], wanted_by: Request, step: StepBuilder) -> None:
-        """Takes the pages of sequences that run, side by side and last; logs what it costs."""
+        """Takes the pages of sequences of a request, none in the step; logs what it costs."""
         # What this step swaps in cannot be swapped out before.
         way = "recompute" if step.swap_ins else self.config.preemption
         choice, copies = take_pages(way, self.config.costs, self.table, self.swap_space, victims)

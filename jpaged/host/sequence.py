@@ -106,6 +106,11 @@ class Sequence:
         self.text = ""
 
     @property
+    def order(self) -> tuple[int, int, int, int]:
+        """Whose turn it is before others: the least. Of a request that has been added."""
+        return *self.request.order, self.sample_index
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the sequence, those that only the device knows included."""
         return len(self.token_ids) + self.num_inflight_tokens
@@ -177,6 +182,7 @@ class Request:
       processors: what changes its logits before a token is chosen, or None.
       scored: given tokens whose log-probabilities it wants, or None.
       num_forks: requests that were forked from it so far.
+      order: its priority, the age of what it was forked from, and its own; the scheduler sets it.
       arrival_s, first_token_s: `time.perf_counter()` readings; the second is None before it.
     """
 
@@ -206,6 +212,7 @@ class Request:
         self.processors: LogitsProcessors | None = None
         self.scored: ScoredTokens | None = None
         self.num_forks = 0
+        self.order: tuple[int, int, int] = (params.priority, 0, 0)
         assert params.max_tokens is not None, "not resolved"
         self.max_total_tokens = min(len(prompt_token_ids) + params.max_tokens, max_model_len)
         first = Sequence(self, 0, self.max_total_tokens)

@@ -55,14 +55,15 @@ def asked_for(
       input_sha256: of the input.
       num_rows: that it has.
       model: directory or file.
-      params: of rows that say nothing else; what is neutral is left out.
+      params: of rows that say nothing else; what is neutral is left out, and priority, on which no
+        byte depends.
       options: of the chat template.
       seed: of the job.
     """
     asked = {
         field.name: value
         for field in dataclasses.fields(SamplingParams)
-        if (value := getattr(params, field.name)) != field.default
+        if (value := getattr(params, field.name)) != field.default and field.name != "priority"
     }
     return _as_read(
         {

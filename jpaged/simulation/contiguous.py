@@ -32,11 +32,12 @@ def reserved_slots(policy: str, num_prompt: int, num_output: int, max_model_len:
 class _Reservation:
     """A request that runs, the block that it has, and how far it is."""
 
-    __slots__ = ("block", "left", "live", "num_slots", "number", "unused")
+    __slots__ = ("block", "left", "live", "num_output", "num_slots", "number", "unused")
 
     def __init__(self, number: int, item: Item, block: int, num_slots: int):
         self.number, self.block, self.num_slots = number, block, num_slots
-        self.live, self.left = len(item.prompt_token_ids), item.num_output_tokens
+        self.live = len(item.prompt_token_ids)
+        self.num_output = self.left = item.num_output_tokens
         self.unused = num_slots - self.live - self.left
 
 
@@ -101,6 +102,7 @@ class ContiguousSimulator:
 
     def step(self) -> StepWork:
         """Ends what the step before completed, starts what can start, and computes a step."""
+        started = tuple(o.number for o in self._running if o.left == o.num_output - 1)
         ended = [own for own in self._running if not own.left]
         for own in ended:
             self.allocator.free(own.block)
@@ -113,7 +115,7 @@ class ContiguousSimulator:
             own.left -= 1
         num_seqs, live = len(self._running), sum(own.live for own in self._running)
         finished = tuple(own.number for own in ended)
-        return StepWork(num_seqs, num_tokens, live, 0, self._memory(live), finished)
+        return StepWork(num_seqs, num_tokens, live, 0, self._memory(live), finished, started)
 
     def _admit(self, budget: int) -> int:
         """Starts waiting requests. Returns: how many tokens their prompts have."""

@@ -40,6 +40,7 @@ class StepWork:
       num_swapped_pages: pages copied to or from host memory before, as pages of all layers.
       memory: while it runs.
       finished: requests that the step before ended, by their number in order of `add`.
+      started: requests that the step before gave their first token, likewise.
       num_samples: tokens that are drawn.
     """
 
@@ -49,6 +50,7 @@ class StepWork:
     num_swapped_pages: int
     memory: Memory
     finished: tuple[int, ...] = ()
+    started: tuple[int, ...] = ()
     num_samples: int = dataclasses.field(default=0, compare=False)
 
 

@@ -138,8 +138,10 @@ class PagedSimulator:
                 self.totals.record_swaps(plan)
         # Sequences that end below have their pages while the step runs.
         memory, plan = self._memory(), step.plan
-        finished: list[int] = []
+        finished, started = list[int](), dict[int, None]()
         if previous is not None:
+            new = [s.request for s in previous.samples if s.request.first_token_s is None]
+            started = dict.fromkeys(int(request.request_id) for request in new)
             indices = [sample.sample_index for sample in previous.samples]
             outcome = Outcome(indices, [0.0] * len(indices), None, ())
             grown = StepReader(self.scheduler, (), self.totals).take(previous, outcome)
@@ -151,6 +153,7 @@ class PagedSimulator:
             num_swapped_pages=self._num_swapped_pages(plan),
             memory=memory,
             finished=tuple(finished),
+            started=tuple(started),
             num_samples=plan.num_samples,
         )
 

@@ -16,7 +16,7 @@ from jpaged.host.preemption import PreemptionCosts
 from jpaged.host.stats import EngineStats
 from jpaged.simulation import paper
 from jpaged.simulation.contiguous import CONTIGUOUS_POLICIES, ContiguousSimulator
-from jpaged.simulation.costs import CostModel, Memory
+from jpaged.simulation.costs import CostModel, Memory, StepWork
 from jpaged.simulation.layers import ONE_KIND, LayerGroups
 from jpaged.simulation.paged import PagedSimulator
 from jpaged.simulation.report import Trace
@@ -45,6 +45,8 @@ class Serving:
       recomputed_share: share of the computed tokens that preemptions had computed again.
       requests_per_s: requests that ended.
       latency_s_per_token: from arrival to end by output tokens, mean over all that ended.
+      time_to_first_token_s: from arrival, `p50`, `p90` and `p99` over all that ended.
+      time_per_output_token_s: of those after the first, likewise over all that had more than one.
       preemptions, swapped_pages: in all.
       simulated_s: what the whole took.
     """
@@ -58,6 +60,8 @@ class Serving:
     recomputed_share: float
     requests_per_s: float
     latency_s_per_token: float
+    time_to_first_token_s: dict[str, float]
+    time_per_output_token_s: dict[str, float]
     preemptions: int
     swapped_pages: int
     simulated_s: float
@@ -103,7 +107,7 @@ def simulate(
     Raises:
       ValueError: if a request could never run.
     """
-    clock, next_item, num_ended, num_swapped, latencies = 0.0, 0, 0, 0, []
+    clock, next_item, num_ended, num_swapped, times = 0.0, 0, 0, 0, _Times(items)
     opened, closed, to_the_end = False, False, False
     window: dict[str, float] = collections.defaultdict(float)
     with tqdm.tqdm(
@@ -118,9 +122,7 @@ def simulate(
             if isinstance(simulator, PagedSimulator):
                 simulator.clock_s = clock
             work = simulator.step()
-            for number in work.finished:
-                item = items[number]
-                latencies.append((clock - item.arrival_s) / item.num_output_tokens)
+            times.take(work, clock)
             num_ended += len(work.finished)
             bar.update(len(work.finished))
             num_swapped += work.num_swapped_pages
@@ -149,11 +151,41 @@ def simulate(
         hit_rate=stats.hit_rate if stats else 0.0,
         recomputed_share=stats.recomputed_share if stats else 0.0,
         requests_per_s=window["ended"] / span,
-        latency_s_per_token=float(np.mean(latencies)) if latencies else math.nan,
+        latency_s_per_token=float(np.mean(times.latencies)) if times.latencies else math.nan,
+        time_to_first_token_s=_percentiles(times.to_first_token),
+        time_per_output_token_s=_percentiles(times.per_output_token),
         preemptions=simulator.num_preemptions,
         swapped_pages=num_swapped,
         simulated_s=clock,
     )
+
+
+class _Times:
+    """What requests waited, in seconds; see `Serving`."""
+
+    def __init__(self, items: Sequence[Item]):
+        """Nobody has waited yet."""
+        self.latencies: list[float] = []
+        self.to_first_token: list[float] = []
+        self.per_output_token: list[float] = []
+        self._items = items
+        self._started: dict[int, float] = {}
+
+    def take(self, work: StepWork, now: float) -> None:
+        """Notes who has had the first or last token by now."""
+        for number in work.started:
+            self._started[number] = now
+        for number in work.finished:
+            item, first = self._items[number], self._started.pop(number)
+            self.latencies.append((now - item.arrival_s) / item.num_output_tokens)
+            self.to_first_token.append(first - item.arrival_s)
+            if item.num_output_tokens > 1:
+                self.per_output_token.append((now - first) / (item.num_output_tokens - 1))
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    found = np.percentile(values, (50, 90, 99)).tolist() if values else [math.nan] * 3
+    return dict(zip(("p50", "p90", "p99"), found, strict=True))
 
 
 def serve(

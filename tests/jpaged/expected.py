@@ -16,6 +16,7 @@ class Job:
       family: jobs of one family have the same prompts, as far as these go.
       beam_width: searches with beams instead of drawing samples.
       early_stopping, length_penalty: of the search.
+      priority: as in `SamplingParams`; no token depends on it.
     """
 
     prompt_len: int
@@ -28,6 +29,7 @@ class Job:
     beam_width: int | None = None
     early_stopping: bool | str = False
     length_penalty: float = 1.0
+    priority: int = 0
 
 
 def first_seen(window, position):

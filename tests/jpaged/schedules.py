@@ -2,6 +2,7 @@
 """Schedulers without a device, what is asked of them, and their steps as text."""
 
 from jpaged.host.admission import SchedulerConfig, check_fits
+from jpaged.host.groups import ONE_GROUP
 from jpaged.host.growth import growth_of
 from jpaged.host.page_pool import PagePool
 from jpaged.host.page_table import PageTable
@@ -10,12 +11,13 @@ from jpaged.host.scheduler import Scheduler
 from jpaged.host.sequence import Request, Status
 
 
-def make_scheduler(num_usable_pages=32, page_size=4, **config):
+def make_scheduler(num_usable_pages=32, page_size=4, kinds=ONE_GROUP, **config):
     defaults = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "max_model_len": 32}
     defaults |= {"prefix_cache": False}
     config = SchedulerConfig(**(defaults | config))
     pages_per_seq = -(-config.max_model_len // page_size)
-    return Scheduler(config, PageTable(PagePool(num_usable_pages + 1), page_size, pages_per_seq))
+    pool = PagePool(num_usable_pages + 1)
+    return Scheduler(config, PageTable(pool, page_size, pages_per_seq, kinds))
 
 
 def add(scheduler, request_id, prompt_len, max_tokens=8, first=0, **params):

@@ -8,6 +8,7 @@ that memory, so a wrong page, a lost copy or a cell of another sequence changes 
 """
 
 import collections
+import math
 
 import pytest
 
@@ -63,9 +64,8 @@ class Simulation:
         self.previous_tokens = []
         self.aborted = set()
         self.added = []
-        self.started = []
         self.num_copies = self.num_forked_rows = self.num_steps = self.num_hits = 0
-        self.num_swapped = self.num_extended = 0
+        self.num_swapped = self.num_extended = self.num_middle = 0
 
     def make_request(self, request_id, job):
         prompt = prompt_of((job.family, job.prompt_len))
@@ -75,6 +75,7 @@ class Simulation:
             beam_width=job.beam_width,
             early_stopping=job.early_stopping,
             length_penalty=job.length_penalty,
+            priority=job.priority,
         ).resolve()
         most = self.config.max_model_len
         growth = growth_of(params, prompt, min(job.max_tokens, most - len(prompt)), (BEAM_STOP,))
@@ -99,8 +100,9 @@ class Simulation:
         return f"{self.jobs}, {pages}, {self.kinds}, {self.decode_steps} steps, {self.config}"
 
     def run(self):
-        # The oldest sequence computes a token or more in every step, from when it is the oldest.
-        limit = sum(
+        # The first in order computes a token or more in every step. Whoever comes before it, by
+        # priority, may have it begin anew.
+        limit = len({job.priority for job in self.jobs} | {0}) * sum(
             max(job.n, 2 * (job.beam_width or 0)) * (job.prompt_len + job.max_tokens + 2)
             + job.arrival
             + 1
@@ -132,9 +134,8 @@ class Simulation:
         """`Engine.step`: dispatches steps, then reads the samples of those before."""
         previous, self.inflight = self.inflight, None
         if self.scheduler.has_work:
-            oldest = min(
-                (seq for seq in self.live() if not self.is_last(seq)), key=self.age, default=None
-            )
+            first = self.first()
+            statuses = {seq: seq.status for seq in self.live()}
             computed = {
                 seq: seq.num_computed_tokens
                 for seq in self.live()
@@ -147,9 +148,10 @@ class Simulation:
                 # Beams whose last step has not been read are all that there is to do.
                 assert previous is not None and previous[0][0].searchers
                 assert self.scheduler.num_running, "nobody waits for an idle device"
-            elif oldest is not None and not (oldest.request.growth.chooser and previous):
-                assert rows[0][0].request is oldest.request, "the oldest must always go on"
+            elif first is not None and not (first.request.growth.chooser and previous):
+                assert first.request in {seq.request for seq, _ in rows}, "the first must go on"
             self.check_plan(step, computed)
+            self.check_order(step, statuses)
             steps = [step]
             while rows and len(steps) < self.decode_steps and can_burst(step):
                 computed = {seq: seq.num_computed_tokens for seq in self.live()}
@@ -258,7 +260,6 @@ class Simulation:
         """
         self.num_steps += 1
         self.check_budgets(step)
-        self.check_order(step)
         for row in step.plan.rows.each():
             seq = self.seq_of(row)
             assert row.table_id == seq.table_id
@@ -283,19 +284,45 @@ class Simulation:
             assert {seqs[row] for row in plan.samples.rows} == set(seqs)
             assert {*running} <= {*step.samples}
 
-    def check_order(self, step):
+    def check_order(self, step, before):
+        """Nobody overtakes, and who is preempted is of the last priority, and not the first.
+
+        Args:
+          step: planned by `schedule`.
+          before: the statuses of all sequences before it.
+        """
+        ran = {seq for seq, status in before.items() if status is Status.RUNNING}
+        waited = {seq for seq, status in before.items() if status is Status.WAITING}
+        waiting = {seq for seq in self.live() if seq.status is Status.WAITING}
+        started, lost = waited - waiting, ran & waiting
+        # Beams that came back one by one, before others, as those that are there wait for them.
+        apart = {seq.request for seq in started if seq.request.growth.num_rows > 1}
         seqs = [self.seq_of(row) for row in step.plan.rows.each()]
-        for seq in seqs:
-            if seq.request not in self.started:
-                self.started.append(seq.request)
-                before = self.added[: self.added.index(seq.request)]
-                late = [r for r in before if r not in self.started and r not in self.aborted]
-                assert not late, "started before an earlier request"
-        assert seqs == sorted(seqs, key=self.age)
-        running = [self.age(seq) for seq in self.live() if seq.status is Status.RUNNING]
-        waiting = [self.age(seq) for seq in self.live() if seq.status is Status.WAITING]
-        if running and waiting:
-            assert max(running) < min(waiting), "preempted an older one, or admitted a younger one"
+        for part in (ran, started):
+            own = [seq for seq in seqs if seq in part and seq.request not in apart]
+            assert own == sorted(own, key=self.age)
+        for seq in started:
+            if seq.request not in apart:
+                assert self.age(seq) < min(map(self.age, waiting), default=(math.inf,)), "overtook"
+        first = min(ran, key=self.age, default=None)
+        kept = [self.age(seq)[0] for seq in ran - lost if seq.request is not first.request]
+        for seq in lost:
+            assert seq not in seqs, "what is in the step lost its pages"
+            if seq.request is first.request:
+                assert seq is not first and not kept, "preempted the first of several"
+            assert seq.request is first.request or self.age(seq)[0] >= max(kept, default=-math.inf)
+        self.num_middle += bool(lost) and min(map(self.age, lost)) < max(map(self.age, ran - lost))
+
+    def first(self):
+        """Who must go on: the first in order of those that run, or of all if none does."""
+        live = [seq for seq in self.live() if not self.is_last(seq)]
+        running = [seq for seq in live if seq.status is Status.RUNNING]
+        first = min(running or live, key=self.age, default=None)
+        if first is not None and first.request.growth.num_rows > 1:
+            # It may wait for beams that wait for pages, which others have.
+            if {seq.status for seq in first.request.sequences} > {Status.RUNNING}:
+                return None
+        return first
 
     def check_memory(self):
         """Whoever holds pages finds its own tokens there, in order, scheduled or not."""
@@ -385,7 +412,7 @@ class Simulation:
         ]
 
     def age(self, seq):
-        return self.added.index(seq.request), seq.sample_index
+        return seq.request.params.priority, self.added.index(seq.request), seq.sample_index
 
     def stop_of(self, seq):
         stops = self.jobs[int(seq.request.request_id)].stops

@@ -4,9 +4,12 @@
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jpaged.host.admission import RequestTooLongError
-from tests.jpaged.schedules import add, make_scheduler, read
+from jpaged.host.admission import RequestTooLongError, peak_pages
+from jpaged.host.sequence import Status
+from tests.jpaged.schedules import add, make_scheduler, plan, read
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
@@ -94,3 +97,81 @@ def test_budgets_below_one_are_refused(budget):
 def test_an_unknown_reservation_is_refused():
     with pytest.raises(ValueError, match=re.escape("reservation='none' must be 'paged' or 'max'")):
         make_scheduler(reservation="none")
+
+
+def peak_by_steps(lengths, page_size):
+    """The most pages of any step, each counted as it is."""
+    most, lengths = 0, list(lengths)
+    while lengths:
+        most = max(most, sum(-(-now // page_size) for now, _ in lengths))
+        lengths = [(now + 1, end) for now, end in lengths if now < end]
+    return most
+
+
+class TestPeak:
+    @pytest.mark.parametrize(
+        ("lengths", "peak"),
+        [
+            ([], 0),
+            ([(7, 7)], 7),
+            ([(1, 10)], 10),
+            # 4 + 6 steps later than 9 + 1: together they have 12 at most, the first alone has 10.
+            ([(4, 10), (9, 10)], 15),
+            ([(1, 10), (9, 10)], 12),
+            ([(1, 20), (9, 10)], 20),
+        ],
+    )
+    def test_by_hand(self, lengths, peak):
+        assert peak_pages(lengths, 1) == peak_by_steps(lengths, 1) == peak
+
+    @given(
+        st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), max_size=12), st.integers(1, 9)
+    )
+    def test_is_never_less_than_the_steps_take_and_hardly_more(self, lengths, page_size):
+        lengths = [(now, now + more) for now, more in lengths]
+        peak, steps = peak_pages(lengths, page_size), peak_by_steps(lengths, page_size)
+        assert steps <= peak <= steps + len(lengths)
+        if page_size == 1:
+            assert peak == steps
+
+
+class TestRoomToTheEnd:
+    """Pages of a token; 100 // 16 = 6 are left free for others to grow into, two for each."""
+
+    def started(self, growing, **params):
+        """Whether one of 9 tokens and one more starts beside three that have 90 after a step."""
+        scheduler = make_scheduler(100, page_size=1, max_num_batched_tokens=500, max_model_len=100)
+        for name, num_tokens in zip("abc", (30, 30, 27), strict=True):
+            add(scheduler, name, num_tokens, max_tokens=growing, **params)
+        assert plan(scheduler.schedule()) == "a:30 b:30 c:27"
+        last = add(scheduler, "last", 9, max_tokens=1)
+        scheduler.schedule()
+        scheduler.check_invariants()
+        return last.status is not Status.WAITING
+
+    def test_who_can_grow_no_more_leaves_pages_to_others(self):
+        # The second step has 90 + 9 of 100 pages: those that run end with it.
+        assert self.started(growing=2)
+
+    def test_who_can_does_not(self):
+        assert not self.started(growing=20)
+
+    def test_samples_to_come_are_not_foreseen(self):
+        assert not self.started(growing=2, logprobs=None, n=1, beam_width=1)
+
+    def test_it_is_asked_again_when_one_has_ended(self):
+        scheduler = make_scheduler(
+            100, page_size=1, max_num_batched_tokens=500, max_model_len=100, max_num_seqs=8
+        )
+        first = add(scheduler, "a", 1, max_tokens=30)
+        for name, num_tokens in zip("bcde", (22, 22, 22, 20), strict=True):
+            add(scheduler, name, num_tokens, max_tokens=3)
+        read(scheduler.schedule())
+        add(scheduler, "last", 5, max_tokens=3)
+        # 92 pages are used, 97 would be, and 103 a step later.
+        step = scheduler.schedule()
+        assert plan(step) == "a:1 b:1 c:1 d:1 e:1"
+        read(step)
+        scheduler.finish(first, "stop")
+        # 94 are used, by those that end with this step. Of the 6 that are free 5 are taken.
+        assert plan(scheduler.schedule()) == "b:1 c:1 d:1 e:1 last:5"

@@ -198,8 +198,9 @@ class TestFields:
             if made is not None:
                 taken.append((name, value))
         assert tried >= 300
-        # That a negative one is a number like others.
-        assert taken in ([], [("length_penalty", -1)])
+        # Of these a negative one is a number like others.
+        assert {name for name, _ in taken} <= {"length_penalty", "priority"}
+        assert all(-(2**63) <= value < 0 for _, value in taken)
 
     @pytest.mark.parametrize("cls", [SamplingParams, EngineConfig])
     def test_none_is_the_default_of_every_field(self, cls):

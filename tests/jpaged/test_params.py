@@ -60,6 +60,8 @@ REFUSED = [
     ("length_penalty", math.inf, "finite"),
     ("length_penalty", math.nan, "finite"),
     ("early_stopping", "always", "False, True or 'never'"),
+    ("priority", 2**63, "in [-2**63, 2**63)"),
+    ("priority", -(2**63) - 1, "in [-2**63, 2**63)"),
 ]
 
 OPTIONAL = (
@@ -90,6 +92,8 @@ ACCEPTED = [
     ("length_penalty", -2.0),
     ("early_stopping", True),
     ("early_stopping", "never"),
+    ("priority", -(2**63)),
+    ("priority", 2**63 - 1),
 ]
 
 

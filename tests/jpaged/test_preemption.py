@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that are preempted or interrupted come to the same end."""
 
+import dataclasses
 import logging
 import pkgutil
 
@@ -57,6 +58,25 @@ class TestPreemption:
             engine = tiny_engine(**EXACT, num_pages=16, preemption="swap")
             outputs = engine.generate([CROWD_PROMPTS[i] for i in order], [CROWD[i] for i in order])
             assert everything(outputs) == [roomy[i] for i in order]
+
+    @pytest.mark.parametrize("mode", MODES[:2], ids=["recompute", "swap"])
+    @pytest.mark.parametrize(
+        "priorities", [[6, 5, 4, 3, 2, 1, 0], [0, 1, 0, -1, 1, 0, -1]], ids=str
+    )
+    def test_any_priorities(self, mode, priorities, roomy):
+        engine = tiny_engine(**EXACT, num_pages=16, **mode)
+        crowd = [
+            dataclasses.replace(params, priority=priority)
+            for params, priority in zip(CROWD, priorities, strict=True)
+        ]
+        ended = []
+        outputs = engine.generate(
+            CROWD_PROMPTS, crowd, on_output=lambda index, _: ended.append(priorities[index])
+        )
+        assert everything(outputs) == roomy
+        assert engine.stats().totals.num_preemptions > 0
+        # Nobody is last who would be first.
+        assert ended[-1] == max(priorities) and ended[0] == min(priorities)
 
     def test_each_preemption_says_who_why_which_way_and_what_it_costs(self, caplog):
         engine = tiny_engine(

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small schedules, worked out by hand."""
 
+import types
+
 import pytest
 
+from jpaged.host.queues import Queues
 from jpaged.host.sequence import Status
 from jpaged.host.step_builder import StepBuilder
 from tests.jpaged.schedules import add, make_scheduler, plan, read, sampled, sources
@@ -197,6 +200,58 @@ def test_a_preempted_sequence_goes_before_those_that_have_not_started():
     assert scheduler.num_waiting == 2
     scheduler.finish(first, "stop")
     assert plan(scheduler.schedule()) == "b:5 c:1"
+
+
+def test_lower_priorities_go_first_and_equal_ones_as_they_came():
+    scheduler = make_scheduler(max_num_seqs=2)
+    for request_id, priority in (("a", 0), ("b", 3), ("c", -2), ("d", 3), ("e", 0), ("f", -2)):
+        add(scheduler, request_id, 1, max_tokens=1, priority=priority)
+    assert [plan(scheduler.schedule()) for _ in range(3)] == ["c:1 f:1", "a:1 e:1", "b:1 d:1"]
+
+
+def test_the_first_in_order_takes_the_tokens_of_a_step_first():
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    add(scheduler, "a", 6)
+    add(scheduler, "b", 9)
+    assert [plan(scheduler.schedule()) for _ in range(2)] == ["a:4", "a:2 b:2"]
+    add(scheduler, "urgent", 9, priority=-1)
+    assert plan(scheduler.schedule()) == "a:1 b:3"  # those that run go on
+    scheduler.schedule()
+    step = scheduler.schedule()
+    assert plan(step) == "a:1 b:1 urgent:2"
+    assert plan(scheduler.schedule()) == "urgent:4"
+    assert plan(scheduler.schedule()) == "urgent:3 a:1"
+
+
+def test_preemption_takes_a_later_priority_before_a_later_arrival():
+    scheduler = make_scheduler(num_usable_pages=6, page_size=2)
+    later = add(scheduler, "later", 3, max_tokens=6, priority=1)
+    first = add(scheduler, "first", 3, max_tokens=6, priority=-1)
+    second = add(scheduler, "second", 3, max_tokens=6)
+    for _ in range(2):
+        read(scheduler.schedule())
+    assert plan(scheduler.schedule()) == "first:1 second:1"
+    assert [seq.status for seq in (later, first, second)] == [
+        Status.WAITING, Status.RUNNING, Status.RUNNING,
+    ]  # fmt: skip
+
+
+def test_an_urgent_request_waits_for_beams_that_others_wait_for():
+    """Of two beams one runs and the other has no page: who came between would have them stuck."""
+    scheduler, queues = make_scheduler(), Queues(4)
+    first = add(scheduler, "beams", 5)
+    second = first.request.fork_sequence(first)
+    first.request.growth = types.SimpleNamespace(num_rows=2, reserved_places=2)
+    urgent = add(scheduler, "urgent", 1, priority=-9)
+    queues.start([first])
+    queues.queue(second)
+    queues.queue(urgent)
+    assert list(queues.waiting) == [second, urgent]
+    queues.check_invariants()
+    # When both of them wait, nobody waits for them any more.
+    queues.stop([first])
+    assert list(queues.waiting) == [urgent, first, second]
+    queues.check_invariants()
 
 
 def test_what_is_swapped_in_takes_no_page_that_a_copy_of_the_step_reads():

@@ -28,7 +28,7 @@ def mixes(draw, reservation="paged", kinds=(ONE_GROUP,)):
     max_num_batched_tokens = draw(st.integers(1, 20))
     most_samples = 8 if reservation == "paged" else 1
     most_beams = min(max_num_seqs, max_num_batched_tokens, 3) if reservation == "paged" else 0
-    jobs = []
+    jobs, mixed = [], draw(st.booleans())
     for index in range(draw(st.integers(1, 7))):
         n = draw(st.integers(1, 3) | st.integers(1, most_samples)) if most_samples > 1 else 1
         beam_width = draw(st.none() | st.integers(1, most_beams)) if most_beams else None
@@ -44,6 +44,7 @@ def mixes(draw, reservation="paged", kinds=(ONE_GROUP,)):
                 beam_width=beam_width,
                 early_stopping=draw(st.sampled_from([False, True, "never"])),
                 length_penalty=draw(st.sampled_from([1.0, 0.0, 2.0, -0.5])),
+                priority=draw(st.just(0) | st.integers(-1, 2)) if mixed else 0,
             )
         )
     # The last token of a sample needs no cell; beams share the full pages of the prompt.

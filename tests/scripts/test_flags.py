@@ -60,7 +60,7 @@ def parse():
 INTEGERS = [
     "max_tokens", "top_k", "n", "best_of", "beam_width", "seed", "stop_token_ids", "logprobs",
     "page_size", "num_pages", "max_num_seqs", "max_num_batched_tokens", "max_model_len",
-    "swap_bytes",
+    "swap_bytes", "priority",
 ]  # fmt: skip
 FLOATS = [
     "temperature", "top_p", "min_p", "length_penalty", "memory_fraction", "swap_bytes_per_s",
@@ -79,12 +79,14 @@ def test_each_wrong_value_of_each_flag_is_refused_by_name(parse):
     wrong |= {name: [*NO_NUMBERS, "nan", "inf", "-inf", "1e400"] for name in FLOATS}
     wrong |= {name: ["", "2", "maybe", "None", "1.0", "\udcff"] for name in BOOLS}
     wrong |= {name: ["", "2", "None", "TEXT ", "\udcff"] for name in CHOICES}
-    for name in set(INTEGERS) - {"stop_token_ids", "top_k", "seed", "logprobs", "swap_bytes"}:
+    others = {"stop_token_ids", "top_k", "seed", "logprobs", "swap_bytes", "priority"}
+    for name in set(INTEGERS) - others:
         wrong[name] += ["0", "-1", "-" + "9" * 30]
     for name in ("top_k", "seed"):
         wrong[name] += ["-1", str(2**32), "9" * 30]
     wrong["logprobs"] += ["-1"]
     wrong["swap_bytes"] += ["-1"]
+    wrong["priority"] += [str(2**63), "-" + "9" * 30]
     wrong["temperature"] += ["-1", "-1e-9"]
     wrong["top_p"] += ["0", "-0.1", "1.01"]
     wrong["min_p"] += ["-0.1", "1.01"]

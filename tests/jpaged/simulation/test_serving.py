@@ -58,6 +58,12 @@ class TestSimulate:
         assert (ran.mean_running, ran.saturated) == pytest.approx((1, 1))
         assert ran.mean_step_s == pytest.approx(window / 2)
         assert ran.latency_s_per_token == pytest.approx((window / 2 + sum(steps)) / 2)
+        # The first has its tokens after a step and two, the second its only one after three.
+        first, second = steps[0], sum(steps)
+        found = {"p50": (first + second) / 2, "p90": first + 0.9 * (second - first)}
+        found["p99"] = first + 0.99 * (second - first)
+        assert ran.time_to_first_token_s == pytest.approx(found)
+        assert ran.time_per_output_token_s == pytest.approx(dict.fromkeys(found, steps[1]))
         assert ran.simulated_s == pytest.approx(sum(steps))
         assert (ran.preemptions, ran.swapped_pages, ran.requests_per_s) == (0, 0, 0)
 
@@ -67,6 +73,7 @@ class TestSimulate:
         # Two steps for both: 7 tokens, then 9, in 3 pages of 4.
         steps = 15 / 8 + 1, 17 / 8 + 1
         assert ran.simulated_s == pytest.approx(sum(steps))
+        assert set(ran.time_per_output_token_s) == {"p50", "p90", "p99"}
         assert ran.mean_running == pytest.approx(2)
         live = (7 * steps[0] + 9 * steps[1]) / (32 * sum(steps))
         assert ran.memory["live"] == pytest.approx(live)

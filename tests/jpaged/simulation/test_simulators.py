@@ -46,14 +46,15 @@ class TestContiguousSimulator:
             sim.add(item(num_prompt, num_output))
         # The first has 5 slots in a block of 8. The second needs 16; the third waits behind it.
         assert sim.step() == StepWork(1, 3, 3, 0, Memory(3, 2, 0, 3 + 8, 0))
-        assert sim.step() == StepWork(1, 1, 4, 0, Memory(4, 1, 0, 3 + 8, 0))
+        assert sim.step() == StepWork(1, 1, 4, 0, Memory(4, 1, 0, 3 + 8, 0), (), (0,))
         assert sim.num_waiting == 2
         assert sim.step() == StepWork(1, 5, 5, 0, Memory(5, 4, 0, 7, 0), (0,))
-        assert [sim.step().num_tokens for _ in range(3)] == [1, 1, 1]
+        works = [sim.step() for _ in range(3)]
+        assert [(work.num_tokens, work.started) for work in works] == [(1, (1,)), (1, ()), (1, ())]
         # Nobody waits any more: what is free is idle.
         assert sim.step() == StepWork(1, 2, 2, 0, Memory(2, 1, 0, 1, 12), (1,))
         assert sim.has_unfinished_requests
-        assert sim.step() == StepWork(0, 0, 0, 0, Memory(0, 0, 0, 0, 16), (2,))
+        assert sim.step() == StepWork(0, 0, 0, 0, Memory(0, 0, 0, 0, 16), (2,), (2,))
         assert not sim.has_unfinished_requests
 
     def test_what_is_never_filled_is_internal(self):
@@ -95,7 +96,7 @@ class TestPagedSimulator:
         sim = PagedSimulator(config(), num_pages=6, page_size=4)
         sim.add(item(5, 3))
         assert sim.step() == StepWork(1, 5, 5, 0, Memory(5, 0, 3, 0, 12))
-        assert sim.step() == StepWork(1, 1, 6, 0, Memory(6, 0, 2, 0, 12))
+        assert sim.step() == StepWork(1, 1, 6, 0, Memory(6, 0, 2, 0, 12), (), (0,))
         assert sim.step() == StepWork(1, 1, 7, 0, Memory(7, 0, 1, 0, 12))
         last = sim.step()
         assert (last.num_seqs, last.finished) == (0, (0,))
