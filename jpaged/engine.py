@@ -269,8 +269,8 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
         Args:
           request_id: a live request with one sample.
           k: how many.
-          params: for the forks; None takes those of the request. `max_tokens` counts from the end
-            of the prompt, and a seed is varied from fork to fork.
+          params: for the forks, priority and all; None takes those of the request. `max_tokens`
+            counts from the end of the prompt, and a seed is varied from fork to fork.
           stream: as in `add_request`.
 
         Returns:

@@ -49,6 +49,7 @@ from jpaged.models.gguf_file import GgufFile
 from jpaged.models.gguf_model import GgufWeights
 from jpaged.models.host_arrays import aligned, reuse_freed_memory
 from jpaged.models.json_fields import shown
+from jpaged.models.merged import split_shapes
 from jpaged.models.param_trees import insert, parent_of
 from jpaged.models.paths import is_address, path_of, resolved
 from jpaged.models.safetensors_weights import SafetensorsWeights
@@ -235,8 +236,8 @@ def check_params(config: ModelConfig, params: Any) -> None:
 
     Args:
       config: the model's shape.
-      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`;
-        `kv_scales` may be beside it.
+      params: held against the parameter tree of `Decoder(config)`, stacked where it has `layers`,
+        and merged where `merge_projections` did so; `kv_scales` may be beside it.
         NumPy's and jax's arrays of floating point numbers are parameters; float64 too, for it is
         cast.
 
@@ -273,7 +274,7 @@ def check_params(config: ModelConfig, params: Any) -> None:
                 f"params: kv_scales has shape {list(scales.shape)}, expected "
                 f"[{config.num_layers}, 2]: of each layer's keys and values"
             )
-    stacked, found = found, _unstacked(found, config)
+    stacked, found = found, split_shapes(_unstacked(found, config), config)
     check_size("params", config, found, asking="model_config")
     check_tensors("params", wanted_shapes(config, {}), found, asking="model_config")
     for path, leaf in stacked.items():

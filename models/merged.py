@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projections of the same tokens as one product, for devices where each short kernel costs."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+
+from jpaged.models.config import ModelConfig
 
 # What `layers.Attention` and `layers.GatedMlp` take instead of a projection each.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -34,3 +39,38 @@ def merge_projections(params: Any) -> Any:
             if leaf in trees[0]:
                 merged[leaf] = jnp.concatenate([tree.pop(leaf) for tree in trees], axis)
     return params
+
+
+def split_shapes(found: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """What merged weights were before: shapes and dtypes of each.
+
+    Args:
+      found: arrays by path, of layers that are not stacked, merged or not.
+      config: the model's.
+
+    Returns:
+      `found`, with what `merge_projections` would make of it in its place; what has another shape
+      stays, as does what was not merged.
+    """
+    split: dict[str, Any] = {}
+    for path, leaf in found.items():
+        match = re.fullmatch(rf"(layers_(\d+)/\w+/)({'|'.join(MERGED)})/(weight|bias)", path)
+        sizes = _sizes(match[3], config, int(match[2])) if match else ()
+        if match is None or not leaf.ndim or leaf.shape[0] != sum(sizes):
+            split[path] = leaf
+            continue
+        for name, size in zip(MERGED[match[3]], sizes, strict=True):
+            shape = (size, *leaf.shape[1:])
+            split[f"{match[1]}{name}/{match[4]}"] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    return split
+
+
+def _sizes(name: str, config: ModelConfig, index: int) -> tuple[int, ...]:
+    """Features of each part of a merged weight of a layer; none where there is no such layer."""
+    if index >= config.num_layers:
+        return ()
+    layer = config.layer(index)
+    if name == "gate_up_proj":
+        return 2 * (layer.mlp.intermediate_size,)
+    own = layer.attention
+    return tuple(n * own.head_dim for n in (own.num_q_heads, own.num_kv_heads, own.num_kv_heads))

@@ -18,7 +18,6 @@ pool has room for one conversation of the longest length. Layers are scanned ove
 answer sooner; on a CPU, long answers are quicker with --noscan_layers.
 """
 
-from jpaged.models.sources import opened
 from jpaged.scripts import interrupts
 
 if __name__ == "__main__":
@@ -37,6 +36,7 @@ from jpaged.chat import ChatOptions
 from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.config import EngineConfig
 from jpaged.host.stats import Counters
+from jpaged.models.sources import opened
 from jpaged.placement import ModelFiles, compile_ahead
 from jpaged.scripts.conversations import (
     chat_options_from_flags,

@@ -27,7 +27,6 @@ ended with an error with 1, standard output that cannot be written with 74, one 
 with 141.
 """
 
-from jpaged.jobs.settings import with_fallbacks
 from jpaged.scripts import interrupts
 
 if __name__ == "__main__":
@@ -50,6 +49,7 @@ from jpaged.host.config import EngineConfig
 from jpaged.host.outputs import GenerationInterrupted
 from jpaged.host.stats import EngineStats
 from jpaged.host.viewer import PoolSnapshot, draw
+from jpaged.jobs.settings import with_fallbacks
 from jpaged.placement import ModelFiles, compile_ahead, files_of
 from jpaged.scripts.conversations import (
     chat_options_from_flags,

@@ -33,7 +33,8 @@ def choose_victim(losses: SequenceOf[Loss]) -> int:
 
     Of those that are served last by priority, the one that frees most pages for each page of tokens
     lost; of equal ones the last, which has come last. Where all layers see everything, all are
-    equal: who shares pages frees less and loses less.
+    equal that free a page: who shares pages frees less and loses less. A fork that has none of its
+    own frees nothing.
 
     Args:
       losses: of the requests, in the order in which they are served; at least one.
@@ -88,8 +89,8 @@ def victims_of(queues: Queues, table: PageTable, index: int) -> list[Sequence]:
     if last[0] is running[0]:
         assert not running[0].request.growth.reserved_places, "what does not fit was admitted"
         return last[-1:]
-    if all(kind.window is None for kind in table.kinds):
-        return last
+    if all(kind.window is None for kind in table.kinds) and loss_of(table, last).num_freed:
+        return last  # as it would be chosen
     groups: list[list[Sequence]] = []
     start = index or len(queues.group(0))
     while start < len(running):

@@ -58,7 +58,8 @@ class JpagedModelHandler(ModelHandler):
             Beam makes smaller ones where a bundle ends.
           max_batch_size: elements of a batch at most; None takes four times as many.
           max_batch_duration_secs: in streams, how long elements wait to be a batch.
-          env_vars: set in workers before the model is loaded, such as JAX_PLATFORMS.
+          env_vars: set in workers before the model is loaded, such as XLA_FLAGS; what jax reads
+            when it is imported, as JAX_PLATFORMS, must be in the workers' own environment.
           **settings: see `ServerSettings`: model, config, params, options, seed.
 
         Raises:

@@ -78,7 +78,7 @@ class Predictor:
         Raises:
           TypeError: if the batch has another format than batch_format="pyarrow".
           ValueError: if a column is missing, or there is one called as that of records is.
-          EngineFailedError: if the engine fails; Ray takes the actor for failed then.
+          EngineFailedError: if the engine fails; the job ends then, unless Ray is told otherwise.
         """
         import pyarrow  # pyright: ignore[reportMissingImports]
 

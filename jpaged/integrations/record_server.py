@@ -106,8 +106,13 @@ class RecordServer:
 
         Raises:
           EngineFailedError: if the engine fails meanwhile, or is closed.
+          ValueError: if there are not as many ids as rows.
         """
         own_ids = [""] * len(rows) if ids is None else ids
+        if len(own_ids) != len(rows):
+            raise ValueError(
+                f"ids has {len(own_ids)} names for {len(rows)} rows; give one for each"
+            )
         results = self._thread.run(list(map(self._row, rows, own_ids)))
         return [encode_record(self._maker.record(r)).decode().rstrip("\n") for r in results]
 

@@ -231,21 +231,21 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> None
     figures.add("figures", prefill_tokens_per_s=rate)
     # One step a dispatch: of a loop that is a part of a CUDA graph, a trace has some turns only.
     engine = Engine(size.model, weights, dataclasses.replace(config, decode_steps=1))
-    del weights
 
-    def traced(name: str, work: Workload, start: str) -> dict[str, Any]:
-        profile = ProfileConfig(
-            directory=str(directory / f"profile_{name}"), steps=size.profile_steps, start=start
-        )
-        found = measure(engine, work, params, clock, profile=profile)["profile"]
-        print(draw(found), flush=True)
+    def traced(name: str, work: Workload, start: str) -> dict[str, Any] | None:
+        where, steps = str(directory / f"profile_{name}"), size.profile_steps
+        profile = ProfileConfig(directory=where, steps=steps, start=start)
+        if found := measure(engine, work, params, clock, profile=profile)["profile"]:
+            print(draw(found), flush=True)
         return found
 
     for rows in size.rows:
-        found = traced(str(rows), workload(rows, size.prompt_len, size.output_len), "decode")
+        work = workload(rows, size.prompt_len, size.output_len)
+        if not (found := traced(str(rows), work, "decode")):
+            continue
         floor, device = found["floor"], found["device"]
-        of_rows = {"floor_us": floor["step_us"], "device_busy_us": device["busy_us"]}
-        of_rows["step_over_floor"] = step_us[rows] / floor["step_us"]
+        of_rows = dict(floor_us=floor["step_us"], device_busy_us=device["busy_us"])
+        of_rows |= dict(step_over_floor=step_us[rows] / floor["step_us"])
         of_rows |= {f"{each}_per_step": device[each] for each in ("programs", "kernels")}
         figures.add("figures", **{f"{name}_{rows}": value for name, value in of_rows.items()})
         rates = ("copy_bytes_per_s", "product_flops_per_s")

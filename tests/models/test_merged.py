@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jpaged import Engine, EngineConfig, SamplingParams
 from jpaged.models.decoder import Decoder, stack_layers
 from jpaged.models.merged import merge_projections
 from tests.jpaged.tiny import TINY
@@ -84,3 +85,43 @@ def test_weights_that_nobody_else_holds_are_not_there_twice():
     held = params["layers_0"]["attention"]["q_proj"]
     merge_projections(params)
     assert held == {} and "q_proj" not in params["layers_0"]["attention"]
+
+
+class TestAnEngineThatMerges:
+    """As on a GPU, whose platform is all that is pretended."""
+
+    @pytest.fixture(autouse=True)
+    def _merges(self, monkeypatch):
+        monkeypatch.setattr("jpaged.placement.merges_projections", lambda platform: True)
+
+    def test_loads_a_model_and_draws_the_same(self, monkeypatch):
+        config = EngineConfig(num_pages=40, max_model_len=128, max_num_seqs=2, strict_shapes=True)
+        engine = Engine.load("demo", config)
+        prompts = ["Once upon a time", "The dog"]
+        params = SamplingParams(max_tokens=12, temperature=0)
+        attention = engine._runner.params["layers_0"]["attention"]
+        assert "qkv_proj" in attention and "q_proj" not in attention
+        got = engine.generate(prompts, params)
+        assert engine.stats().num_unplanned_compilations == 0  # what was compiled ahead is called
+        monkeypatch.undo()
+        want = Engine.load("demo", config).generate(prompts, params)
+        assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in want]
+
+    @pytest.mark.parametrize("stacked", [False, True])
+    def test_takes_weights_that_are_merged_already(self, stacked):
+        _, params = random_params(biased(TINY))
+        params = merge_projections(stack_layers(params, TINY) if stacked else params)
+        Engine(biased(TINY), params, EngineConfig(num_pages=9, max_model_len=32))
+
+    def test_leaves_the_callers_tree_as_it_is(self):
+        _, params = random_params(TINY)
+        before = jax.tree.structure(params)
+        Engine(TINY, params, EngineConfig(num_pages=9, max_model_len=32))
+        assert jax.tree.structure(params) == before
+
+    def test_refuses_merged_weights_of_another_size(self):
+        _, params = random_params(TINY)
+        params = merge_projections(params)
+        params["layers_1"]["attention"]["qkv_proj"]["weight"] = jnp.ones((3, TINY.hidden_size))
+        with pytest.raises(ValueError, match="layers_1/attention/qkv_proj/weight"):
+            Engine(TINY, params, EngineConfig(num_pages=9, max_model_len=32))

@@ -129,6 +129,17 @@ def test_a_machine_that_is_taken_away_costs_little(tmp_path, bucket):
 
 
 @pytest.mark.slow
+def test_a_program_that_crashes_is_no_success(tmp_path, bucket):
+    """Python ends with 1 then, as `jpaged batch` does where some rows have an error."""
+    (bucket / "requests.jsonl").write_text('{"custom_id": "a", "prompt": "b"}\n')
+    machine = Machine(tmp_path, bucket, 0)
+    program = machine.disk / "bin" / "jpaged"
+    program.write_text("#!/bin/sh\necho 'jpaged batch: 1 of 3 rows are done' >&2\nexit 1\n")
+    process = machine.start()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+
+
 def test_told_to_stop_it_ends_with_the_code_that_launches_it_again(tmp_path, bucket):
     put_rows(bucket, long_rows(150))
     machine, output = Machine(tmp_path, bucket, 1), bucket / "results.jsonl.1-of-2"
