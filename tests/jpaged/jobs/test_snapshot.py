@@ -76,16 +76,24 @@ def killed(source, path, engine, num_steps, **options):
     """Leaves what a signal 9 would, after some steps."""
     count = 0
     kept = path.with_name("kept")
-    shutil.rmtree(kept, ignore_errors=True)
+
+    def copied():
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir()
+        try:
+            for each in path.parent.glob(f"{path.name}*"):
+                shutil.copy(each, kept)
+        except FileNotFoundError:  # a snapshot that was under way is whole now, and has its name
+            return False
+        return True
 
     def step():
         nonlocal count
         count += 1
         if count == num_steps:
             # A snapshot may be under way: it has the name of none until it is whole.
-            kept.mkdir()
-            for each in path.parent.glob(f"{path.name}*"):
-                shutil.copy(each, kept)
+            while not copied():
+                pass
             raise KilledError
 
     with pytest.raises(KilledError):
