@@ -14,16 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from jpaged import pallas_kernels
-from jpaged.pallas_kernels import conformance, kv_pages_shape, versions
-from jpaged.pallas_kernels.gpu import mosaic, narrow, triton
+from jpaged.pallas_kernels import conformance
+from jpaged.pallas_kernels.gpu import mosaic, triton
 from jpaged.pallas_kernels.gpu.attention import choose_lowering
 from jpaged.pallas_kernels.gpu.chip import Chip, target_chip
-from jpaged.pallas_kernels.rows import Rows
+from tests.pallas_kernels.mosaic_calls import ATTEND, B200, H100, arguments, check, interpreted
 
-ATTEND = functools.partial(pallas_kernels.paged_attention, backend="gpu")
-H100 = Chip("NVIDIA H100", (9, 0), 132, 227 * 1024)
-B200 = Chip("NVIDIA B200", (10, 0), 148, 227 * 1024)
 CASES = conformance.suite(jnp.bfloat16)
 # Together: both kinds of step, pages shorter and longer than a block, windows that start within a
 # block, odd groups, head_dims of each width of tile, every dtype, several splits, all padding.
@@ -44,17 +40,6 @@ ALWAYS = {
     },
     (10, 0): {"decode, page_size 16", "head_dim 96, mixed", "int8 pages"},
 }
-# Of steps that have no more tokens than rows.
-NARROW = (
-    *(f"decode, page_size {size}" for size in (8, 16, 64, 256)),
-    *(f"sliding_window {window}, pages below released, decode" for window in (1, 17, 100)),
-    "decode without padding",
-)
-NARROW_ALWAYS = {"decode, page_size 16", "sliding_window 17, pages below released, decode"}
-interpreted = pytest.mark.skipif(
-    not versions.interprets_mosaic(),
-    reason=f"jax {jax.__version__} cannot interpret Mosaic GPU's products; jax 0.11 can",
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,11 +49,6 @@ def _quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-def check(case, capability=(9, 0)):
-    with conformance.interpret_gpu(capability):
-        conformance.check_attention(ATTEND, case)
 
 
 @interpreted
@@ -88,38 +68,7 @@ def test_conforms(capability, name):
 
 
 def test_what_always_runs_exists():
-    assert set(CASES) >= ALWAYS[9, 0] | ALWAYS[10, 0] | NARROW_ALWAYS
-
-
-@pytest.fixture
-def plans(monkeypatch):
-    """Has calls take the lowering with keys as rows; gives the plans that it made."""
-    made = []
-
-    class Lowering:
-        attend_tiles = staticmethod(narrow.attend_tiles)
-
-        @staticmethod
-        def plan_attention(*args):
-            made.append(narrow.plan_attention(*args))
-            return made[-1]
-
-    monkeypatch.setattr("jpaged.pallas_kernels.gpu.attention.choose_lowering", lambda *_: Lowering)
-    return made
-
-
-@interpreted
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in NARROW_ALWAYS else pytest.param(name, marks=pytest.mark.nightly)
-        for name in NARROW
-    ],
-)
-def test_keys_as_rows_conform(plans, name):
-    check(CASES[name]())
-    (plan,) = plans
-    assert mosaic.is_narrow(plan)
+    assert set(CASES) >= ALWAYS[9, 0] | ALWAYS[10, 0]
 
 
 @interpreted
@@ -215,99 +164,22 @@ def test_an_interpreter_that_is_not_there_is_named(monkeypatch):
             pass
 
 
-def arguments(
-    *,
-    num_tokens=64,
-    heads=(32, 8),
-    head_dim=128,
-    page_size=16,
-    dtype=jnp.bfloat16,
-    kv_dtype=None,
-    num_pages=99,
-    num_layers=2,
-):
-    shape = kv_pages_shape(num_layers, num_pages, heads[1], page_size, head_dim, backend="gpu")
-    return (
-        jax.ShapeDtypeStruct((num_tokens, heads[0], head_dim), dtype),
-        jax.ShapeDtypeStruct(shape, kv_dtype or dtype),
-        Rows(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((64, 128), (64,), (65,), (1,)))),
-    )
-
-
 @pytest.mark.parametrize("chip", [H100, B200], ids=["h100", "b200"])
 @pytest.mark.parametrize("num_tokens", [64, 500], ids=["decode", "mixed"])
 @pytest.mark.parametrize("kv_dtype", [None, jnp.int8], ids=["16 bits", "8 bits"])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_a_plan_fits_the_chip(head_dim, kv_dtype, num_tokens, chip):
     args = arguments(head_dim=head_dim, kv_dtype=kv_dtype, num_tokens=num_tokens)
-    for lowering in (mosaic, narrow):
-        plan = lowering.plan_attention(*args, chip)
-        num_stages = mosaic.choose_stages(plan, chip)
-        assert mosaic.smem_bytes(plan, num_stages) <= chip.smem_bytes and num_stages >= 2
-        if mosaic.is_narrow(plan):
-            assert chip == H100 and num_tokens == 64 and head_dim != 96 and plan.tile_tokens == 1
-            assert lowering is narrow
-        else:
-            assert plan.tile_rows % mosaic.tensor_core_of(chip).rows == 0
-
-
-@pytest.mark.parametrize(
-    ("chip", "changes", "count"),
-    [
-        (H100, {"head_dim": 64}, 4),
-        (H100, {}, 3),
-        (H100, {"heads": (17, 1)}, 2),
-        (H100, {"head_dim": 96}, 2),
-    ],
-    ids=["head_dim 64", "usual", "17 heads a group", "head_dim 96"],
-)
-def test_several_thread_blocks_of_decode_fit_a_multiprocessor(chip, changes, count):
-    plan = narrow.plan_attention(*arguments(**changes), chip)
+    plan = mosaic.plan_attention(*args, chip)
     num_stages = mosaic.choose_stages(plan, chip)
-    # CUDA takes 1 KiB of each for itself.
-    assert count * (mosaic.smem_bytes(plan, num_stages) + 1024) <= chip.smem_bytes + 1024
+    assert mosaic.smem_bytes(plan, num_stages) <= chip.smem_bytes and num_stages >= 2
+    assert plan.tile_rows % mosaic.tensor_core_of(chip).rows == 0
 
 
-@pytest.mark.parametrize(
-    ("chip", "changes"),
-    [
-        (B200, {}),
-        (H100, {"num_tokens": 65}),
-        (H100, {"heads": (34, 2)}),
-        (H100, {"head_dim": 80}),
-    ],
-    ids=["b200", "more tokens than rows", "17 heads a group", "head_dim 80"],
-)
-def test_queries_are_rows_where_keys_cannot_be_or_need_not(chip, changes):
-    assert not mosaic.is_narrow(narrow.plan_attention(*arguments(**changes), chip))
-    assert mosaic.is_narrow(narrow.plan_attention(*arguments(), H100))
-    assert not mosaic.is_narrow(mosaic.plan_attention(*arguments(), H100))
-
-
-@interpreted
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(num_q_heads=12, num_kv_heads=1, head_dim=64, sliding_window=200),
-        *(
-            pytest.param(changes, marks=pytest.mark.nightly)
-            for changes in (
-                dict(head_dim=64, sinks=(0.5, -1.0, 2.0, 9.0)),
-                dict(head_dim=256, soft_cap=5.0),
-                dict(num_q_heads=2, num_kv_heads=2, head_dim=128),
-                dict(head_dim=128, kv_dtype=jnp.int8, kv_scale=(0.03, 0.05)),
-                dict(head_dim=64, kv_dtype=jnp.float8_e4m3fn),
-            )
-        ),
-    ],
-    ids=str,
-)
-def test_keys_as_rows_of_rows_with_several_tokens_or_none(plans, changes):
-    """A step as small as decode whose rows have several tokens each, and splits."""
-    lens = [(3, 300), (0, 5), (1, 1), (4, 700), (0, 9), (0, 70), (0, 1), (0, 3)]
-    case = conformance.make_case(lens, page_size=16, pad_tokens=0, dtype=jnp.bfloat16, **changes)
-    check(case)
-    assert [mosaic.is_narrow(plan) for plan in plans] == [True]
+def test_two_thread_blocks_of_decode_fit_a_multiprocessor():
+    plan = mosaic.plan_attention(*arguments(), H100)
+    num_stages = mosaic.choose_stages(plan, H100)
+    assert 2 * mosaic.smem_bytes(plan, num_stages) <= H100.smem_bytes
 
 
 REFUSALS = {
