@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jpaged.host.groups import ONE_GROUP, GroupKind
 from jpaged.host.preemption import PreemptionCosts
 from jpaged.host.sequence import Status
-from jpaged.host.victims import Loss, choose_victim, loss_of
+from jpaged.host.victims import Loss, choose_victim, loss_of, victims_of
 from tests.jpaged.expected import Job
 from tests.jpaged.schedules import add, make_scheduler, plan, read
 from tests.jpaged.simulated_device import Simulation
@@ -92,6 +92,19 @@ class TestLosses:
         for _ in range(2):
             read(scheduler.schedule())
         assert losses_of(scheduler) == {"a": (2 * 2, 6)}
+
+
+def test_a_fork_without_pages_of_its_own_is_no_victim():
+    """It would free nothing, and the next one would lose its pages as well."""
+    scheduler = make_scheduler()
+    for name, length in (("a", 1), ("b", 4), ("parent", 4), ("fork", 4)):
+        add(scheduler, name, length)
+    scheduler.schedule()
+    seqs = {seq.key[0]: seq for seq in scheduler.holders()}
+    scheduler.table.free(seqs["fork"].table_id)
+    seqs["fork"].table_id = scheduler.table.fork(seqs["parent"].table_id)
+    (victim,) = victims_of(scheduler._queues, scheduler.table, 0)
+    assert victim is seqs["b"]
 
 
 def test_a_short_one_loses_its_pages_before_a_long_one_that_came_later():
