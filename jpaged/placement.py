@@ -113,6 +113,7 @@ def read_model(
     keep_programs(config.compilation_cache_dir)  # reading compiles too
     files = files_of(model_path, config)  # what can be refused is, before the weights are read
     backend, dtype = resolve_backend(config.backend), default_dtype(config)
+    scan_layers = scans_layers(config.scan_layers, jax.default_backend())
     ahead: CompileThreads | None = None
     start = time.perf_counter()
     # Made for float8, whose small numbers stay fine in a range that is far too wide for int8.
@@ -133,13 +134,13 @@ def read_model(
             files.source,
             dtype,
             before_reading,
-            scan_layers=scans_layers(config.scan_layers, jax.default_backend()),
+            scan_layers=scan_layers,
         )
     except BaseException:
         if ahead is not None:
             ahead.close()
         raise
-    if merges_projections(jax.default_backend()):
+    if merges_projections(scan_layers, jax.default_backend()):
         params = merge_projections(params)  # here, where nobody else holds them
     if scales is not None:
         logger.info("scales of %s pages are the checkpoint's", config.kv_dtype)
@@ -321,7 +322,7 @@ def _compiler_of(
 ) -> AheadCompiler:
     scan_layers = scans_layers(config.scan_layers, jax.default_backend())
     params = Decoder(model_config, scan_layers, "xla").abstract_params(default_dtype(config))
-    if merges_projections(jax.default_backend()):
+    if merges_projections(scan_layers, jax.default_backend()):
         params = jax.eval_shape(merge_projections, params)
     if config.kv_dtype in EIGHT_BITS:
         shape = (model_config.num_layers, 2)
@@ -361,7 +362,7 @@ def decoder_of(
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, default_dtype(config)), params)
     if scan_layers and not stacked:
         params = stack_layers(params, model_config)
-    if merges_projections(jax.default_backend()):
+    if merges_projections(scan_layers, jax.default_backend()):
         params = merge_projections(params)
     decoder = Decoder(model_config, scan_layers, backend, max_length=max_length)
     if config.kv_dtype in EIGHT_BITS:

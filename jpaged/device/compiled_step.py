@@ -100,7 +100,7 @@ def compile_step(
     split = mesh if mesh.devices.size > 1 else None
     decoder = Decoder(config, scan_layers, backend, split, pool.max_model_len)
     params = Decoder(config, scan_layers, "xla").abstract_params(dtype)
-    if split is None and merges_projections(backend):
+    if split is None and merges_projections(scan_layers, backend):
         params = jax.eval_shape(merge_projections, params)
     if pool.dtype.itemsize == 1:
         params["kv_scales"] = Struct((config.num_layers, 2), jnp.float32)

@@ -35,7 +35,6 @@ def paged_attention(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = kv_pages.shape[2:4]
-    cell_dim = 2 * head_dim  # lanes past it are alignment
     group = num_q_heads // num_kv_heads
     kv_lens, cu_q_lens = rows.kv_lens, rows.cu_q_lens
     tile = 1 if rows.is_decode(num_tokens) else _QUERY_TILE_TOKENS
@@ -46,12 +45,10 @@ def paged_attention(
     layer, bits = jnp.int32(layer), as_bits(kv_pages)
     scale = jnp.ones(2, jnp.float32) if kv_scale is None else kv_scale.astype(jnp.float32)
 
-    # A tile may reach past its row's queries on both sides; padding keeps the slices in range. One
-    # query cannot pay for splitting a cell's lanes: it is padded over the values' lanes instead,
-    # and its sum over cells drops the keys' lanes at the end.
+    # A tile may reach past its row's queries on both sides; padding keeps the slices in range.
     pad = tile - 1
     scaled = q.astype(jnp.float32) * (variant.scale(head_dim) * scale[0])
-    scaled = jnp.pad(scaled, ((pad, pad), (0, 0), (0, head_dim if tile == 1 else 0)))
+    scaled = jnp.pad(scaled, ((pad, pad), (0, 0), (0, 0)))
 
     # Row r owns the tiles [last_tiles[r - 1], last_tiles[r]).
     first_positions = kv_lens - (cu_q_lens[1:] - cu_q_lens[:-1])
@@ -60,14 +57,14 @@ def paged_attention(
     last_tiles = jnp.cumsum(num_tiles)
 
     def load_block(row, index, first_key, kv_len):
-        """f32[num_kv_heads, block, cell_dim]; dead cells are zero, for 0 * NaN is NaN."""
+        """Keys and values, f32[num_kv_heads, block, head_dim]; dead ones are 0, as 0 * NaN is NaN."""
         ids = jax.lax.dynamic_slice(page_table, (row, index * block_pages), (1, block_pages))[0]
         starts = index * block + page_size * jnp.arange(block_pages)
         ids = jnp.where(starts < kv_len, ids, 0)
 
         def live(cells, start):
             positions = start + jnp.arange(cells.shape[-2])
-            cells = from_bits(cells[..., :cell_dim], kv_pages.dtype)
+            cells = from_bits(cells[..., : 2 * head_dim], kv_pages.dtype)
             alive = positions < kv_len
             if variant.sliding_window is not None:
                 alive &= positions >= first_key  # others may have been released
@@ -75,9 +72,20 @@ def paged_attention(
 
         if tile == 1 and block_pages <= _MAX_SLICED_PAGES:
             pages = [live(bits[layer, ids[i]], starts[i]) for i in range(block_pages)]
-            return jnp.concatenate(pages, axis=1)
+            keys = jnp.concatenate([page[..., :head_dim] for page in pages], axis=1)
+            return keys, jnp.concatenate([page[..., head_dim:] for page in pages], axis=1)
         cells = bits[layer, ids].swapaxes(0, 1)
-        return live(cells.reshape(num_kv_heads, block, -1), starts[0])
+        cells = live(cells.reshape(num_kv_heads, block, -1), starts[0])
+        return cells[..., :head_dim], cells[..., head_dim:]
+
+    def score(q_tile, keys):
+        """f32[num_kv_heads, group * tile, block]."""
+        if tile > 1:
+            return jnp.einsum("kmd,ksd->kms", q_tile, keys)
+        # What stands on the right is packed at each call: of one query and a block of keys, the
+        # query. The compiler would turn the product round again, but for the barrier.
+        scores = jnp.einsum("ksd,kmd->ksm", keys, q_tile)
+        return jax.lax.optimization_barrier(scores).swapaxes(1, 2)
 
     def attend_tile(row, kv_len, start, q_tile):
         """f32[num_kv_heads, group * tile, head_dim] for the queries at `start .. start + tile`.
@@ -88,10 +96,8 @@ def paged_attention(
 
         def attend_block(index, state):
             peak, total, acc = state
-            cells = load_block(row, index, first_key, kv_len)
-            keys = cells if tile == 1 else cells[..., :head_dim]
-            values = cells if tile == 1 else cells[..., head_dim:]
-            scores = variant.capped(jnp.einsum("kmd,ksd->kms", q_tile, keys))
+            keys, values = load_block(row, index, first_key, kv_len)
+            scores = variant.capped(score(q_tile, keys))
             kv_positions = (index * block + jnp.arange(block))[None, None, :]
             visible = variant.sees(positions, kv_positions)
             scores = jnp.where(visible, scores, _MASKED)
@@ -106,7 +112,7 @@ def paged_attention(
         state = (
             jnp.full((*queries, 1), _MASKED),
             jnp.zeros((*queries, 1)),
-            jnp.zeros((*queries, cell_dim if tile == 1 else head_dim)),
+            jnp.zeros((*queries, head_dim)),
         )
         first_query = jnp.maximum(start, first_positions[row])
         first_key = 0 if variant.sliding_window is None else variant.lowest_key(first_query)
@@ -118,8 +124,7 @@ def paged_attention(
             # Infinite where it leaves the keys less than float32 can tell from nothing.
             sink = jnp.repeat(sinks.reshape(num_kv_heads, group), tile, axis=1)
             total = total + jnp.exp(sink[..., None] - peak)
-        values = acc[..., head_dim:] if tile == 1 else acc
-        return values * scale[1] / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+        return acc * scale[1] / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
 
     def attend_one_tile(index, out):
         row = (last_tiles <= index).sum(dtype=jnp.int32)

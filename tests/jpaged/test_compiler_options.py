@@ -3,7 +3,12 @@
 
 import pytest
 
-from jpaged.device.compiler_options import GPU_OPTIONS, compiler_options, scans_layers
+from jpaged.device.compiler_options import (
+    GPU_OPTIONS,
+    compiler_options,
+    merges_projections,
+    scans_layers,
+)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -29,3 +34,8 @@ def test_only_tpus_scan_unless_told():
     assert [scans_layers(None, name) for name in ("cpu", "gpu", "tpu")] == [False, False, True]
     assert [scans_layers(flag, "gpu") for flag in (True, False)] == [True, False]
     assert scans_layers(False, "tpu") is False
+
+
+def test_what_merges_projections():
+    assert [merges_projections(False, name) for name in ("cpu", "gpu", "tpu")] == [True, True, False]
+    assert not merges_projections(True, "gpu")

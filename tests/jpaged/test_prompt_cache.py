@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jpaged import EngineConfig
 from jpaged.host import page_files
+from jpaged.models.merged import merge_projections
 from tests.jpaged.exact import EXACT, drawn, everything, run_steps, with_prefix
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params, windowed
 
@@ -387,7 +388,7 @@ class TestContext:
         assert found(engine) == 0
         settle(engine)
         # And both are there.
-        engine._runner.params = tiny_params()
+        engine._runner.params = merge_projections(tiny_params())  # as the first engine has them
         engine.reset_prefix_cache()
         assert everything(engine.generate(prompts, params)) == want and found(engine) == HEAD
 

@@ -13,6 +13,7 @@ from jpaged import Engine, EngineConfig
 from jpaged.host.checks import directory
 from jpaged.models import DEMO, checkpoint, find
 from jpaged.models.convert import convert
+from jpaged.models.merged import merge_projections
 from jpaged.models.paths import path_of
 from jpaged.scripts.conversations import chat_template_of
 from tests.models.test_checkpoint import same
@@ -53,7 +54,7 @@ def test_an_orbax_checkpoint_is_served_from_a_bucket(bucket):
     (bucket / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (bucket / "model" / "generation_config.json").write_text('{"temperature": 0.5}')
     engine = Engine.load(ADDRESS, EngineConfig(max_model_len=64, num_pages=16))
-    same(engine._runner.params, checkpoint.load(DEMO, jnp.float32)[1])
+    same(engine._runner.params, merge_projections(checkpoint.load(DEMO, jnp.float32)[1]))
     assert engine.defaults.params.temperature == 0.5
     tokenizer = Engine.load(DEMO, EngineConfig(max_model_len=64, num_pages=16)).tokenizer
     ids = tokenizer.encode("Hello", add_special_tokens=False).ids
