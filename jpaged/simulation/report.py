@@ -77,7 +77,7 @@ def cache_report(stats: EngineStats, trace: Trace, workload: Workload) -> Report
     return {
         "steps": totals.num_steps,
         "preemptions": totals.num_preemptions,
-        "recomputed_tokens": totals.num_prefill_tokens - workload.num_prompt_tokens,
+        "recomputed_tokens": totals.num_recomputed_tokens,
         "page_copies": totals.num_page_copies,
         "utilisation": {
             "mean": stats.mean_utilisation,

@@ -57,7 +57,7 @@ def paged_attention(
     last_tiles = jnp.cumsum(num_tiles)
 
     def load_block(row, index, first_key, kv_len):
-        """Keys and values, f32[num_kv_heads, block, head_dim]; dead ones are 0, as 0 * NaN is NaN."""
+        """Keys, values: f32[num_kv_heads, block, head_dim]; dead ones are 0, for 0 * NaN is NaN."""
         ids = jax.lax.dynamic_slice(page_table, (row, index * block_pages), (1, block_pages))[0]
         starts = index * block + page_size * jnp.arange(block_pages)
         ids = jnp.where(starts < kv_len, ids, 0)

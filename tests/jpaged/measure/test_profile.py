@@ -43,8 +43,8 @@ def test_a_window_of_decode_steps_is_traced_and_summed_up(engine, tmp_path):
     assert all(busy[kind] > 0 for kind in ("attention", "token write", "sampler", "products"))
     assert sum(busy.values()) == pytest.approx(device["busy_us"])
     assert 0 < device["busy_us"] < found["step_us"]
-    # Of two layers, seven products each, the head, and no more.
-    assert device["by_kind"]["products"]["kernels"] == pytest.approx(15, abs=2)
+    # Of two layers, four products each, the head, and no more.
+    assert device["by_kind"]["products"]["kernels"] == pytest.approx(9, abs=1)
     names = {own["name"] for own in device["largest"]}
     assert any("paged_attention" in name for name in names), names
 

@@ -33,3 +33,9 @@ def test_a_request_that_fails_is_not_measured(monkeypatch):
     monkeypatch.setattr("jpaged.host.reader._is_sound", lambda *_: False)
     with pytest.raises(RuntimeError, match="request '0' failed: "):
         measure(engine, workload(), PARAMS, CompileClock(), warmup=False)
+
+
+def test_what_the_prefix_cache_finds_is_not_computed_again():
+    """The warm-up has the same prompts; less than nothing was said to be computed again."""
+    report = measure(tiny_engine(prefix_cache=True), workload(), PARAMS, CompileClock())
+    assert report["recomputed_tokens"] == 0
