@@ -25,6 +25,9 @@ On several machines each runs the same command with a --shard of its own, and wh
     jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --shard=1
     jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --merge
 
+A chat template that asks what day it is, as those of Llama 3.x and gpt-oss do, is told --date: the
+day on which the job began, whenever it goes on.
+
 With --snapshot_s=60, the tokens of rows that run are written each minute to a file beside the
 output, and the same command goes on from there: worth it where answers are long, as rows that ran
 begin anew otherwise. It changes no byte of the results.
@@ -42,6 +45,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import datetime
 import pathlib
 import stat
 import sys
@@ -51,6 +55,7 @@ import jax
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.chat import ChatOptions, checked_date
 from jpaged.jobs import Result, Row, Snapshot, run
 from jpaged.jobs.inputs import Input, RowIds, open_input
 from jpaged.jobs.manifest import asked_for, check_same, read_manifest, run_with, write_manifest
@@ -85,6 +90,12 @@ _INPUT = flags.DEFINE_multi_string(
 _OUTPUT = flags.DEFINE_string("output", None, "File that results are appended to.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the job: gives rows without a seed theirs.")
 _ORDERED = flags.DEFINE_bool(
+_DATE = flags.DEFINE_string(
+    "date",
+    None,
+    "The day that a chat template is told that asks for it, such as 2026-11-28: by default that on "
+    "which the job began, also when it goes on. Shards that begin on different days need it.",
+)
     "ordered",
     False,
     "Append results in the order of the input, so that what is there is in order before the end "
@@ -170,6 +181,8 @@ class _Asked:
       output: where all of them go, in the end.
       model: its files.
       params: of rows that say nothing else.
+        if _DATE.value is not None:
+            checked_date("--date", _DATE.value)
       options: of the chat template.
       config: the engine's.
       manifest: what the results depend on, on whatever machine.
@@ -227,6 +240,8 @@ class _Job:
         programs.require_device()
         self._path, self._encode = path, RecordMaker(None, _MODEL.value)
         self.output = open_output(
+            if date := _DATE.value or (before or {}).get("date"):
+                self._manifest["date"] = date
             path, self._ids, self._line, sync_rows=_SYNC_ROWS.value, sync_s=_SYNC_S.value
         )
         try:
@@ -245,6 +260,8 @@ class _Job:
             raise
 
     def run(self) -> int:
+                if engine.chat_template.asks_for_date(self._asked.options):
+                    self._manifest.setdefault("date", datetime.date.today().isoformat())
         """Runs the rows that have no result. Returns: the exit code."""
         output, total = self.output, len(self._ids)
         if output.num_dropped_bytes:
@@ -298,6 +315,7 @@ class _Job:
         if found.num_rows:
             _tell(
                 f"{found.num_rows} rows that ran go on from the {found.num_tokens} tokens that "
+        options: ChatOptions = {**self._asked.options, "date": self._manifest.get("date")}
                 "they have"
             )
         return found
@@ -313,7 +331,7 @@ class _Job:
             params=self._asked.params,
             tokenizer=engine.tokenizer,
             template=engine.chat_template,
-            options=self._asked.options,
+            options=options,
             complete=complete,
         )
         lacks = self.output.lacks

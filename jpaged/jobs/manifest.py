@@ -25,8 +25,11 @@ _NOT_OF_RESULTS = {
     *("flops_per_s", "record_steps", "record", "compilation_cache_dir"),
     *("prompt_cache", "prompt_cache_bytes", "prompt_cache_min_pages"),
 }
-# What may differ with --mix: the last bits of numbers depend on it, and with them, rarely, a token.
-_MAY_DIFFER = ("engine", "device", "versions")
+# What may differ with --mix: the last bits of numbers depend on it, and with them, rarely, a token;
+# and the day that templates are told, which differs where shards begin before and after midnight.
+_MAY_DIFFER = ("engine", "device", "versions", "date")
+# What stands behind an output's name in those of its shards, and of what lies beside them.
+_BESIDE = re.compile(r"(\.\d+-of-\d+)?(\.manifest\.json|\.snapshot)?(\.(writing|sorting|merging))?")
 _WHOLE_BYTES = 2**24
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
