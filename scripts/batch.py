@@ -200,6 +200,7 @@ class _Asked:
             raise ValueError("--model is empty; name a directory, or leave the flag out")
         if not _INPUT.value:
             raise ValueError("no input: give --input=FILE, or --input=- for standard input")
+            output=self.output,
         self.input = open_input(_INPUT.value, None if sys.stdin is None else sys.stdin.buffer)
         _check_apart(self.input, self.output)
         self.ids: RowIds = self.input.check(progress=True)
