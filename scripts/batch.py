@@ -73,6 +73,7 @@ from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
 )
+from jpaged.scripts.shard_flags import define_shard_flags, shards_from_flags
 
 _OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
 _DEVICE_LOST = 71  # EX_OSERR: also when run again, it may fail
@@ -89,13 +90,13 @@ _INPUT = flags.DEFINE_multi_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File that results are appended to.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the job: gives rows without a seed theirs.")
-_ORDERED = flags.DEFINE_bool(
 _DATE = flags.DEFINE_string(
     "date",
     None,
     "The day that a chat template is told that asks for it, such as 2026-11-28: by default that on "
     "which the job began, also when it goes on. Shards that begin on different days need it.",
 )
+_ORDERED = flags.DEFINE_bool(
     "ordered",
     False,
     "Append results in the order of the input, so that what is there is in order before the end "
@@ -122,23 +123,10 @@ _MIX = flags.DEFINE_bool(
     "Go on with an output that was begun with other engine settings, on another device or with "
     "other versions. Rows may then differ from those of a run in one piece.",
 )
-_NUM_SHARDS = flags.DEFINE_integer(
-    "num_shards", 1, "Parts that rows are in, by their ids, for as many machines.", 1
-)
-_SHARD = flags.DEFINE_integer(
-    "shard",
-    None,
-    "Run this part alone, from 0. Its output is --output with .K-of-N behind, such as "
-    "results.jsonl.0-of-2.",
-)
-_MERGE = flags.DEFINE_bool(
-    "merge",
-    False,
-    "Run nothing, and make --output of the outputs of all --num_shards: the bytes of a job in one.",
-)
 _SAMPLING = tuple(name for name in SAMPLING_FLAGS if name != "seed")
 define_sampling_flags(_SAMPLING)
 define_chat_flags()
+define_shard_flags()
 programs.define_engine_flags()
 define_monitor_flags()
 
@@ -150,7 +138,7 @@ def main(argv: list[str]) -> None:
     try:
         with programs.usage_errors():
             asked = _Asked(argv)
-            if _MERGE.value:
+            if asked.shards.merges:
                 sys.exit(_merge(asked))
             job = _Job(asked)
         with job.output:
@@ -177,12 +165,11 @@ class _Asked:
     """What the flags ask for, of which nothing is done yet.
 
     Attributes:
+      shards: what this process is to do of it.
       input, ids: the rows.
       output: where all of them go, in the end.
       model: its files.
       params: of rows that say nothing else.
-        if _DATE.value is not None:
-            checked_date("--date", _DATE.value)
       options: of the chat template.
       config: the engine's.
       manifest: what the results depend on, on whatever machine.
@@ -191,16 +178,17 @@ class _Asked:
     def __init__(self, argv: list[str]):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments {argv[1:]}; give files as --input=...")
-        _check_shards()
+        self.shards = shards_from_flags()
         self.params = sampling_params_from_flags(_SAMPLING)
         self.options = chat_options_from_flags()
+        if _DATE.value is not None:
+            checked_date("--date", _DATE.value)
         self.config = _engine_config()
         self.output = _output_path()
         if not _MODEL.value:
             raise ValueError("--model is empty; name a directory, or leave the flag out")
         if not _INPUT.value:
             raise ValueError("no input: give --input=FILE, or --input=- for standard input")
-            output=self.output,
         self.input = open_input(_INPUT.value, None if sys.stdin is None else sys.stdin.buffer)
         _check_apart(self.input, self.output)
         self.ids: RowIds = self.input.check(progress=True)
@@ -212,14 +200,14 @@ class _Asked:
             params=self.params,
             options={**self.options},
             seed=_SEED.value,
+            output=self.output,
         )
 
 
 def _merge(asked: _Asked) -> int:
     """Merges the shards' outputs. Returns: the exit code."""
-    number = _NUM_SHARDS.value
     num_errors = merge(
-        asked.output, asked.ids, number, asked.manifest, mix=_MIX.value, progress=True
+        asked.output, asked.ids, asked.shards.number, asked.manifest, mix=_MIX.value, progress=True
     )
     return _tell_done(len(asked.ids), num_errors)
 
@@ -234,15 +222,13 @@ class _Job:
     def __init__(self, asked: _Asked):
         self._asked, self._ids, path, config = asked, asked.ids, asked.output, asked.config
         manifest = asked.manifest
-        if _SHARD.value is not None:
-            shard = _SHARD.value, _NUM_SHARDS.value
+        if asked.shards.own is not None:
+            shard = asked.shards.own, asked.shards.number
             self._ids, path = self._ids.shard(*shard), shard_path(path, *shard)
             manifest = manifest | shard_entry(*shard)
         programs.require_device()
         self._path, self._encode = path, RecordMaker(None, _MODEL.value)
         self.output = open_output(
-            if date := _DATE.value or (before or {}).get("date"):
-                self._manifest["date"] = date
             path, self._ids, self._line, sync_rows=_SYNC_ROWS.value, sync_s=_SYNC_S.value
         )
         try:
@@ -254,6 +240,8 @@ class _Job:
                 )
             self._config, self._is_new = config, before is None
             self._manifest = manifest | run_with(config)
+            if date := _DATE.value or (before or {}).get("date"):
+                self._manifest["date"] = date
             if before is not None:
                 check_same(path, before, self._manifest, mix=_MIX.value)
         except BaseException:
@@ -261,8 +249,6 @@ class _Job:
             raise
 
     def run(self) -> int:
-                if engine.chat_template.asks_for_date(self._asked.options):
-                    self._manifest.setdefault("date", datetime.date.today().isoformat())
         """Runs the rows that have no result. Returns: the exit code."""
         output, total = self.output, len(self._ids)
         if output.num_dropped_bytes:
@@ -274,6 +260,8 @@ class _Job:
                 engine = Engine.load(self._asked.model, self._config)
             if self._is_new:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
+                if engine.chat_template.asks_for_date(self._asked.options):
+                    self._manifest.setdefault("date", datetime.date.today().isoformat())
                 write_manifest(self._path, self._manifest)
             self._encode = RecordMaker(engine.tokenizer, _MODEL.value)
             with (
@@ -316,7 +304,6 @@ class _Job:
         if found.num_rows:
             _tell(
                 f"{found.num_rows} rows that ran go on from the {found.num_tokens} tokens that "
-        options: ChatOptions = {**self._asked.options, "date": self._manifest.get("date")}
                 "they have"
             )
         return found
@@ -328,6 +315,7 @@ class _Job:
         def complete(params: SamplingParams) -> SamplingParams:
             return with_fallbacks(params, engine.defaults)
 
+        options: ChatOptions = {**self._asked.options, "date": self._manifest.get("date")}
         reader = RowReader(
             params=self._asked.params,
             tokenizer=engine.tokenizer,
@@ -363,18 +351,6 @@ def _output_path() -> pathlib.Path:
 def _check_apart(given: Input, output: pathlib.Path) -> None:
     if any(output.exists() and path.samefile(output) for path in given.paths):
         raise ValueError(f"--output={output} is an input too; name another file")
-
-
-def _check_shards() -> None:
-    number, shard = _NUM_SHARDS.value, _SHARD.value
-    if shard is None and not _MERGE.value and flags.FLAGS["num_shards"].present:
-        raise ValueError(f"--num_shards={number} needs --shard, 0 to {number - 1}, or --merge")
-    if (shard is not None or _MERGE.value) and not flags.FLAGS["num_shards"].present:
-        raise ValueError("--shard and --merge need --num_shards, the same for all of a job")
-    if shard is not None and _MERGE.value:
-        raise ValueError("--shard and --merge exclude each other: merge when all shards are done")
-    if shard is not None and not 0 <= shard < number:
-        raise ValueError(f"--shard={shard} must be between 0 and {number - 1}, as is --num_shards")
 
 
 def _with(num_errors: int) -> str:

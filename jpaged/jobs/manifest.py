@@ -92,7 +92,7 @@ def run_with(config: EngineConfig) -> dict[str, Any]:
         for field in dataclasses.fields(EngineConfig)
         if field.name not in _NOT_OF_RESULTS
     }
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return _as_read(
         {
             "engine": engine,
