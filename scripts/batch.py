@@ -50,12 +50,13 @@ import pathlib
 import stat
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.chat import ChatOptions, checked_date
+from jpaged.chat import checked_date
 from jpaged.jobs import Result, Row, Snapshot, run
 from jpaged.jobs.inputs import Input, RowIds, open_input
 from jpaged.jobs.manifest import asked_for, check_same, read_manifest, run_with, write_manifest
@@ -315,7 +316,7 @@ class _Job:
         def complete(params: SamplingParams) -> SamplingParams:
             return with_fallbacks(params, engine.defaults)
 
-        options: ChatOptions = {**self._asked.options, "date": self._manifest.get("date")}
+        options: Any = {**self._asked.options, "date": self._manifest.get("date")}
         reader = RowReader(
             params=self._asked.params,
             tokenizer=engine.tokenizer,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags of the shards that a job is done in, and which of them a process does."""
 
-import typing
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -10,7 +10,7 @@ from absl import flags
 flags.disclaim_key_flags()
 
 
-class Shards(typing.NamedTuple):
+class Shards(NamedTuple):
     """How a job is divided.
 
     Attributes:
@@ -55,7 +55,8 @@ def shards_from_flags() -> Shards:
     Raises:
       ValueError: if they do not go together, or no launcher has started this process.
     """
-    number, own, merges = (flags.FLAGS[name].value for name in ("num_shards", "shard", "merge"))
+    number: Any = flags.FLAGS["num_shards"].value
+    own, merges = flags.FLAGS["shard"].value, bool(flags.FLAGS["merge"].value)
     is_given = flags.FLAGS["num_shards"].present
     if flags.FLAGS["distributed"].value:
         if is_given or own is not None or merges:
