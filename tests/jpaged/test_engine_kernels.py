@@ -77,7 +77,7 @@ def score(backend, dtype):
     """Of completions in chunks, behind a prompt whose first page they share."""
     config = EngineConfig(backend=backend, dtype=dtype, scan_layers=True, **SETTINGS)
     engine = Engine.load(MODEL, config)
-    scores = engine.score(PROMPTS[0], [[5, 6, 7], [9], PROMPTS[1]])
+    scores = engine.score(PROMPTS[0], [[5, 6, 7], [9]])
     engine.check_invariants()
     assert engine.stats().totals.num_hit_tokens >= 8
     return scores
