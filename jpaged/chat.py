@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From conversations to prompts, by the template that comes with a model."""
 
+import datetime
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -50,12 +51,14 @@ class ChatOptions(TypedDict, total=False):
       chat_template: the name of one of the model's templates, or the text of another. None takes
         "tool_use" where there is one and tools are given, and else "default".
       chat_template_kwargs: more variables for the template, such as {"enable_thinking": False}.
+      date: the day that it is for a template that asks, as "2026-11-28"; None takes the clock's.
     """
 
     documents: Sequence[Mapping[str, Any]] | None
     continue_final_message: bool
     chat_template: str | None
     chat_template_kwargs: Mapping[str, Any] | None
+    date: str | None
 
 
 class ChatTemplate:
@@ -127,6 +130,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
     ) -> str:
         """Returns the text that a conversation is for the model.
 
@@ -141,6 +145,7 @@ class ChatTemplate:
           add_generation_prompt: whether the text ends with the beginning of an answer.
           continue_final_message: likewise.
           chat_template_kwargs: likewise.
+          date: likewise.
 
         Raises:
           ValueError: if an argument is wrong, the model has no such template, or the template
@@ -148,6 +153,8 @@ class ChatTemplate:
         """
         data = checked_messages(messages)
         variables: dict[str, Any] = dict(self.special_tokens)
+        if date is not None:
+            variables["strftime_now"] = checked_date("date", date).strftime
         variables |= self._more_variables(chat_template_kwargs)
         variables |= {
             "tools": checked_dicts("tools", tools),
@@ -168,6 +175,11 @@ class ChatTemplate:
             )
         data, end = _marked(data)
         return _cut(program.run(variables | {"messages": data}), end)
+
+    def asks_for_date(self, options: ChatOptions) -> bool:
+        """Whether what a template makes of conversations may depend on the day."""
+        sources = [*self.templates.values(), options.get("chat_template") or ""]
+        return any("strftime_now" in source for source in sources)
 
     def prompt(
         self,
@@ -273,6 +285,15 @@ class ChatTemplate:
             if name in given:
                 raise ValueError(f"chat_template_kwargs has {name!r}, which is an argument itself")
         return plain(given, "chat_template_kwargs")
+
+
+def checked_date(name: str, value: Any) -> datetime.datetime:
+    """The midnight that a day, such as "2026-11-28", begins with. Raises: ValueError, naming it."""
+    try:
+        day = datetime.date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={shown(value)} must be a day, such as 2026-11-28") from None
+    return datetime.datetime.combine(day, datetime.time())
 
 
 def _marked(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

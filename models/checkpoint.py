@@ -130,7 +130,7 @@ def load(
     if mesh is not None:
         check_mesh(config, mesh)
     before_reading(config)
-    where: Any = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def target(path: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         sharding = where if mesh is None else param_sharding(path.split("/"), len(shape), mesh)
@@ -139,7 +139,7 @@ def load(
     params: Params = {}
     reuse_freed_memory()
     # On the host, layers are read to where they lie in stacked arrays; on devices, written there.
-    on_host = mesh is None and jax.devices()[0].platform == "cpu"
+    on_host = mesh is None and jax.local_devices()[0].platform == "cpu"
     stacks: dict[str, np.ndarray] = {}
 
     def memory_of(path: str) -> np.ndarray | None:

@@ -53,7 +53,7 @@ def cpu_converts_bfloat16() -> bool:
 
 def compiled_programs() -> list[str]:
     """Optimised HLO, as text, of the programs that live on the default device, if it shows any."""
-    client = jax.devices()[0].client
+    client = jax.local_devices()[0].client
     try:
         executables = client.live_executables()
         return [module.to_string() for each in executables for module in each.hlo_modules()]

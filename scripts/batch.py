@@ -25,6 +25,9 @@ On several machines each runs the same command with a --shard of its own, and wh
     jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --shard=1
     jpaged batch --input=requests.jsonl --output=results.jsonl --num_shards=2 --merge
 
+A chat template that asks what day it is, as those of Llama 3.x and gpt-oss do, is told --date: the
+day on which the job began, whenever it goes on.
+
 With --snapshot_s=60, the tokens of rows that run are written each minute to a file beside the
 output, and the same command goes on from there: worth it where answers are long, as rows that ran
 begin anew otherwise. It changes no byte of the results.
@@ -42,15 +45,18 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import datetime
 import pathlib
 import stat
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
+from jpaged.chat import checked_date
 from jpaged.jobs import Result, Row, Snapshot, run
 from jpaged.jobs.inputs import Input, RowIds, open_input
 from jpaged.jobs.manifest import asked_for, check_same, read_manifest, run_with, write_manifest
@@ -68,6 +74,7 @@ from jpaged.scripts.sampling_flags import (
     define_sampling_flags,
     sampling_params_from_flags,
 )
+from jpaged.scripts.shard_flags import define_shard_flags, shards_from_flags
 
 _OUTPUT_LOST = 74  # EX_IOERR of sysexits.h
 _DEVICE_LOST = 71  # EX_OSERR: also when run again, it may fail
@@ -84,6 +91,12 @@ _INPUT = flags.DEFINE_multi_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "File that results are appended to.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the job: gives rows without a seed theirs.")
+_DATE = flags.DEFINE_string(
+    "date",
+    None,
+    "The day that a chat template is told that asks for it, such as 2026-11-28: by default that on "
+    "which the job began, also when it goes on. Shards that begin on different days need it.",
+)
 _ORDERED = flags.DEFINE_bool(
     "ordered",
     False,
@@ -111,23 +124,10 @@ _MIX = flags.DEFINE_bool(
     "Go on with an output that was begun with other engine settings, on another device or with "
     "other versions. Rows may then differ from those of a run in one piece.",
 )
-_NUM_SHARDS = flags.DEFINE_integer(
-    "num_shards", 1, "Parts that rows are in, by their ids, for as many machines.", 1
-)
-_SHARD = flags.DEFINE_integer(
-    "shard",
-    None,
-    "Run this part alone, from 0. Its output is --output with .K-of-N behind, such as "
-    "results.jsonl.0-of-2.",
-)
-_MERGE = flags.DEFINE_bool(
-    "merge",
-    False,
-    "Run nothing, and make --output of the outputs of all --num_shards: the bytes of a job in one.",
-)
 _SAMPLING = tuple(name for name in SAMPLING_FLAGS if name != "seed")
 define_sampling_flags(_SAMPLING)
 define_chat_flags()
+define_shard_flags()
 programs.define_engine_flags()
 define_monitor_flags()
 
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
     try:
         with programs.usage_errors():
             asked = _Asked(argv)
-            if _MERGE.value:
+            if asked.shards.merges:
                 sys.exit(_merge(asked))
             job = _Job(asked)
         with job.output:
@@ -166,6 +166,7 @@ class _Asked:
     """What the flags ask for, of which nothing is done yet.
 
     Attributes:
+      shards: what this process is to do of it.
       input, ids: the rows.
       output: where all of them go, in the end.
       model: its files.
@@ -178,9 +179,11 @@ class _Asked:
     def __init__(self, argv: list[str]):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments {argv[1:]}; give files as --input=...")
-        _check_shards()
+        self.shards = shards_from_flags()
         self.params = sampling_params_from_flags(_SAMPLING)
         self.options = chat_options_from_flags()
+        if _DATE.value is not None:
+            checked_date("--date", _DATE.value)
         self.config = _engine_config()
         self.output = _output_path()
         if not _MODEL.value:
@@ -198,14 +201,14 @@ class _Asked:
             params=self.params,
             options={**self.options},
             seed=_SEED.value,
+            output=self.output,
         )
 
 
 def _merge(asked: _Asked) -> int:
     """Merges the shards' outputs. Returns: the exit code."""
-    number = _NUM_SHARDS.value
     num_errors = merge(
-        asked.output, asked.ids, number, asked.manifest, mix=_MIX.value, progress=True
+        asked.output, asked.ids, asked.shards.number, asked.manifest, mix=_MIX.value, progress=True
     )
     return _tell_done(len(asked.ids), num_errors)
 
@@ -220,8 +223,8 @@ class _Job:
     def __init__(self, asked: _Asked):
         self._asked, self._ids, path, config = asked, asked.ids, asked.output, asked.config
         manifest = asked.manifest
-        if _SHARD.value is not None:
-            shard = _SHARD.value, _NUM_SHARDS.value
+        if asked.shards.own is not None:
+            shard = asked.shards.own, asked.shards.number
             self._ids, path = self._ids.shard(*shard), shard_path(path, *shard)
             manifest = manifest | shard_entry(*shard)
         programs.require_device()
@@ -238,6 +241,8 @@ class _Job:
                 )
             self._config, self._is_new = config, before is None
             self._manifest = manifest | run_with(config)
+            if date := _DATE.value or (before or {}).get("date"):
+                self._manifest["date"] = date
             if before is not None:
                 check_same(path, before, self._manifest, mix=_MIX.value)
         except BaseException:
@@ -256,6 +261,8 @@ class _Job:
                 engine = Engine.load(self._asked.model, self._config)
             if self._is_new:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
+                if engine.chat_template.asks_for_date(self._asked.options):
+                    self._manifest.setdefault("date", datetime.date.today().isoformat())
                 write_manifest(self._path, self._manifest)
             self._encode = RecordMaker(engine.tokenizer, _MODEL.value)
             with (
@@ -309,11 +316,12 @@ class _Job:
         def complete(params: SamplingParams) -> SamplingParams:
             return with_fallbacks(params, engine.defaults)
 
+        options: Any = {**self._asked.options, "date": self._manifest.get("date")}
         reader = RowReader(
             params=self._asked.params,
             tokenizer=engine.tokenizer,
             template=engine.chat_template,
-            options=self._asked.options,
+            options=options,
             complete=complete,
         )
         lacks = self.output.lacks
@@ -344,18 +352,6 @@ def _output_path() -> pathlib.Path:
 def _check_apart(given: Input, output: pathlib.Path) -> None:
     if any(output.exists() and path.samefile(output) for path in given.paths):
         raise ValueError(f"--output={output} is an input too; name another file")
-
-
-def _check_shards() -> None:
-    number, shard = _NUM_SHARDS.value, _SHARD.value
-    if shard is None and not _MERGE.value and flags.FLAGS["num_shards"].present:
-        raise ValueError(f"--num_shards={number} needs --shard, 0 to {number - 1}, or --merge")
-    if (shard is not None or _MERGE.value) and not flags.FLAGS["num_shards"].present:
-        raise ValueError("--shard and --merge need --num_shards, the same for all of a job")
-    if shard is not None and _MERGE.value:
-        raise ValueError("--shard and --merge exclude each other: merge when all shards are done")
-    if shard is not None and not 0 <= shard < number:
-        raise ValueError(f"--shard={shard} must be between 0 and {number - 1}, as is --num_shards")
 
 
 def _with(num_errors: int) -> str:

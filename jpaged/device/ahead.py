@@ -41,7 +41,7 @@ class AheadCompiler:
         """
         self.programs = programs
         self._plan, self._max_num_samples = plan, max_num_samples
-        self._where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self._where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         where = placements(params, self._where)
         self._params = jax.tree.map(self._placed, params, where)
         self._kv_pages = self._struct(plan.shape, plan.dtype)

@@ -43,7 +43,7 @@ def context_of(
     Returns:
       32 bytes: equal for equal weights, settings, devices and versions.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     shape = None
     if config.deterministic:
         shape = config.max_num_batched_tokens, config.max_num_seqs  # of every step

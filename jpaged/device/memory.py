@@ -295,7 +295,7 @@ def check_pages(model_config: ModelConfig, plan: PoolPlan, dtype: np.dtype, back
 
 def _free_memory() -> FreeMemory:
     """What can still be allocated on the default device and on this host."""
-    device, platform = jax.devices()[0], jax.default_backend()
+    device, platform = jax.local_devices()[0], jax.default_backend()
     host_bytes = psutil.virtual_memory().available
     stats = device.memory_stats() if platform != "cpu" else None
     num_bytes, name = host_bytes, "available host memory"

@@ -77,7 +77,7 @@ class Programs:
             return jnp.pad(tokens, (0, max_num_samples - tokens.shape[0])), logprobs
 
         copy_pages = functools.partial(pallas_kernels.copy_pages, backend=backend)
-        options = compiler_options(jax.devices()[0].platform)
+        options = compiler_options(jax.local_devices()[0].platform)
         self.step = self._jit(
             "step", step_function(apply), donate_argnums=1, compiler_options=options
         )

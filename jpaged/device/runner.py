@@ -81,7 +81,7 @@ class ModelRunner:
         """
         # All on one device by name: jit compiles anew, without a trace, when an argument goes from
         # a default placement to the one that an earlier step's result has.
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
         where = placements(params, jax.sharding.SingleDeviceSharding(device))
         self.params = jax.device_put(params, where)
         self._ahead = ahead

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,8 +26,11 @@ _NOT_OF_RESULTS = {
     *("flops_per_s", "record_steps", "record", "compilation_cache_dir"),
     *("prompt_cache", "prompt_cache_bytes", "prompt_cache_min_pages"),
 }
-# What may differ with --mix: the last bits of numbers depend on it, and with them, rarely, a token.
-_MAY_DIFFER = ("engine", "device", "versions")
+# What may differ with --mix: the last bits of numbers depend on it, and with them, rarely, a token;
+# and the day that templates are told, which differs where shards begin before and after midnight.
+_MAY_DIFFER = ("engine", "device", "versions", "date")
+# What stands behind an output's name in those of its shards, and of what lies beside them.
+_BESIDE = re.compile(r"(\.\d+-of-\d+)?(\.manifest\.json|\.snapshot)?(\.(writing|sorting|merging))?")
 _WHOLE_BYTES = 2**24
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 2**16
 
@@ -48,6 +52,7 @@ def asked_for(
     params: SamplingParams,
     options: Mapping[str, Any],
     seed: int,
+    output: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """What of a manifest is the same on every machine.
 
@@ -59,6 +64,7 @@ def asked_for(
         byte depends.
       options: of the chat template.
       seed: of the job.
+      output: of the job: what lies there, also where the model does, is no part of the model.
     """
     asked = {
         field.name: value
@@ -69,7 +75,7 @@ def asked_for(
         {
             "manifest": _VERSION,
             "input": {"sha256": input_sha256, "rows": num_rows},
-            "model": {"sha256": model_identity(model)},
+            "model": {"sha256": model_identity(model, output)},
             "parameters": {**asked, **options, "seed": seed},
         }
     )
@@ -86,7 +92,7 @@ def run_with(config: EngineConfig) -> dict[str, Any]:
         for field in dataclasses.fields(EngineConfig)
         if field.name not in _NOT_OF_RESULTS
     }
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return _as_read(
         {
             "engine": engine,
@@ -149,14 +155,18 @@ def write_manifest(output: pathlib.Path, manifest: Mapping[str, Any]) -> None:
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
-def model_identity(path: pathlib.Path) -> str:
+def model_identity(path: pathlib.Path, output: pathlib.Path | None = None) -> str:
     """A hash of a model: of each file the name and the size, and what it holds.
+
+    What a job writes is no part of it, wherever it lies.
 
     Of files above 16 MiB, such as weights, that is 64 pieces of 64 KiB, from the first to the last,
     at even distances: other weights differ in nearly all of their bytes.
     """
     digest = hashlib.sha256()
     for name, file in sorted(_files(path)):
+        if output is not None and _is_of(output, file):
+            continue
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
@@ -182,6 +192,13 @@ def _files(path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
             yield from ((f"{file.name}/{name}", inner) for name, inner in _files(file))
         else:
             yield file.name, file
+
+
+def _is_of(output: pathlib.Path, file: pathlib.Path) -> bool:
+    """Whether a file is an output, of a shard too, or lies beside it for its sake."""
+    name, rest = file.name[: len(output.name)], file.name[len(output.name) :]
+    is_of = name == output.name and _BESIDE.fullmatch(rest) is not None
+    return is_of and file.parent.samefile(output.parent)
 
 
 def _as_read(manifest: dict[str, Any]) -> dict[str, Any]:

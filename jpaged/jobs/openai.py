@@ -220,7 +220,7 @@ class RecordMaker:
             self._choice(index, completion)
             | {
                 "message": {"role": "assistant", "content": completion.text},
-                "logprobs": self._chat_logprobs(completion),
+                "logprobs": self._chat_logprobs(completion, row.params.logprobs or 0),
             }
             for index, completion in enumerate(output.outputs)
         ]
@@ -240,14 +240,15 @@ class RecordMaker:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    def _chat_logprobs(self, completion: Completion) -> dict[str, Any] | None:
+    def _chat_logprobs(self, completion: Completion, top: int) -> dict[str, Any] | None:
+        """Of each token its own, and the `top` likeliest, among which it need not be."""
         if completion.logprobs is None:
             return None
         content: list[dict[str, Any]] = []
         for token, values in zip(completion.token_ids, completion.logprobs, strict=True):
-            entries = {i: self._entry(i, value) for i, value in values.items()}
-            chosen = entries.get(token) or self._entry(token, math.nan)
-            content.append(chosen | {"top_logprobs": list(entries.values())})
+            chosen = self._entry(token, values.get(token, math.nan))
+            likeliest = sorted(values.items(), key=lambda pair: -pair[1])[:top]
+            content.append(chosen | {"top_logprobs": [self._entry(*pair) for pair in likeliest]})
         return {"content": content}
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:

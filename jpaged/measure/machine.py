@@ -16,7 +16,7 @@ from jpaged.device import cpu
 
 def hardware() -> dict[str, Any]:
     """`cpu`, `cpu_cores`, `memory_gib`, and of JAX's default device `platform` and `device`."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "cpu": cpu.name(),
         "cpu_cores": cpu.num_cores(),

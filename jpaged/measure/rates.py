@@ -64,7 +64,7 @@ def _least_s(function: Callable[[jax.Array], jax.Array], array: jax.Array, calls
 
 def _free_bytes() -> float:
     """Free memory of the default device; CPUs do not say."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return float(2**32)
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -89,7 +89,7 @@ def target_chip() -> Chip:
             )
         capability = _CAPABILITY_OF_NAME[max(matches, key=len)]
         return _chip(words, capability, abstract.num_cores or _USUAL_NUM_SMS)
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "gpu":
         return INTERPRETED
     major, minor = str(device.compute_capability).split(".")

@@ -138,6 +138,18 @@ def test_strftime_now():
     assert text in {t.strftime("%d %b %Y") for t in (before, datetime.datetime.now())}
 
 
+def test_a_template_is_told_the_day_that_it_is_for():
+    template = ChatTemplate({"asks": "{{ strftime_now('%d %b %Y %H:%M') }}", "plain": "hello"})
+    text = template.render(HELLO, chat_template="asks", date="2001-02-03")
+    assert text == "03 Feb 2001 00:00"
+    assert template.render(HELLO, chat_template="plain", date="2001-02-03") == "hello"
+    for wrong in ("today", "2001-02-30", "", 5):
+        with pytest.raises(ValueError, match=r"date=.* must be a day, such as 2026-11-28"):
+            template.render(HELLO, chat_template="plain", date=wrong)
+    assert template.asks_for_date({}) and not ChatTemplate("hello").asks_for_date({})
+    assert ChatTemplate("x").asks_for_date({"chat_template": "{{ strftime_now('%d') }}"})
+
+
 def test_nothing_is_changed_that_was_given():
     template = ChatTemplate("{% set _ = messages[0].update({'content': 'x'}) %}{{ messages }}")
     messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]

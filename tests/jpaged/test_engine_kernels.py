@@ -44,7 +44,7 @@ def generate(backend, dtype):
 
 
 # Where jax can interpret Mosaic GPU, the suite is run without what is slow.
-@pytest.mark.parametrize(
+each_kernel = pytest.mark.parametrize(
     "kernels",
     [
         "mosaic",
@@ -52,10 +52,17 @@ def generate(backend, dtype):
         pytest.param("tpu", marks=(pytest.mark.slow, pytest.mark.nightly)),
     ],
 )
-def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
-    backend, interpret, dtype, tolerance = KERNELS[kernels]
+
+
+def skip_what_cannot_be_interpreted(kernels):
     if kernels == "mosaic" and not versions.interprets_mosaic():
         pytest.skip("jax 0.10 cannot interpret Mosaic GPU's products; jax 0.11 can")
+
+
+@each_kernel
+def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
+    skip_what_cannot_be_interpreted(kernels)
+    backend, interpret, dtype, tolerance = KERNELS[kernels]
     want, _ = generate("xla", dtype)
     with interpret():
         got, stats = generate(backend, dtype)
@@ -64,6 +71,28 @@ def test_interpreted_kernels_give_the_tokens_of_the_xla_kernels(kernels):
             assert a.token_ids == b.token_ids
             assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=tolerance)
     assert stats.totals.num_preemptions > 0 and stats.totals.num_page_copies > 0, stats
+
+
+def score(backend, dtype):
+    """Of completions in chunks, behind a prompt whose first page they share."""
+    config = EngineConfig(backend=backend, dtype=dtype, scan_layers=True, **SETTINGS)
+    engine = Engine.load(MODEL, config)
+    scores = engine.score(PROMPTS[0], [[5, 6, 7], [9]])
+    engine.check_invariants()
+    assert engine.stats().totals.num_hit_tokens >= 8
+    return scores
+
+
+@each_kernel
+def test_interpreted_kernels_give_the_scores_of_the_xla_kernels(kernels):
+    skip_what_cannot_be_interpreted(kernels)
+    backend, interpret, dtype, tolerance = KERNELS[kernels]
+    want = score("xla", dtype)
+    with interpret():
+        got = score(backend, dtype)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.token_ids == theirs.token_ids and ours.is_greedy == theirs.is_greedy
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=tolerance)
 
 
 @pytest.mark.parametrize(("backend", "devices"), [("tpu", "TPUs"), ("gpu", "NVIDIA GPUs")])

@@ -350,7 +350,7 @@ def test_a_prompts_log_probabilities_are_beside_the_choices(kind):
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_log_probabilities_have_the_form_of_openais(kind):
-    row = Row(row_id="a", kind=kind, model="m")
+    row = Row(row_id="a", kind=kind, model="m", params=SamplingParams(logprobs=2))
     body = RecordMaker(None, "tiny").record(Result(row, OUTPUT, None))["response"]["body"]
     assert body["model"] == "m"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
@@ -374,6 +374,17 @@ def test_log_probabilities_have_the_form_of_openais(kind):
         assert choice["logprobs"] == {
             "content": [
                 entry("5", -0.5) | {"top_logprobs": [entry("5", -0.5), entry("7", -1.5)]},
-                entry("6", -9999.0) | {"top_logprobs": [entry("6", -9999.0), entry("8", -0.25)]},
+                entry("6", -9999.0) | {"top_logprobs": [entry("8", -0.25), entry("6", -9999.0)]},
             ]
         }
+
+
+@pytest.mark.parametrize("top", [0, 1, 2])
+def test_a_chat_has_as_many_likeliest_tokens_as_it_asked_for(top):
+    """In order, and the token itself only where it is among them, as OpenAI has it."""
+    row = Row(row_id="a", kind="chat", params=SamplingParams(logprobs=top))
+    body = RecordMaker(None, "tiny").record(Result(row, OUTPUT, None))["response"]["body"]
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [(entry["token"], entry["logprob"]) for entry in content] == [("5", -0.5), ("6", -9999)]
+    found = [[likely["token"] for likely in entry["top_logprobs"]] for entry in content]
+    assert found == [["5", "7"][:top], ["8", "6"][:top]]

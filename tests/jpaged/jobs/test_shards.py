@@ -14,6 +14,7 @@ from jpaged.jobs.manifest import (
     asked_for,
     check_same,
     manifest_path,
+    model_identity,
     read_manifest,
     run_with,
     write_manifest,
@@ -149,3 +150,24 @@ def test_what_may_be_mixed_and_what_not(source, tmp_path):
     with pytest.raises(ManifestError, match=r"input\.sha256 was '0'") as caught:
         check_same(job.output, before, now, mix=True)
     assert "--mix" not in str(caught.value)
+
+
+def test_what_a_job_writes_is_no_part_of_its_model(tmp_path):
+    for name in ("config.json", "model.safetensors", "out.safetensors"):
+        (tmp_path / name).write_text(name)
+    output = tmp_path / "out"
+    want = model_identity(tmp_path, output)
+    for name in (
+        *("out", "out.manifest.json", "out.manifest.json.writing", "out.snapshot", "out.sorting"),
+        *("out.snapshot.writing", "out.1-of-3", "out.1-of-3.manifest.json", "out.merging"),
+    ):
+        (tmp_path / name).write_text(name)
+        assert model_identity(tmp_path, output) == want, name
+    assert model_identity(tmp_path) != want
+    # Names that begin alike are not enough, nor are equal ones elsewhere.
+    (tmp_path / "inner").mkdir()
+    found = [want]
+    for name in ("out.safetensors", "config.json", "inner/out"):
+        (tmp_path / name).write_text("other")
+        found.append(model_identity(tmp_path, output))
+    assert len(set(found)) == 4
