@@ -73,8 +73,17 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
       RequestTooLongError: if it could not run even with the whole pool to itself.
       ValueError: if it wants more beams than can run at once.
     """
-    (seq,), growth = request.sequences, request.growth
+    (seq,), growth, scored = request.sequences, request.growth, request.scored
+    # Of a score all tokens are given, and nothing is generated.
+    num_given = 0 if scored is None else len(scored.token_ids)
+    is_score = num_given > seq.num_prompt_tokens
     if seq.num_prompt_tokens >= seq.max_total_tokens:
+        if is_score:
+            raise RequestTooLongError(
+                f"request {request.request_id!r}: prompt and completion have {num_given} tokens, "
+                f"more than the {config.max_model_len + 1} that can be scored with "
+                f"max_model_len={config.max_model_len}; shorten them or raise max_model_len"
+            )
         raise RequestTooLongError(
             f"request {request.request_id!r}: a prompt of {seq.num_prompt_tokens} tokens "
             f"leaves no room for an answer in max_model_len={config.max_model_len}; shorten "
@@ -98,10 +107,13 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
     if needed > usable:
         more = seq.max_total_tokens - seq.num_prompt_tokens
         each = f" for each of {width} beams" if width > 1 else ""
+        tokens = f"{seq.num_prompt_tokens} prompt tokens and up to {more} more{each}"
+        advice = "lower max_tokens"
+        if is_score:
+            tokens, advice = f"the {num_given} tokens of prompt and completion", "shorten them"
         raise RequestTooLongError(
-            f"request {request.request_id!r}: {seq.num_prompt_tokens} prompt tokens and up to "
-            f"{more} more{each} need {needed} pages of {table.page_size} tokens, but the pool "
-            f"has {usable}; lower max_tokens or raise num_pages"
+            f"request {request.request_id!r}: {tokens} need {needed} pages of {table.page_size} "
+            f"tokens, but the pool has {usable}; {advice} or raise num_pages"
         )
 
 
