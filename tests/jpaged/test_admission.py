@@ -138,13 +138,15 @@ class TestPeak:
 class TestRoomToTheEnd:
     """Pages of a token; 100 // 16 = 6 are left free for others to grow into, two for each."""
 
-    def started(self, growing, **params):
-        """Whether one of 9 tokens and one more starts beside three that have 90 after a step."""
-        scheduler = make_scheduler(100, page_size=1, max_num_batched_tokens=500, max_model_len=100)
-        for name, num_tokens in zip("abc", (30, 30, 27), strict=True):
-            add(scheduler, name, num_tokens, max_tokens=growing, **params)
-        assert plan(scheduler.schedule()) == "a:30 b:30 c:27"
-        last = add(scheduler, "last", 9, max_tokens=1)
+    def started(self, growing, lengths=(30, 30, 27), length=9, **first):
+        """Whether one more token and so many start beside three, which have 90 after a step."""
+        scheduler = make_scheduler(
+            100, page_size=1, max_num_batched_tokens=500, max_model_len=100, max_num_seqs=8
+        )
+        for name, num_tokens in zip("abc", lengths, strict=True):
+            add(scheduler, name, num_tokens, max_tokens=growing, **(first if name == "a" else {}))
+        assert plan(scheduler.schedule()) == "a:{} b:{} c:{}".format(*lengths)
+        last = add(scheduler, "last", length, max_tokens=1)
         scheduler.schedule()
         scheduler.check_invariants()
         return last.status is not Status.WAITING
@@ -156,8 +158,14 @@ class TestRoomToTheEnd:
     def test_who_can_does_not(self):
         assert not self.started(growing=20)
 
-    def test_samples_to_come_are_not_foreseen(self):
-        assert not self.started(growing=2, logprobs=None, n=1, beam_width=1)
+    def test_samples_are_not_foreseen(self):
+        # With two samples of the first there are 91 pages in use in the second step, and 8 more.
+        few = {"lengths": (1, 43, 43), "length": 8}
+        assert self.started(growing=2, **few)
+        assert not self.started(growing=2, n=2, **few)
+
+    def test_beams_are_not_foreseen(self):
+        assert not self.started(growing=2, logprobs=None, beam_width=1)
 
     def test_it_is_asked_again_when_one_has_ended(self):
         scheduler = make_scheduler(
