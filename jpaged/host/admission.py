@@ -194,8 +194,8 @@ class Admission:
         self._space = space
         self._queues = queues
         self._prompts = prompts
-        # For whom, and beside whom, there was found to be no room to the end.
-        self._no_room: tuple[Sequence, int] | None = None
+        # For whom, by its order, and beside whom there was found to be no room to the end.
+        self._no_room: tuple[tuple[int, ...], int] | None = None
 
     def start(self, step: StepBuilder) -> list[Sequence]:
         """Has the first waiting sequence run, with all that were swapped to host memory with it.
@@ -336,7 +336,7 @@ class Admission:
         That is so where all have pages up to their `max_tokens`, as far as that is plain: not with
         windows, or samples and beams that are still to come.
         """
-        table, queues, state = self._table, self._queues, (seq, self._queues.num_changes)
+        table, queues, state = self._table, self._queues, (seq.order, self._queues.num_changes)
         if needed > table.pool.num_free_pages or self._no_room == state:
             return False
         seqs = [*queues.running, seq]

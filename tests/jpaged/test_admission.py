@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a scheduler refuses when it is made, and of requests that could never run."""
 
+import gc
 import re
+import weakref
 
 import pytest
 from hypothesis import given
@@ -166,6 +168,19 @@ class TestRoomToTheEnd:
 
     def test_beams_are_not_foreseen(self):
         assert not self.started(growing=2, logprobs=None, beam_width=1)
+
+    def test_who_had_no_room_is_not_kept_when_it_has_ended(self):
+        scheduler = make_scheduler(100, page_size=1, max_num_batched_tokens=500, max_model_len=100)
+        add(scheduler, "a", 87, max_tokens=8)
+        last = add(scheduler, "last", 12, max_tokens=8)
+        for _ in range(2):
+            read(scheduler.schedule())
+        assert last.status is Status.WAITING
+        request = weakref.ref(last.request)
+        scheduler.finish(last, "abort")
+        del last
+        gc.collect()
+        assert request() is None
 
     def test_it_is_asked_again_when_one_has_ended(self):
         scheduler = make_scheduler(
