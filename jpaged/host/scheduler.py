@@ -208,12 +208,12 @@ class Scheduler:
         """
         budget, running = self.config.max_num_batched_tokens, self._queues.running
         pool, size, groups = self.table.pool, self.table.page_size, self.table.num_groups
+        if self._releases:
+            self._release_unseen()
         index = 0
         while index < len(running) and budget:
             seq = running[index]
             if seq.request.is_single:
-                if self._releases:
-                    self._release_unseen(seq)
                 # Most are alone, and find pages: this is all that a step costs for them.
                 lacking = seq.num_tokens - seq.num_computed_tokens
                 num_tokens = min(lacking, budget)
@@ -227,9 +227,6 @@ class Scheduler:
             tokens = self._tokens_of(step, group, budget)
             if tokens is None:
                 break
-            if self._releases:
-                for each in group:
-                    self._release_unseen(each)
             if self._pages_needed(group, tokens) > pool.num_free_pages:
                 victims = victims_of(self._queues, self.table, index)
                 self._preempt(victims, seq.request, step)
@@ -273,15 +270,17 @@ class Scheduler:
     def _has_room_for(self, step: StepBuilder, first: Sequence) -> bool:
         return first.swapped is None and first.request.growth.num_rows == 1 and self._room(step) > 0
 
-    def _release_unseen(self, seq: Sequence) -> None:
-        """Gives back pages that neither a sequence nor what is forked off it sees from here on.
+    def _release_unseen(self) -> None:
+        """Gives back pages that neither those that run nor forks of them see from here on.
 
+        All do before the first takes pages: nobody is preempted for what another has left behind.
         A page may have another owner in the step that is planned: those before it, which read it,
         come first on the device. What the host does not know when it plans a step is the newest
         token alone, and that is read before anybody can ask for a fork.
         """
-        assert seq.table_id is not None
-        self.table.release_before(seq.table_id, seq.num_computed_tokens)
+        for seq in self._queues.running:
+            assert seq.table_id is not None
+            self.table.release_before(seq.table_id, seq.num_computed_tokens)
 
     def _pages_needed(self, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         if len(group) == 1:
