@@ -102,13 +102,14 @@ class Scheduler:
         Args:
           parent: live.
           child: `admission.check_fits` lets it pass; its sequence knows the tokens. It shares the
-            pages of the parent, but computes the last token again, for what comes after it.
+            pages of the parent, but computes the last token again, for what comes after it. It
+            waits where the parent does, or another that comes before it, or no place is free.
         """
         (source,), (seq,) = parent.sequences, child.sequences
         self._num_added += 1
         child.order = child.params.priority, parent.order[1], self._num_added
         child.cache_root = self.cache.use_root(parent.cache_root)
-        if source.status is not Status.RUNNING or not self._queues.num_free_places():
+        if source.status is not Status.RUNNING or not self._queues.has_turn(seq):
             self._queues.queue(seq)
             return
         assert source.table_id is not None
