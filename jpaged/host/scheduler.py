@@ -299,7 +299,7 @@ class Scheduler:
         while queues.waiting and budget:
             if step.num_extra_places and not self._has_room_for(step, queues.waiting[0]):
                 return
-            group = self._admission.start(step)
+            group = self._admission.start(step, budget)
             if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
                 first = queues.running.index(group[0]) - group[0].sample_index
