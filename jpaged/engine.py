@@ -264,7 +264,10 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
         """Starts `k` requests that go on from where a live one is, on the same pages.
 
         Nothing is copied until one of them writes to a page that others use too. The fork knows
-        the tokens that `step` has read so far; its own are drawn with other random bits.
+        the tokens that `step` has read so far; its own are drawn with other random bits. It is as
+        old as the request, and overtakes nobody: if a request waits that comes before it, by
+        priority and then by age, or places or pages lack, it waits too, and finds what it knows in
+        the prefix cache, or computes it. Its tokens are the same.
 
         Args:
           request_id: a live request with one sample.

@@ -97,11 +97,11 @@ class RequestMaker:
         stream: bool,
         cache_salt: str | None = None,
         resume: Sequence[Completion] = (),
-        max_model_len: int | None = None,
+        scored: ScoredTokens | None = None,
     ) -> Request:
         """Makes a request of a prompt; see `Engine.add_request`.
 
-        Its sequences have `max_model_len` tokens at most, where that is not None.
+        Of one that draws nothing `scored` has all tokens, the prompt and one more.
 
         Raises:
           ValueError: if it could never be served.
@@ -120,7 +120,11 @@ class RequestMaker:
                 f"[0, {vocab_size})"
             )
         seed = params.seed if params.seed is not None else secrets.randbits(32)
-        request = self._new(request_id, token_ids, params, seed, stream, cache_salt, max_model_len)
+        # The last token of a score is known: it is not computed, and needs no place.
+        most = self._config.max_model_len + (scored is not None)
+        request = self._new(request_id, token_ids, params, seed, stream, cache_salt, most)
+        if scored is not None:
+            request.scored = scored
         check_fits(request, self._config, self._table)
         _check_host_memory(request)
         if isinstance(resume, str) or not isinstance(resume, Sequence):
@@ -143,17 +147,15 @@ class RequestMaker:
         """
         token_ids, first = self._encode_pair(prompt, completion, request_id)
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        # The last token is known: it is not computed, and needs no place, but what predicts it is.
-        most = self._config.max_model_len + 1
-        request = self.make(token_ids[:-1], params, request_id, stream=False, max_model_len=most)
+        # The likeliest says whether greedy sampling had chosen the same.
+        scored = ScoredTokens(token_ids, first - 1, 1)
+        request = self.make(token_ids[:-1], params, request_id, stream=False, scored=scored)
         vocab_size = self._model_config.vocab_size
         if not 0 <= token_ids[-1] < vocab_size:
             raise ValueError(
                 f"request {request_id!r}: token id {shown(token_ids[-1])} is outside the "
                 f"vocabulary, [0, {vocab_size})"
             )
-        # The likeliest says whether greedy sampling had chosen the same.
-        request.scored = ScoredTokens(token_ids, first - 1, 1)
         request.processors = None  # a penalty of the model's own settings changes no score
         return request
 
@@ -237,8 +239,9 @@ class RequestMaker:
         children: list[Request] = []
         for request_id in itertools.islice(request_ids, k):
             own_seed = fork_seed(seed, parent.num_forks + len(children) + 1)
+            salt, most = parent.cache_salt, self._config.max_model_len
             child = self._new(
-                request_id, parent.prompt_token_ids, own, own_seed, stream, parent.cache_salt
+                request_id, parent.prompt_token_ids, own, own_seed, stream, salt, most
             )
             check_fits(child, self._config, self._table)
             child.arrival_s, child.first_token_s = parent.arrival_s, parent.first_token_s
@@ -300,11 +303,10 @@ class RequestMaker:
         seed: int,
         stream: bool,
         cache_salt: str | None,
-        max_model_len: int | None = None,
+        max_model_len: int,
     ) -> Request:
         processors = self._processors(params, request_id)
         assert params.max_tokens is not None, "not resolved"
-        max_model_len = max_model_len or self._config.max_model_len
         room = min(params.max_tokens, max_model_len - len(token_ids))
         request = Request(
             request_id,

@@ -73,8 +73,17 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
       RequestTooLongError: if it could not run even with the whole pool to itself.
       ValueError: if it wants more beams than can run at once.
     """
-    (seq,), growth = request.sequences, request.growth
+    (seq,), growth, scored = request.sequences, request.growth, request.scored
+    # Of a score all tokens are given, and nothing is generated.
+    num_given = 0 if scored is None else len(scored.token_ids)
+    is_score = num_given > seq.num_prompt_tokens
     if seq.num_prompt_tokens >= seq.max_total_tokens:
+        if is_score:
+            raise RequestTooLongError(
+                f"request {request.request_id!r}: prompt and completion have {num_given} tokens, "
+                f"more than the {config.max_model_len + 1} that can be scored with "
+                f"max_model_len={config.max_model_len}; shorten them or raise max_model_len"
+            )
         raise RequestTooLongError(
             f"request {request.request_id!r}: a prompt of {seq.num_prompt_tokens} tokens "
             f"leaves no room for an answer in max_model_len={config.max_model_len}; shorten "
@@ -98,10 +107,13 @@ def check_fits(request: Request, config: SchedulerConfig, table: PageTable) -> N
     if needed > usable:
         more = seq.max_total_tokens - seq.num_prompt_tokens
         each = f" for each of {width} beams" if width > 1 else ""
+        tokens = f"{seq.num_prompt_tokens} prompt tokens and up to {more} more{each}"
+        advice = "lower max_tokens"
+        if is_score:
+            tokens, advice = f"the {num_given} tokens of prompt and completion", "shorten them"
         raise RequestTooLongError(
-            f"request {request.request_id!r}: {seq.num_prompt_tokens} prompt tokens and up to "
-            f"{more} more{each} need {needed} pages of {table.page_size} tokens, but the pool "
-            f"has {usable}; lower max_tokens or raise num_pages"
+            f"request {request.request_id!r}: {tokens} need {needed} pages of {table.page_size} "
+            f"tokens, but the pool has {usable}; {advice} or raise num_pages"
         )
 
 
@@ -138,20 +150,21 @@ def _pages_alone(
     return total
 
 
-def peak_pages(lengths: Iterable[tuple[int, int]], page_size: int) -> int:
+def peak_pages(lengths: Iterable[tuple[int, int]], page_size: int, most_idle: int = 0) -> int:
     """Pages that sequences hold at most, together, until all have ended.
 
     Args:
       lengths: of each the tokens that it has and those at its end. Each grows by one a step, and
         holds nothing once it has ended.
       page_size: tokens a page holds.
+      most_idle: steps in which one may not grow, whichever these are, while others do.
     """
     most = held = 0
     by_end = sorted(lengths, key=lambda own: own[0] - own[1])
     for count, (now, end) in enumerate(by_end, 1):
         # Before this one ends, those are there that have as many to go or more.
         held += now
-        most = max(most, held + count * (end - now + page_size - 1))
+        most = max(most, held + count * (end - now + most_idle + page_size - 1))
     return most // page_size
 
 
@@ -182,22 +195,23 @@ class Admission:
         self._space = space
         self._queues = queues
         self._prompts = prompts
-        # For whom, and beside whom, there was found to be no room to the end.
-        self._no_room: tuple[Sequence, int] | None = None
+        # For whose order, beside whom, and with what to compute later there was no room to the end.
+        self._no_room: tuple[tuple[int, ...], int, int] | None = None
 
-    def start(self, step: StepBuilder) -> list[Sequence]:
+    def start(self, step: StepBuilder, budget: int) -> list[Sequence]:
         """Has the first waiting sequence run, with all that were swapped to host memory with it.
 
         Args:
           step: learns what is swapped in, and what the prefix cache had.
+          budget: tokens that the step can still compute.
 
         Returns:
           The sequences, which hold pages now; none if they must wait.
         """
         swapped = self._queues.waiting[0].swapped
-        return self._admit(step) if swapped is None else self._swap_in(step, swapped)
+        return self._admit(step, budget) if swapped is None else self._swap_in(step, swapped)
 
-    def _admit(self, step: StepBuilder) -> list[Sequence]:
+    def _admit(self, step: StepBuilder, budget: int) -> list[Sequence]:
         """Gives the first waiting sequence a place, and the pages of its prefix that are known.
 
         Returns:
@@ -235,8 +249,9 @@ class Admission:
                         held = found.usable_tokens(held // size * size)
                         pages = found.pages(held)
             needed = self._pages_needed(total, held, pages)
-            if needed + spare > pool.num_free_pages and not self._has_room_to_the_end(seq, needed):
-                return []
+            if needed + spare > pool.num_free_pages:
+                if not self._has_room_to_the_end(seq, needed, total - held - budget):
+                    return []
         if needed > pool.num_free_pages:
             return []
         if self._prompts is not None:
@@ -318,22 +333,30 @@ class Admission:
     def _have_places(self, request: Request, count: int) -> bool:
         return self._queues.num_free_places() >= self._queues.places_needed(request, count)
 
-    def _has_room_to_the_end(self, seq: Sequence, needed: int) -> bool:
+    def _has_room_to_the_end(self, seq: Sequence, needed: int, later: int) -> bool:
         """Whether a sequence can start without pages to spare, as those that run leave them free.
 
         That is so where all have pages up to their `max_tokens`, as far as that is plain: not with
-        windows, or samples and beams that are still to come.
+        windows, samples and beams that are still to come, or tokens to score. Its prompt takes the
+        `needed` pages, and steps to come compute the `later` last tokens of it. Of those that run
+        no prompt is left to compute where a step has tokens for another one.
         """
-        table, queues, state = self._table, self._queues, (seq, self._queues.num_changes)
+        table, queues = self._table, self._queues
+        state = seq.order, queues.num_changes, max(later, 0)
         if needed > table.pool.num_free_pages or self._no_room == state:
             return False
-        seqs = [*queues.running, seq]
-        if all(k.window is None for k in table.kinds) and all(s.request.is_single for s in seqs):
+        seqs, is_plain = [*queues.running, seq], seq.request.scored is None
+        is_plain &= all(kind.window is None for kind in table.kinds)
+        if is_plain and all(each.request.is_single for each in seqs):
+            # While it computes what this step does not, beside a token of each that runs, it does
+            # not grow as they do, nor they as it does where it comes before them.
+            rest = self._config.max_num_batched_tokens - len(queues.running)
+            most_idle = -(-state[-1] // rest)
             # The newest token of those that run has no cell yet, and the last one needs none.
             lengths = (
                 (s.num_tokens - (s.num_inflight_tokens > 0), s.max_total_tokens - 1) for s in seqs
             )
-            peak = peak_pages(lengths, table.page_size) * table.num_groups
+            peak = peak_pages(lengths, table.page_size, most_idle) * table.num_groups
             if peak <= table.pool.num_usable_pages:
                 return True
         self._no_room = state

@@ -3,6 +3,7 @@
 
 import bisect
 import collections
+import itertools
 import operator
 from collections.abc import Iterator, MutableSequence
 from collections.abc import Sequence as SequenceOf
@@ -70,6 +71,11 @@ class Queues:
         if not reserved:
             return count
         return 0 if any(seq.request is request for seq in self.running) else reserved
+
+    def has_turn(self, seq: Sequence) -> bool:
+        """Whether a sequence may start: a place is free, and nobody waits who comes before it."""
+        firsts = itertools.islice(self.waiting, self._num_awaited() + 1)
+        return self.num_free_places() > 0 and all(seq.order < other.order for other in firsts)
 
     def queue(self, seq: Sequence) -> None:
         """Has a sequence wait where its order says."""

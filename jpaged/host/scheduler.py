@@ -102,13 +102,14 @@ class Scheduler:
         Args:
           parent: live.
           child: `admission.check_fits` lets it pass; its sequence knows the tokens. It shares the
-            pages of the parent, but computes the last token again, for what comes after it.
+            pages of the parent, but computes the last token again, for what comes after it. It
+            waits where the parent does, or another that comes before it, or no place is free.
         """
         (source,), (seq,) = parent.sequences, child.sequences
         self._num_added += 1
         child.order = child.params.priority, parent.order[1], self._num_added
         child.cache_root = self.cache.use_root(parent.cache_root)
-        if source.status is not Status.RUNNING or not self._queues.num_free_places():
+        if source.status is not Status.RUNNING or not self._queues.has_turn(seq):
             self._queues.queue(seq)
             return
         assert source.table_id is not None
@@ -208,12 +209,12 @@ class Scheduler:
         """
         budget, running = self.config.max_num_batched_tokens, self._queues.running
         pool, size, groups = self.table.pool, self.table.page_size, self.table.num_groups
+        if self._releases:
+            self._release_unseen()
         index = 0
         while index < len(running) and budget:
             seq = running[index]
             if seq.request.is_single:
-                if self._releases:
-                    self._release_unseen(seq)
                 # Most are alone, and find pages: this is all that a step costs for them.
                 lacking = seq.num_tokens - seq.num_computed_tokens
                 num_tokens = min(lacking, budget)
@@ -227,9 +228,6 @@ class Scheduler:
             tokens = self._tokens_of(step, group, budget)
             if tokens is None:
                 break
-            if self._releases:
-                for each in group:
-                    self._release_unseen(each)
             if self._pages_needed(group, tokens) > pool.num_free_pages:
                 victims = victims_of(self._queues, self.table, index)
                 self._preempt(victims, seq.request, step)
@@ -273,15 +271,17 @@ class Scheduler:
     def _has_room_for(self, step: StepBuilder, first: Sequence) -> bool:
         return first.swapped is None and first.request.growth.num_rows == 1 and self._room(step) > 0
 
-    def _release_unseen(self, seq: Sequence) -> None:
-        """Gives back pages that neither a sequence nor what is forked off it sees from here on.
+    def _release_unseen(self) -> None:
+        """Gives back pages that neither those that run nor forks of them see from here on.
 
+        All do before the first takes pages: nobody is preempted for what another has left behind.
         A page may have another owner in the step that is planned: those before it, which read it,
         come first on the device. What the host does not know when it plans a step is the newest
         token alone, and that is read before anybody can ask for a fork.
         """
-        assert seq.table_id is not None
-        self.table.release_before(seq.table_id, seq.num_computed_tokens)
+        for seq in self._queues.running:
+            assert seq.table_id is not None
+            self.table.release_before(seq.table_id, seq.num_computed_tokens)
 
     def _pages_needed(self, group: SequenceOf[Sequence], tokens: SequenceOf[int]) -> int:
         if len(group) == 1:
@@ -299,7 +299,7 @@ class Scheduler:
         while queues.waiting and budget:
             if step.num_extra_places and not self._has_room_for(step, queues.waiting[0]):
                 return
-            group = self._admission.start(step)
+            group = self._admission.start(step, budget)
             if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
                 first = queues.running.index(group[0]) - group[0].sample_index

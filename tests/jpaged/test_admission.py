@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a scheduler refuses when it is made, and of requests that could never run."""
 
+import gc
+import itertools
 import re
+import weakref
 
 import pytest
-from hypothesis import given
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from jpaged.host.admission import RequestTooLongError, peak_pages
+from jpaged.host.scored import ScoredTokens
 from jpaged.host.sequence import Status
 from tests.jpaged.schedules import add, make_scheduler, plan, read
 
@@ -99,12 +103,17 @@ def test_an_unknown_reservation_is_refused():
         make_scheduler(reservation="none")
 
 
-def peak_by_steps(lengths, page_size):
-    """The most pages of any step, each counted as it is."""
-    most, lengths = 0, list(lengths)
+def peak_by_steps(lengths, page_size, idle=lambda: set()):
+    """The most pages of any step, each counted as it is; `idle` says who does not grow next."""
+    most, lengths = 0, dict(enumerate(lengths))
     while lengths:
-        most = max(most, sum(-(-now // page_size) for now, _ in lengths))
-        lengths = [(now + 1, end) for now, end in lengths if now < end]
+        most = max(most, sum(-(-now // page_size) for now, _ in lengths.values()))
+        still = idle()
+        lengths = {
+            i: (now + (i not in still), end)
+            for i, (now, end) in lengths.items()
+            if now < end or i in still
+        }
     return most
 
 
@@ -134,17 +143,39 @@ class TestPeak:
         if page_size == 1:
             assert peak == steps
 
+    @given(
+        st.lists(st.tuples(*(st.integers(0, 20) for _ in range(3))), max_size=8),
+        st.integers(1, 4),
+        st.integers(0, 9),
+    )
+    @example([(9, 0, 0), (0, 5, 20), (0, 5, 20)], 1, 5)
+    def test_is_never_less_whoever_is_idle_when(self, sequences, page_size, most_idle):
+        """Each for as long as it may be, from a step of its own on."""
+        lengths = [(1 + now, 1 + now + more) for now, more, _ in sequences]
+        times = itertools.count()
+
+        def idle():
+            time = next(times)
+            starts = enumerate(start for *_, start in sequences)
+            return {i for i, start in starts if start <= time < start + most_idle}
+
+        peak = peak_pages(lengths, page_size, most_idle)
+        assert peak_by_steps(lengths, page_size, idle) <= peak
+        assert peak <= peak_by_steps(lengths, page_size) + len(lengths) * (1 + most_idle)
+
 
 class TestRoomToTheEnd:
     """Pages of a token; 100 // 16 = 6 are left free for others to grow into, two for each."""
 
-    def started(self, growing, **params):
-        """Whether one of 9 tokens and one more starts beside three that have 90 after a step."""
-        scheduler = make_scheduler(100, page_size=1, max_num_batched_tokens=500, max_model_len=100)
-        for name, num_tokens in zip("abc", (30, 30, 27), strict=True):
-            add(scheduler, name, num_tokens, max_tokens=growing, **params)
-        assert plan(scheduler.schedule()) == "a:30 b:30 c:27"
-        last = add(scheduler, "last", 9, max_tokens=1)
+    def started(self, growing, lengths=(30, 30, 27), length=9, **first):
+        """Whether one more token and so many start beside three, which have 90 after a step."""
+        scheduler = make_scheduler(
+            100, page_size=1, max_num_batched_tokens=500, max_model_len=100, max_num_seqs=8
+        )
+        for name, num_tokens in zip("abc", lengths, strict=True):
+            add(scheduler, name, num_tokens, max_tokens=growing, **(first if name == "a" else {}))
+        assert plan(scheduler.schedule()) == "a:{} b:{} c:{}".format(*lengths)
+        last = add(scheduler, "last", length, max_tokens=1)
         scheduler.schedule()
         scheduler.check_invariants()
         return last.status is not Status.WAITING
@@ -156,8 +187,27 @@ class TestRoomToTheEnd:
     def test_who_can_does_not(self):
         assert not self.started(growing=20)
 
-    def test_samples_to_come_are_not_foreseen(self):
-        assert not self.started(growing=2, logprobs=None, n=1, beam_width=1)
+    def test_samples_are_not_foreseen(self):
+        # With two samples of the first there are 91 pages in use in the second step, and 8 more.
+        few = {"lengths": (1, 43, 43), "length": 8}
+        assert self.started(growing=2, **few)
+        assert not self.started(growing=2, n=2, **few)
+
+    def test_beams_are_not_foreseen(self):
+        assert not self.started(growing=2, logprobs=None, beam_width=1)
+
+    def test_who_had_no_room_is_not_kept_when_it_has_ended(self):
+        scheduler = make_scheduler(100, page_size=1, max_num_batched_tokens=500, max_model_len=100)
+        add(scheduler, "a", 87, max_tokens=8)
+        last = add(scheduler, "last", 12, max_tokens=8)
+        for _ in range(2):
+            read(scheduler.schedule())
+        assert last.status is Status.WAITING
+        request = weakref.ref(last.request)
+        scheduler.finish(last, "abort")
+        del last
+        gc.collect()
+        assert request() is None
 
     def test_it_is_asked_again_when_one_has_ended(self):
         scheduler = make_scheduler(
@@ -175,3 +225,85 @@ class TestRoomToTheEnd:
         scheduler.finish(first, "stop")
         # 94 are used, by those that end with this step. Of the 6 that are free 5 are taken.
         assert plan(scheduler.schedule()) == "b:1 c:1 d:1 e:1 last:5"
+
+    def test_what_others_take_while_a_prompt_is_computed_is_counted(self):
+        """In ten steps, for of eight tokens a step two are of those that run: 15 each then."""
+        scheduler = make_scheduler(
+            68, page_size=1, max_num_batched_tokens=8, max_model_len=100, max_num_seqs=8
+        )
+        others = [add(scheduler, name, 4, max_tokens=20) for name in "ab"]
+        read(scheduler.schedule())
+        # With the 55 of the last there are 10 + 55 + 3 in the next step, and it ends with that.
+        last = add(scheduler, "last", 55, max_tokens=2)
+        while scheduler.has_work:
+            step = scheduler.schedule()
+            read(step)
+            for seq in step.samples:
+                if len(seq.token_ids) == seq.max_total_tokens:
+                    scheduler.finish(seq, "length")
+        assert scheduler.num_preemptions == 0
+        assert {seq.finish_reason for seq in (*others, last)} == {"length"}
+
+    def test_a_score_takes_steps_that_are_not_foreseen(self):
+        """A token a step, where samples take all places but one."""
+        started = []
+        for has_scores in (False, True):
+            scheduler = make_scheduler(
+                100, page_size=1, max_num_batched_tokens=500, max_model_len=100, max_num_seqs=4
+            )
+            for name, num_tokens in zip("abc", (30, 30, 27), strict=True):
+                add(scheduler, name, num_tokens, max_tokens=2)
+            read(scheduler.schedule())
+            last = add(scheduler, "last", 9, max_tokens=1)
+            if has_scores:
+                last.request.scored = ScoredTokens([*last.token_ids, 0], 0, 1)
+            scheduler.schedule()
+            started.append(last.status is not Status.WAITING)
+        assert started == [True, False]
+
+    @settings(deadline=None)
+    @given(
+        st.lists(
+            st.tuples(
+                st.integers(1, 30), st.integers(1, 20), st.integers(0, 6), st.integers(-1, 1)
+            ),
+            min_size=2,
+            max_size=8,
+        ),
+        st.integers(1, 12),
+        st.integers(1, 4),
+        st.integers(0, 30),
+        st.booleans(),
+    )
+    def test_who_starts_so_is_not_preempted(self, asked, budget, page_size, more, prefix_cache):
+        """Nobody is, where all start so, whatever their priorities."""
+        needed = max(-(-(prompt + tokens - 1) // page_size) for prompt, tokens, *_ in asked)
+        scheduler = make_scheduler(
+            needed + more,
+            page_size,
+            max_num_batched_tokens=budget,
+            max_model_len=50,
+            max_num_seqs=8,
+            prefix_cache=prefix_cache,
+        )
+        queues = scheduler._queues
+        # More pages to spare than there are: only who has room to the end starts beside others.
+        scheduler._admission._spare_pages = lambda seq: 10**6 * bool(queues.running)
+        live = []
+        most = 0
+        for time in range(1000):
+            for index, (prompt, tokens, arrival, priority) in enumerate(asked):
+                if arrival == time:
+                    live.append(add(scheduler, f"{index}", prompt, tokens, priority=priority))
+            step = scheduler.schedule()
+            scheduler.check_invariants()
+            most = max(most, scheduler.num_running)
+            read(step)
+            for seq in step.samples:
+                if len(seq.token_ids) == seq.max_total_tokens:
+                    scheduler.finish(seq, "length")
+            if time > 6 and not scheduler.has_work:
+                break
+        assert all(seq.finish_reason == "length" for seq in live)
+        event(f"at once: {most}")
+        assert scheduler.num_preemptions == 0

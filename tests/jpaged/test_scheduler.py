@@ -422,3 +422,67 @@ def test_a_fork_waits_behind_those_whose_request_runs():
         read(scheduler.schedule())
         scheduler.check_invariants()
     assert child.sequences[0].num_computed_tokens > 0
+
+
+class TestForksTakeTheirTurn:
+    """`Engine.fork` lets nobody overtake a request that waits."""
+
+    def forked(self, scheduler, parent, name, **params):
+        """Forks a running request. Returns: the sequence."""
+        child = add(make_scheduler(), name, parent.num_prompt_tokens, **params).request
+        child.sequences[0].continue_from(parent)
+        scheduler.fork(parent.request, child)
+        return child.sequences[0]
+
+    def test_a_stream_of_forks_does_not_starve_who_came_before(self):
+        """Two places: one's are forked as often as one is free, and an urgent request waits."""
+        scheduler = make_scheduler(max_num_seqs=2, prefix_cache=True)
+        parent, other = (add(scheduler, name, 3, max_tokens=20) for name in "pq")
+        read(scheduler.schedule())
+        urgent = add(scheduler, "urgent", 2, max_tokens=3, priority=-1)
+        read(scheduler.schedule())
+        assert urgent.status is Status.WAITING
+        for number in range(3):
+            scheduler.finish(other, "stop")
+            other = self.forked(scheduler, parent, f"f{number}", max_tokens=20)
+            step = scheduler.schedule()
+            scheduler.check_invariants()
+            read(step)
+            assert urgent.status is not Status.WAITING
+            assert other.status is Status.WAITING
+        assert [key[0] for key in step.plan.rows.keys] == ["urgent", "p"]
+        # It has ended: the fork starts, and finds the page of its parent that is full.
+        assert plan(scheduler.schedule()) == "p:1 f2:3"
+
+    def test_nor_where_pages_lack(self):
+        scheduler = make_scheduler(num_usable_pages=4, max_num_seqs=8)
+        parent = add(scheduler, "p", 3, max_tokens=6)
+        read(scheduler.schedule())
+        add(scheduler, "large", 13, max_tokens=1, priority=-1)
+        forks = [self.forked(scheduler, parent, f"f{i}", max_tokens=6) for i in range(3)]
+        while scheduler.num_running:
+            assert {fork.status for fork in forks} == {Status.WAITING}
+            step = scheduler.schedule()
+            read(step)
+        assert plan(step) == "p:1"
+        assert plan(scheduler.schedule()) == "large:13"
+        assert scheduler.num_preemptions == 0
+
+    @pytest.mark.parametrize(("priority", "starts"), [(0, True), (1, False)])
+    def test_a_fork_is_as_old_as_what_it_was_forked_from(self, priority, starts):
+        scheduler = make_scheduler(num_usable_pages=4)
+        parent = add(scheduler, "p", 3, max_tokens=6)
+        add(scheduler, "large", 13, max_tokens=1)
+        read(scheduler.schedule())
+        fork = self.forked(scheduler, parent, "f", max_tokens=6, priority=priority)
+        assert (fork.status is Status.RUNNING) == starts
+        assert plan(scheduler.schedule()) == ("p:1 f:1" if starts else "p:1")
+
+    def test_samples_fork_whoever_waits(self):
+        """A request that runs has had its turn, with all its samples."""
+        scheduler = make_scheduler(max_num_batched_tokens=3, max_num_seqs=3)
+        add(scheduler, "a", 5, n=3)
+        scheduler.schedule()
+        urgent = add(scheduler, "urgent", 2, priority=-1)
+        assert sampled(scheduler.schedule()) == ["a", "a1", "a2"]
+        assert urgent.status is Status.WAITING

@@ -4,6 +4,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -126,12 +127,26 @@ def test_what_is_scored_may_have_one_token_more_than_the_model_sees(settings):
     (score,) = engine.score(prompt[:1], [prompt[1:] + completion])
     hold(score, prompt[:1], prompt[1:] + completion)
     engine.check_invariants()
-    with pytest.raises(
-        ValueError, match=r"a prompt of 65 tokens leaves no room .* max_model_len=64"
-    ):
+    message = (
+        "request '2': prompt and completion have 66 tokens, more than the 65 that can be scored "
+        "with max_model_len=64; shorten them or raise max_model_len"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         engine.score([*prompt, 1], [completion])
     with pytest.raises(ValueError, match="a prompt of 64 tokens leaves no room"):
         engine.generate([[1] * 64])
+
+
+def test_a_score_larger_than_the_pool_is_refused():
+    engine = tiny_engine(max_num_seqs=2, page_size=4, num_pages=5, max_model_len=16)
+    assert len(engine.score([1] * 9, [[2] * 8])[0].logprobs) == 8
+    engine = tiny_engine(max_num_seqs=2, page_size=4, num_pages=4, max_model_len=16)
+    message = (
+        "request '0': the 17 tokens of prompt and completion need 4 pages of 4 tokens, but the "
+        "pool has 3; shorten them or raise num_pages"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        engine.score([1] * 9, [[2] * 8])
 
 
 def test_a_prompt_is_computed_once():
@@ -259,7 +274,7 @@ def test_damaged_weights_fail_what_is_scored():
         ([1, 2], [[97, 1]], r"request '0': token id 97 is outside the vocabulary"),
         ([1, 2], ["a"], r"prompt=\[1, 2\] and completion='a' must be two strings or two lists"),
         ("a", ["b"], r"the model has no tokenizer\.json"),
-        ([1] * 60, [[1] * 6], r"a prompt of 65 tokens leaves no room"),
+        ([1] * 60, [[1] * 6], r"prompt and completion have 66 tokens, more than the 65"),
     ],
 )
 def test_refusals(prompt, completions, message):

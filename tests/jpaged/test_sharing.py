@@ -112,6 +112,22 @@ class TestFork:
         assert len({tuple(tokens[:known]) for tokens in runs[0]}) == 1
         assert len({tuple(tokens) for tokens in runs[0]}) == 5
 
+    @pytest.mark.parametrize("prefix_cache", [True, False])
+    def test_a_fork_that_waits_its_turn_draws_the_same(self, prefix_cache):
+        forks, (prompt, other) = [], prompts_of([21, 30])
+        for is_urgent in (False, True):
+            engine = tiny_engine(**EXACT, prefix_cache=prefix_cache)
+            parent = engine.add_request(prompt, drawn(seed=3, max_tokens=20))
+            for _ in range(6):
+                engine.step()
+            if is_urgent:
+                engine.add_request(other, drawn(max_tokens=4, priority=-1))
+            (fork,) = engine.fork(parent)
+            assert engine.stats().num_waiting == 2 * is_urgent
+            forks.append(run_steps(engine)[fork])
+        alone, waited = everything(forks)
+        assert alone == waited
+
     @pytest.mark.parametrize(
         "mode",
         [pytest.param("recompute", marks=(pytest.mark.nightly, pytest.mark.slow)), "swap"],

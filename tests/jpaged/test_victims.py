@@ -130,6 +130,26 @@ def test_a_short_one_loses_its_pages_before_a_long_one_that_came_later():
     assert plan(scheduler.schedule()) == "b:1 c:1"
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_nobody_is_preempted_for_what_a_window_has_left_behind(n):
+    """What is below the window of one that comes later is there before it is that one's turn."""
+    scheduler = make_scheduler(2 + n, kinds=(GroupKind(4, 1),))
+    first = add(scheduler, "a", 4, max_tokens=2, n=n)
+    last = add(scheduler, "b", 3 + 4 * n, max_tokens=2)
+    step = scheduler.schedule()
+    assert plan(step) == f"a:4 b:{3 + 4 * n}"
+    assert scheduler.table.pool.num_free_pages == 0
+    read(step)
+    behind = scheduler.table.pages(last.table_id)[:n]
+    # The next token of b sees its last page, which it fills; each sample of a needs a new one.
+    step = scheduler.schedule()
+    assert plan(step) == ("a:1 b:1" if n == 1 else "a:1 a1:1 b:1")
+    taken = [scheduler.table.pages(seq.table_id)[1] for seq in first.request.sequences]
+    assert sorted(taken) == sorted(behind)
+    assert (step.plan.num_preemptions, scheduler.num_preemptions) == (0, 0)
+    scheduler.check_invariants()
+
+
 @st.composite
 def crowds(draw):
     """Many requests of one sequence or two, in a pool that holds few of them."""

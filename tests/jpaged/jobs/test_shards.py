@@ -48,14 +48,15 @@ def source(tmp_path):
 class Job:
     """What `jpaged batch` does, with an engine that is there already."""
 
-    def __init__(self, source, output, seed=0):
+    def __init__(self, source, output, seed=0, **params):
+        self.params = SamplingParams(**params)
         self.input, self.output = open_input([str(source)]), output
         self.ids = self.input.check()
         self.asked = asked_for(
             input_sha256=self.input.sha256,
             num_rows=len(self.ids),
             model=source,
-            params=SamplingParams(),
+            params=self.params,
             options={},
             seed=seed,
         )
@@ -70,7 +71,7 @@ class Job:
             if before is None:
                 write_manifest(path, manifest)
             lines = [line for line in self.input if output.lacks(line.row_id)]
-            run(map(RowReader().row, lines[:rows]), output, engine)
+            run(map(RowReader(params=self.params).row, lines[:rows]), output, engine)
             output.sync()
             if output.is_done:
                 output.sort()
@@ -107,6 +108,21 @@ def test_merged_they_are_the_job_in_one(source, tmp_path, engine):
         assert read_manifest(job.output) == read_manifest(whole.output)
         assert job.merge(number) == 1  # once more
         assert job.output.read_bytes() == whole.output.read_bytes()
+
+
+def test_a_job_goes_on_with_another_priority(source, tmp_path, engine):
+    """On which no byte depends; other parameters are another job."""
+    whole, path = Job(source, tmp_path / "whole.jsonl"), tmp_path / "out.jsonl"
+    whole.run(engine)
+    Job(source, path, priority=5).run(engine, rows=4)
+    again, other = (Job(source, path, priority=-3, temperature=t) for t in (None, 0.5))
+    before = read_manifest(path)
+    check_same(path, before, again.asked | run_with(CONFIG), mix=False)
+    with pytest.raises(ManifestError, match=r"parameters\.temperature was None, and is 0\.5: name"):
+        check_same(path, before, other.asked | run_with(CONFIG), mix=True)
+    again.run(engine)
+    assert path.read_bytes() == whole.output.read_bytes()
+    assert read_manifest(path) == read_manifest(whole.output)
 
 
 def test_it_refuses_shards_that_are_not_done(source, tmp_path, engine):
