@@ -350,7 +350,7 @@ class Admission:
         if is_plain and all(each.request.is_single for each in seqs):
             # While it computes what this step does not, beside a token of each that runs, it does
             # not grow as they do, nor they as it does where it comes before them.
-            rest = self._config.max_num_batched_tokens - len(queues.running)
+            rest = max(1, self._config.max_num_batched_tokens - len(queues.running))
             most_idle = -(-state[-1] // rest)
             # The newest token of those that run has no cell yet, and the last one needs none.
             lengths = (
