@@ -258,6 +258,8 @@ class _Job:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
                 write_manifest(self._path, self._manifest)
             self._encode = RecordMaker(engine.tokenizer, _MODEL.value)
+            if self._config.strict_shapes:
+                self._warm_up(engine)
             with (
                 interrupts.noted_to_go_on() as note,
                 programs.usage_errors(),
@@ -289,6 +291,16 @@ class _Job:
         output.sort()
         remove_snapshot(self._path)
         return _tell_done(total, output.num_errors)
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Compiles what the rows ask for, so that none is refused for want of it."""
+        last = None
+        for row in self._rows(engine):
+            own = dataclasses.replace(row.params, seed=None)
+            if row.error is None and own != last:  # mostly all are alike
+                last = own
+                with contextlib.suppress(ValueError):  # the row's record says what is wrong with it
+                    engine.warm_up(params=[own])
 
     def _snapshot(self) -> contextlib.AbstractContextManager[Snapshot | None]:
         if not _SNAPSHOT_S.value:

@@ -156,15 +156,15 @@ def test_what_nobody_asks_for_is_not_compiled():
     engine = tiny_engine(max_num_seqs=2, **ONE_SHAPE)
     engine.generate(prompts_of([5]), params_of("filters"))
     ran = engine._runner.programs.ran
-    assert (2, "modes", 4) in ran and (2, 4) not in ran
+    assert (2, "modes", 16) in ran and (2, 16) not in ran
 
 
 def test_a_compile_plan_may_have_them():
     engine = tiny_engine(strict_shapes=True, max_num_seqs=2, **ONE_SHAPE)
     params = params_of("filters", **FILTERS)
-    with pytest.raises(RuntimeError, match="is not compiled"):
+    with pytest.raises(ValueError, match="logprobs=4, logprobs_mode='filters' needs programs"):
         engine.generate(prompts_of([5]), params)
-    engine.warm_up(num_logprobs=4, params=[params])
+    engine.warm_up(params=[params])
     (output,) = engine.generate(prompts_of([5]), params)
     hold(output, params)
     assert engine.stats().num_unplanned_compilations == 0
