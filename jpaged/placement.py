@@ -289,7 +289,7 @@ def wanted_programs(
         defaults,
         plan.max_model_len,
         shapes,
-        params=list({repr(own): own for own in params}.values()),
+        params=params,
     )
 
 

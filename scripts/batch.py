@@ -254,12 +254,12 @@ class _Job:
         if not output.is_done:
             with programs.usage_errors():
                 engine = Engine.load(self._asked.model, self._config)
+                if self._config.strict_shapes:
+                    self._warm_up(engine)
             if self._is_new:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
                 write_manifest(self._path, self._manifest)
             self._encode = RecordMaker(engine.tokenizer, _MODEL.value)
-            if self._config.strict_shapes:
-                self._warm_up(engine)
             with (
                 interrupts.noted_to_go_on() as note,
                 programs.usage_errors(),

@@ -216,9 +216,10 @@ def _engine(
         with _prompt_errors():  # before the weights are read
             ready = encoded(prompts, files.tokenizer, rendered=_CHAT.value)
             if not _PRINT_COMPILE_PLAN.value:
+                shapes = first_shapes(ready, own, config, files)
                 if strict:
                     return compile_ahead(config, files, params=own)
-                return compile_ahead(config, files, first_shapes(ready, own, config, files))
+                return compile_ahead(config, files, shapes)
             plan = plan_of(ready, own, config, files)
         shapes = [each.shape for each in plan.shapes]
         begun.append((plan, compile_ahead(config, files, shapes, own)))

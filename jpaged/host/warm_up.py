@@ -152,11 +152,9 @@ def warm_up_plan(
     given = [instance_of("params", own, SamplingParams) for own in params]
     # What the model asks for, whoever says nothing else does too.
     given += [SamplingParams(), SamplingParams(logprobs=num_logprobs)]
-    resolved = [own.resolve(defaults, max_model_len) for own in given]
-    rows = range(1, min(buckets.max_num_rows, buckets.max_num_tokens) + 1)
-    decode = {buckets.shape(count, count, count) for count in rows}
+    resolved = [own.resolve(defaults, max_model_len) for own in dict.fromkeys(given)]
     asked = asked_by(resolved, vocab_size, eos_token_ids, max_model_len)
-    return asked | WarmUpPlan(tuple(shapes), tuple(shape for shape in shapes if shape in decode))
+    return asked | WarmUpPlan(tuple(shapes), tuple(s for s in shapes if _holds_decode(s, buckets)))
 
 
 def idle_beams(width: int, num_candidates: int, *, processed: bool = False) -> BeamBatch:
@@ -164,6 +162,12 @@ def idle_beams(width: int, num_candidates: int, *, processed: bool = False) -> B
     slots = np.zeros(width, np.int32)
     scores = slots.astype(np.float32) - np.inf
     return BeamBatch(slots, scores, num_candidates, processed)
+
+
+def _holds_decode(shape: StepShape, buckets: ShapeBuckets) -> bool:
+    """Whether steps of one token a row are padded to a shape: if any are, the largest that fit."""
+    most = min(shape.num_tokens, shape.num_rows)
+    return buckets.shape(most, most, most) == shape
 
 
 def _search_of(params: SamplingParams, eos_token_ids: Collection[int]) -> tuple[int, int]:

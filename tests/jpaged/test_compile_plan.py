@@ -229,6 +229,17 @@ class TestStrict:
         assert engine.generate([other], bad)[0].finished
         assert engine.stats().num_unplanned_compilations == 0
 
+    def test_bursts_have_shapes_that_are_not_of_decode_where_no_others_are_given(self):
+        params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+        prompts = prompts_of([9, 5])
+        want = token_ids(tiny_engine().generate(prompts, params))
+        engine = tiny_engine(strict_shapes=True, decode_steps=4, **SMALL | {"step_shapes": "16x4"})
+        compiled = engine.stats().num_compilations
+        assert token_ids(engine.generate(prompts, params)) == want
+        totals = engine.stats().totals
+        assert totals.num_dispatches < totals.num_steps
+        assert engine.stats().num_compilations == compiled
+
     def test_forks_are_held_to_it_too(self):
         engine = tiny_engine(strict_shapes=True, **SMALL)
         (prompt,) = prompts_of([9])
