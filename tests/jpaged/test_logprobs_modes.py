@@ -11,6 +11,7 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.device import sampling
+from jpaged.device.step_result import StepResult
 from jpaged.host.params import LogprobsMode
 from tests.jpaged.test_sampling import make_rows
 from tests.jpaged.test_scores import ONE_SHAPE, ROUNDING, dense_logits, dense_logprobs
@@ -157,6 +158,14 @@ def test_what_nobody_asks_for_is_not_compiled():
     engine.generate(prompts_of([5]), params_of("filters"))
     ran = engine._runner.programs.ran
     assert (2, "modes", 16) in ran and (2, 16) not in ran
+
+
+def test_what_nobody_wants_of_a_program_is_left_out_before_it_becomes_pythons():
+    top = np.arange(32).reshape(2, 16), np.zeros((2, 16), np.float32)
+    one = np.zeros(2, np.float32)
+    result = StepResult(np.zeros(2, int), one, (*top, 3), [], 2, modes=((one, *top), [1], 5))
+    (outcome,) = result.outcomes()
+    assert [list(found) for found in outcome.likeliest] == [[0, 1, 2], [16, 17, 18, 19, 20]]
 
 
 def test_a_compile_plan_may_have_them():
