@@ -14,6 +14,8 @@ from jpaged.host.compile_plan import (
     UnplannedProgramError,
     fewest_shapes,
 )
+from jpaged.host.logprobs import likeliest_counts
+from jpaged.host.warm_up import warm_up_plan
 from jpaged.simulation import Item, PagedSimulator
 from jpaged.simulation.job_steps import job_steps
 from tests.jpaged.tiny import prompts_of, tiny_engine, token_ids
@@ -127,6 +129,32 @@ class TestGivenShapes:
     def test_not_beside_one_shape(self):
         with pytest.raises(ValueError, match="step_shapes='16x4' and deterministic"):
             EngineConfig(step_shapes="16x4", deterministic=True)
+
+
+class TestWhatRequestsAskFor:
+    @pytest.mark.parametrize(
+        ("most", "vocab_size", "counts"),
+        [
+            (0, 50_000, []),
+            (1, 50_000, [16]),
+            (16, 50_000, [16]),
+            (17, 50_000, [16, 128]),
+            (1025, 50_000, [16, 128, 1024, 8192]),
+            (50_000, 50_000, [16, 128, 1024, 8192, 50_000]),
+            (60, 97, [16, 97]),
+            (1, 10, [10]),
+        ],
+    )
+    def test_numbers_of_likeliest_tokens_by_hand(self, most, vocab_size, counts):
+        assert likeliest_counts(most, vocab_size) == counts
+
+    def test_a_plan_has_what_smaller_requests_ask_for_too(self):
+        params = SamplingParams(logprobs=200, logprobs_mode="filters", prompt_logprobs=17)
+        plan = warm_up_plan(ShapeBuckets(64, 8), 50_000, (), SamplingParams(), 64, params=[params])
+        assert plan.shapes == tuple(ShapeBuckets(64, 8).all_shapes())
+        assert plan.bursts == tuple(StepShape(2**i, 2**i) for i in range(4))
+        assert sorted(plan.likeliest) == [16, 128] and sorted(plan.modes) == [16, 128, 1024]
+        assert plan.scores and not plan.beams and not plan.processors
 
 
 class TestStrict:
