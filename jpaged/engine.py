@@ -24,7 +24,7 @@ from jpaged.host.params import DEFAULT_PARAMS, SamplingParams
 from jpaged.host.scheduler import Scheduler
 from jpaged.host.stats import Counters, EngineStats
 from jpaged.host.viewer import PoolSnapshot
-from jpaged.host.warm_up import warm_up_plan
+from jpaged.host.warm_up import WarmUpPlan, asked_by, warm_up_plan
 from jpaged.live import LiveRequests
 from jpaged.logs import open_logs
 from jpaged.models.checkpoint import check_params
@@ -103,7 +103,7 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
             backend=backend, num_host_pages=self._scheduler_config.num_host_pages, ahead=ahead,
         )  # fmt: skip
         self._prompts = open_prompt_cache(config, model_config, plan, self._runner, backend)
-        self._totals = Counters()
+        self._totals, self._warm = Counters(), WarmUpPlan()
         self._live = LiveRequests(self._new_pipeline, self._runner.recover)
         if config.strict_shapes:
             self.warm_up()
@@ -114,7 +114,8 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
         pool, page_size = PagePool(plan.num_pages), self.config.page_size
         table = PageTable(pool, page_size, plan.pages_per_seq, plan.kinds)
         scheduler = Scheduler(config, table, self._prompts)
-        self._maker = RequestMaker(self.model_config, tokenizer, config, table, self.defaults)
+        model = self.model_config, tokenizer, config, table, self.defaults
+        self._maker = RequestMaker(*model, self._check_planned)
         dtype, eos = default_dtype(self.config).name, self.model_config.eos_token_ids
         results = ResultReader(scheduler, tokenizer, eos, self._totals, dtype)
         logs = self._log, self._recorder
@@ -347,10 +348,11 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
 
         Args:
           shapes: the steps to compile; None takes all that this engine can run.
-          num_logprobs: also compile the report of this many likeliest tokens, for requests that set
-            `SamplingParams.logprobs`.
-          params: also compile what such requests need, and what the model asks for: the choice of
-            beams, and what changes logits (penalties, biases, forbidden tokens).
+          num_logprobs: also compile the reports of up to this many likeliest tokens.
+          params: also compile what such requests need beside tokens, whichever of them share a
+            step: log-probabilities, the choice of beams, what changes logits (penalties, biases,
+            forbidden tokens). With `EngineConfig.strict_shapes` others are refused. What calls
+            before named is compiled for all shapes so far, and what the model asks for itself.
 
         Raises:
           ValueError: if an argument is none of these; nothing has changed then.
@@ -358,9 +360,16 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
         self._live.enter()
         model = self.model_config.vocab_size, self.model_config.eos_token_ids, self.defaults.params
         asked = self._plan.max_model_len, shapes, num_logprobs, params
-        plan = warm_up_plan(self._buckets, *model, *asked)
+        plan = self._warm | warm_up_plan(self._buckets, *model, *asked)
         with self._live.change:
-            self._runner.warm_up(**plan)
+            self._runner.warm_up(plan)
+            self._warm = plan
+
+    def _check_planned(self, params: SamplingParams) -> None:
+        """Raises ValueError if strict_shapes has nothing compiled for resolved parameters."""
+        if self.config.strict_shapes:
+            model = self.model_config.vocab_size, self.model_config.eos_token_ids
+            self._warm.check(params, asked_by([params], *model, self._plan.max_model_len))
 
     def stats(self) -> EngineStats:
         """Returns a reading of the pool, the queues and the totals; it does not change later."""

@@ -31,7 +31,7 @@ from jpaged.host.batch import ShapeBuckets, StepShape
 from jpaged.host.checks import directory
 from jpaged.host.config import EIGHT_BITS, EngineConfig
 from jpaged.host.params import SamplingParams
-from jpaged.host.warm_up import warm_up_plan
+from jpaged.host.warm_up import WarmUpPlan, warm_up_plan
 from jpaged.models import checkpoint, find
 from jpaged.models.config import ModelConfig
 from jpaged.models.decoder import Decoder, Params, stack_layers
@@ -248,7 +248,6 @@ def compile_ahead(
     config: EngineConfig,
     files: ModelFiles,
     shapes: Sequence[StepShape] | None = None,
-    num_logprobs: int = 0,
     params: Sequence[SamplingParams] = (),
 ) -> CompileThreads:
     """Begins to compile steps of an engine in threads, while its weights are read.
@@ -260,8 +259,7 @@ def compile_ahead(
       config: the engine's settings.
       files: its model.
       shapes: the steps, the first is needed first; None takes all that there can be.
-      num_logprobs: as in `Engine.warm_up`.
-      params: likewise.
+      params: as in `Engine.warm_up`.
 
     Raises:
       ValueError: if settings or memory do not allow the engine.
@@ -270,9 +268,9 @@ def compile_ahead(
     shapes = ShapeBuckets.of(config).all_shapes() if shapes is None else shapes
     plan = unread_pool_of(config, model_config)
     programs = _programs_of(config, model_config, plan)
-    wanted = wanted_programs(config, files, plan, shapes, num_logprobs, params)
+    wanted = wanted_programs(config, files, plan, shapes, params)
     make = functools.partial(_compiler_of, config, model_config, programs, plan)
-    return CompileThreads(programs, plan, model_config, compiler=make, **wanted)
+    return CompileThreads(programs, plan, model_config, wanted, make)
 
 
 def wanted_programs(
@@ -280,10 +278,9 @@ def wanted_programs(
     files: ModelFiles,
     plan: PoolPlan,
     shapes: Sequence[StepShape],
-    num_logprobs: int,
     params: Sequence[SamplingParams],
-) -> dict[str, Any]:
-    """What steps of some shapes call; see `warm_up_plan` for what is returned."""
+) -> WarmUpPlan:
+    """What steps of some shapes call for requests of some parameters."""
     model = files.config
     defaults = model_defaults(files.generation_config, model.vocab_size).params
     return warm_up_plan(
@@ -293,8 +290,7 @@ def wanted_programs(
         defaults,
         plan.max_model_len,
         shapes,
-        num_logprobs,
-        list({repr(own): own for own in params}.values()),
+        params=params,
     )
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import numbers
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import psutil
@@ -44,13 +44,15 @@ class RequestMaker:
         config: SchedulerConfig,
         table: PageTable,
         defaults: Defaults | None = None,
+        check: Callable[[SamplingParams], None] | None = None,
     ):
-        """Remembers what requests are held against, and what the model asks for itself."""
+        """Remembers what requests are held against: what the model asks for itself, and a check."""
         self._defaults = defaults or Defaults()
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._config = config
         self._table = table
+        self._check_more = check
 
     def make_all(
         self,
@@ -146,7 +148,7 @@ class RequestMaker:
           ValueError: if it could never be served.
         """
         token_ids, first = self._encode_pair(prompt, completion, request_id)
-        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, prompt_logprobs=1)
         # The likeliest says whether greedy sampling had chosen the same.
         scored = ScoredTokens(token_ids, first - 1, 1)
         request = self.make(token_ids[:-1], params, request_id, stream=False, scored=scored)
@@ -287,6 +289,11 @@ class RequestMaker:
                     f"request {request_id!r}: length_penalty={params.length_penalty} makes scores "
                     f"of {params.max_tokens} tokens infinite or 0; bring it closer to 0"
                 )
+        if self._check_more is not None:
+            try:
+                self._check_more(params)
+            except ValueError as e:
+                raise ValueError(f"request {request_id!r}: {e}") from None
 
     def _processors(self, params: SamplingParams, request_id: str) -> LogitsProcessors | None:
         config = self._model_config

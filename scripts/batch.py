@@ -259,6 +259,8 @@ class _Job:
         if not output.is_done:
             with programs.usage_errors():
                 engine = Engine.load(self._asked.model, self._config)
+                if self._config.strict_shapes:
+                    self._warm_up(engine)
             if self._is_new:
                 self._manifest["engine"]["num_pages"] = engine.stats().num_usable_pages + 1
                 if engine.chat_template.asks_for_date(self._asked.options):
@@ -296,6 +298,16 @@ class _Job:
         output.sort()
         remove_snapshot(self._path)
         return _tell_done(total, output.num_errors)
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Compiles what the rows ask for, so that none is refused for want of it."""
+        last = None
+        for row in self._rows(engine):
+            own = dataclasses.replace(row.params, seed=None)
+            if row.error is None and own != last:  # mostly all are alike
+                last = own
+                with contextlib.suppress(ValueError):  # the row's record says what is wrong with it
+                    engine.warm_up(params=[own])
 
     def _snapshot(self) -> contextlib.AbstractContextManager[Snapshot | None]:
         if not _SNAPSHOT_S.value:

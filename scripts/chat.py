@@ -113,6 +113,9 @@ def main(argv: list[str]) -> None:
         engine = Engine.load(files, config, lambda: compile_ahead(config, files, shapes[:1]))
     if params.temperature is None and engine.defaults.params.temperature is None:
         params = dataclasses.replace(params, temperature=0.7)
+    if config.strict_shapes:
+        with usage_errors():
+            engine.warm_up(params=[params])
     dialog = Dialog(engine, params, system, options)
     terminal = sys.stdin.isatty()
     if terminal:

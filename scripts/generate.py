@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
         params = [with_fallbacks(own, engine.defaults) for own in params]
         prompts = encoded(prompts, engine.tokenizer, rendered=_CHAT.value)
         if engine.config.strict_shapes:
-            engine.warm_up(num_logprobs=max(own.logprobs or 0 for own in params), params=params)
+            engine.warm_up(params=params)
     as_json = _OUTPUT.value == "json"
     shown = [""] * len(prompts) if _CHAT.value else prompts
     writer = ResultWriter(shown, engine.tokenizer, as_json=as_json)
@@ -217,11 +217,12 @@ def _engine(
             ready = encoded(prompts, files.tokenizer, rendered=_CHAT.value)
             if not _PRINT_COMPILE_PLAN.value:
                 shapes = first_shapes(ready, own, config, files)
-                return compile_ahead(config, files, None if strict else shapes)
+                if strict:
+                    return compile_ahead(config, files, params=own)
+                return compile_ahead(config, files, shapes)
             plan = plan_of(ready, own, config, files)
         shapes = [each.shape for each in plan.shapes]
-        num_logprobs = max(each.logprobs or 0 for each in own)
-        begun.append((plan, compile_ahead(config, files, shapes, num_logprobs, own)))
+        begun.append((plan, compile_ahead(config, files, shapes, own)))
         return begun[0][1]
 
     engine = Engine.load(files, config, compile_first)

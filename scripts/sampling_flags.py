@@ -104,7 +104,9 @@ SAMPLING_FLAGS: Mapping[str, tuple[Callable[..., Any], str]] = MappingProxyType(
         "skip_special_tokens": (_BOOL, "Leave the tokenizer's special tokens out of the text."),
         "priority": (
             _WHOLE,
-            "Prompts with a lower one are served first; what is said of a prompt in a file counts.",
+            "Prompts with a lower one are served first; what is said of a prompt in a file counts. "
+            "`jpaged batch` reads rows in their order, four times --max_num_seqs ahead, and orders "
+            "those alone.",
         ),
     }
 )

@@ -9,9 +9,11 @@
 Policy `paged` is the real scheduler, pool and page table; `contiguous-max`, `contiguous-pow2` and
 `contiguous-oracle` reserve a block of a buddy allocator for each request, like the baselines of the
 paper, Kwon et al. 2023 (`jpaged.simulation`). With `--layers`, layers that see a window and layers
-that see everything have pages of their own; `paged-one-table` keeps all tokens for all of them. A
-cost model of OPT-13B on an A100 says how long steps take. docs/paper_figures.md has the paper's
-figures, reproduced so. With `--trace`, requests and their times are those that somebody has served.
+that see everything have pages of their own; `paged-one-table` keeps all tokens for all of them.
+`paged-last-victim` takes the last request's pages, whatever that frees, and `paged-spare-pages`
+starts nobody without pages to spare: docs/decisions.md compares with both. A cost model of OPT-13B
+on an A100 says how long steps take. docs/paper_figures.md has the paper's figures, reproduced so.
+With `--trace`, requests and their times are those that somebody has served.
 
 The last line of standard output is one JSON object: `workload` (`prompt_len`, `output_len`, `rate`,
 `seed`, or `trace` and `time_scale`; `n`, `num_requests`, `prompt_mean`, `output_mean`, `num_cut`),
@@ -40,13 +42,12 @@ from jpaged.scripts.flags import check_names, run
 from jpaged.simulation.layers import LayerGroups
 from jpaged.simulation.lengths import SPEC_HELP, parse_lengths
 from jpaged.simulation.paper import BUDGETS, COSTS, LOADS, NUM_SLOTS, PAPER, VOCAB_SIZE
-from jpaged.simulation.serving import ONE_TABLE, POLICIES, Serving, serve
+from jpaged.simulation.serving import PAGED_POLICIES, POLICIES, Serving, serve
 from jpaged.simulation.traces import read_trace
 from jpaged.simulation.workload import Workload, make_workload
 
-_POLICY = flags.DEFINE_list(
-    "policies", list(POLICIES), f"Among {', '.join(POLICIES)}, {ONE_TABLE}."
-)
+_ALL = tuple(dict.fromkeys((*POLICIES, *PAGED_POLICIES)))
+_POLICY = flags.DEFINE_list("policies", list(POLICIES), f"Among {', '.join(_ALL)}.")
 _LAYERS = flags.DEFINE_string(
     "layers",
     "1:full",
@@ -96,9 +97,11 @@ def main(argv: list[str]) -> None:
     """Simulates and prints."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    check_names("policies", _POLICY.value, (*POLICIES, ONE_TABLE))
-    if _RECORD.value is not None and len({"paged", ONE_TABLE} & set(_POLICY.value)) != 1:
-        raise app.UsageError(f"--record is of one policy with pages: give paged or {ONE_TABLE}")
+    check_names("policies", _POLICY.value, _ALL)
+    if _RECORD.value is not None and len(set(PAGED_POLICIES) & set(_POLICY.value)) != 1:
+        raise app.UsageError(
+            f"--record is of one policy with pages: give one of {', '.join(PAGED_POLICIES)}"
+        )
     if not _RATE.value > 0:
         raise app.UsageError(f"rate={_RATE.value:g} must be above 0; inf has all arrive at once")
     if not 0 <= _TIME_SCALE.value < math.inf:
@@ -223,7 +226,7 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
         paper_running = PAPER["running"][load]
         paper_live = PAPER["live"] if load == "sharegpt" else {}
     header = ("", "running", "(paper)", "live", "(paper)", "waste", "saved", "hits")
-    header = (*header, "again", "waits", "step", "s/token")
+    header = (*header, "again", "waits", "step", "s/token", "first p50", "p99", "next p50", "p99")
     rows = [
         (
             policy,
@@ -238,6 +241,8 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
             f"{own.saturated:.0%}",
             f"{own.mean_step_s * 1e3:.1f} ms",
             f"{own.latency_s_per_token:.3f}",
+            *(f"{own.time_to_first_token_s[p]:.2f} s" for p in ("p50", "p99")),
+            *(f"{own.time_per_output_token_s[p]:.3f} s" for p in ("p50", "p99")),
         )
         for policy, own in runs.items()
     ]
@@ -246,6 +251,7 @@ def _print_table(runs: Mapping[str, Serving]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     print("live: share of the memory in demand that holds tokens; waits: of the time, requests did")
     print("hits: of prompts, what the prefix cache had; again: of tokens, computed another time")
+    print("first: from arrival to the first token; next: for each token after it; of all requests")
     print("waste: share of the memory that requests have which they do not need and will not fill")
 
 

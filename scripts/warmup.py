@@ -183,11 +183,8 @@ def _compile(
 ) -> CompilePlan:
     """Compiles the plan's shapes, and what else steps call; returns it with the seconds."""
     shapes = [each.shape for each in plan.shapes]
-    num_logprobs = max(own.logprobs or 0 for own in params)
-    wanted = wanted_programs(config, files, pool, shapes, num_logprobs, params)
-    threads = CompileThreads(
-        compiler.programs, pool, files.config, compiler=lambda: compiler, **wanted
-    )
+    wanted = wanted_programs(config, files, pool, shapes, params)
+    threads = CompileThreads(compiler.programs, pool, files.config, wanted, lambda: compiler)
     plan = plan.timed(wait_for_all(threads, shapes))
     try:
         compiler.compile_rest(swaps=pool.num_host_pages(config) > 0)

@@ -21,8 +21,9 @@ MAX_FOLDER_LINES = {
     "jpaged": 4250,
     # Groups of layers: groups, bundles, cells, prefixes that a window can start from; and
     # tokens that are scored, not drawn, and sequences that resume from tokens. Pages on disk: their
-    # files, and which are worth it. Priorities, victims, and room to the end.
-    "jpaged/host": 7200,
+    # files, and which are worth it. Priorities, victims, and room to the end. What requests ask of
+    # steps beside tokens, as a plan that they are held to.
+    "jpaged/host": 7350,
     "jpaged/host/growth": 500,
     # Steps compiled ahead of time, their options, memory that is not this machine's, and bursts.
     # Threads that compile while weights are read. What pages depend on, as a digest.

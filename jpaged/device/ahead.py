@@ -2,7 +2,7 @@
 """Compiles a runner's programs before there are weights, a pool, or a step to run."""
 
 import time
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,12 @@ import numpy as np
 from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import Programs
 from jpaged.device.runner import SWAP_PAGES, inputs_of, zeros
-from jpaged.host.batch import BeamBatch, StepShape, empty_batch
+from jpaged.host.batch import StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.host.logprobs import idle_modes
 from jpaged.host.score_batch import idle_scores
+from jpaged.host.warm_up import WarmUpPlan, idle_beams
 from jpaged.models.sharding import placements
 
 
@@ -48,34 +49,20 @@ class AheadCompiler:
         self._tokens = self._struct((max_num_samples,), jnp.int32)
         self._lowered: dict[Hashable, jax.stages.Lowered] = {}
 
-    def lower_step(
-        self,
-        shape: StepShape,
-        bursts: Collection[StepShape] = (),
-        num_logprobs: int = 0,
-        beams: Sequence[BeamBatch] = (),
-        processors: Collection[int] = (),
-        scores: bool = False,
-        modes: bool = False,
-    ) -> Iterator[jax.stages.Lowered]:
+    def lower_step(self, shape: StepShape, plan: WarmUpPlan) -> Iterator[jax.stages.Lowered]:
         """Traces what steps of a shape call; each may be compiled in any thread.
 
         What several shapes call is the same object for all.
 
         Args:
           shape: the shape.
-          bursts: as in `ModelRunner.warm_up`.
-          num_logprobs: likewise.
-          beams: likewise.
-          processors: likewise.
-          scores: likewise.
-          modes: likewise.
+          plan: what else is wanted of it, as in `ModelRunner.warm_up`.
 
         Raises:
           Exception: whatever the compiler has to say.
         """
         programs = self.programs
-        batch = empty_batch(shape, self._plan.pages_per_seq, num_logprobs, self._plan.num_groups)
+        batch = empty_batch(shape, self._plan.pages_per_seq, 0, self._plan.num_groups)
         yield (lowered := self._lower(
             programs.step, self._params, self._kv_pages, inputs_of(batch), batch.previous_slots,
             self._tokens,
@@ -83,28 +70,28 @@ class AheadCompiler:
         logits, _ = self._outputs(lowered)
         yield (lowered := self._lower(programs.sample, logits, batch.sampling))
         tokens, logprobs = self._outputs(lowered)
-        if programs.decode_steps > 1 and shape in bursts:
+        if programs.decode_steps > 1 and shape in plan.bursts:
             yield self._lower(
                 programs.burst, self._params, self._kv_pages, inputs_of(batch),
                 batch.previous_slots, self._tokens, batch.sampling,
                 idle_burst(shape.num_rows).rows,
             )  # fmt: skip
-        if num_logprobs:
-            yield self._lower(programs.top_logprobs, logits, programs.num_likeliest(num_logprobs))
-        if scores:
+        for count in plan.likeliest:
+            yield self._lower(programs.top_logprobs, logits, count)
+        if plan.scores:
             targets = idle_scores(shape.num_rows).targets
             yield self._lower(programs.target_logprobs, logits, targets)
-        if modes:
-            filtered, _, count = idle_modes(shape.num_rows, num_logprobs)
+        for count in plan.modes:
+            filtered = idle_modes(shape.num_rows, count).filtered
             yield self._lower(
-                programs.drawn_logprobs, logits, tokens, batch.sampling, filtered,
-                programs.num_likeliest(count),
-            )  # fmt: skip
+                programs.drawn_logprobs, logits, tokens, batch.sampling, filtered, count
+            )
+        beams = [idle_beams(*search) for search in plan.beams]
         for beam in beams:
             yield self._lower(
                 programs.beam_candidates, logits, beam.slots, beam.scores, beam.num_candidates
             )
-        for width in processors:
+        for width in plan.processors:
             rows = idle_rows(shape.num_rows, -(-logits.shape[-1] // 8), width)
             yield self._lower(programs.process, logits, rows, tokens)
             yield self._lower(programs.model_logprobs, logits, tokens, logprobs, rows)

@@ -4,15 +4,16 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import Programs
 from jpaged.host.batch import StepShape
+from jpaged.host.warm_up import WarmUpPlan
 from jpaged.models.config import ModelConfig
 
 # Each may take gigabytes of memory, and compilers have threads of their own.
@@ -23,7 +24,7 @@ class Lowering(Protocol):
     """What traces steps: an `ahead.AheadCompiler`."""
 
     @property
-    def lower_step(self) -> Callable[..., Iterable[jax.stages.Lowered]]:
+    def lower_step(self) -> Callable[[StepShape, WarmUpPlan], Iterable[jax.stages.Lowered]]:
         """Takes a shape, and what else is wanted of it."""
         ...
 
@@ -45,9 +46,8 @@ class CompileThreads:
         programs: Programs,
         plan: PoolPlan,
         model_config: ModelConfig,
-        shapes: Sequence[StepShape],
+        wanted: WarmUpPlan,
         compiler: Callable[[], Lowering],
-        **wanted: Any,
     ):
         """Begins.
 
@@ -55,16 +55,15 @@ class CompileThreads:
           programs: of the runner that will call them.
           plan: the pool's dimensions.
           model_config: the model's shape.
-          shapes: the steps; the first is needed first.
+          wanted: the steps, and what they call.
           compiler: makes what compiles, in a thread, as that takes time too.
-          wanted: as in `AheadCompiler.lower_step`.
         """
         self.programs, self.plan, self.model_config = programs, plan, model_config
         self._closed = False
         self._pending: dict[StepShape, Future[list[Future[None]]]] = {
-            shape: Future() for shape in shapes
+            shape: Future() for shape in wanted.shapes
         }
-        self._took: dict[StepShape, list[float]] = {shape: [] for shape in shapes}
+        self._took: dict[StepShape, list[float]] = {shape: [] for shape in wanted.shapes}
         self._pool = ThreadPoolExecutor(min(_usable_cores(), _MOST_THREADS), "compile")
         self._pool.submit(self._lower, list(self._pending.items()), compiler, wanted)
 
@@ -101,7 +100,7 @@ class CompileThreads:
         self,
         shapes: list[tuple[StepShape, Future[list[Future[None]]]]],
         compiler: Callable[[], Lowering],
-        wanted: dict[str, Any],
+        wanted: WarmUpPlan,
     ) -> None:
         begun: dict[jax.stages.Lowered, Future[None]] = {}
         made: Lowering | None = None
@@ -111,7 +110,7 @@ class CompileThreads:
                 parts: list[Future[None]] = []
                 if not self._is_over():
                     made = made or compiler()
-                    for lowered in made.lower_step(shape, **wanted):
+                    for lowered in made.lower_step(shape, wanted):
                         if lowered not in begun:
                             begun[lowered] = self._pool.submit(self._compile, lowered, shape)
                         parts.append(begun[lowered])

@@ -18,6 +18,7 @@ from jpaged.device.burst import burst_function
 from jpaged.device.compiler_options import compiler_options
 from jpaged.host.batch import Batch
 from jpaged.host.compile_plan import UnplannedProgramError
+from jpaged.host.logprobs import likeliest_counts
 from jpaged.models.inputs import PagedInputs
 from jpaged.pallas_kernels import layout
 
@@ -114,8 +115,8 @@ class Programs:
         return self._compilations[threading.get_ident()]
 
     def num_likeliest(self, num_logprobs: int) -> int:
-        """A power of two, so that requests that differ a little share a program."""
-        return min(1 << (num_logprobs - 1).bit_length(), self._vocab_size)
+        """As many as programs report, of which there are few: see `likeliest_counts`."""
+        return likeliest_counts(num_logprobs, self._vocab_size)[-1]
 
     def check_planned(self, batch: Batch) -> None:
         """Raises UnplannedProgramError if something that a batch needs did not run before."""
@@ -127,9 +128,8 @@ class Programs:
             reason = f"{batch.shape}, tokens x rows, is not compiled; add it to step_shapes"
         else:
             reason = (
-                "what its requests ask for beside tokens (logprobs, beams, what changes logits) is "
-                "not compiled; give such requests to Engine.warm_up(num_logprobs=, params=), for "
-                "scores SamplingParams(prompt_logprobs=1)"
+                f"{sorted(map(str, missing))} is not compiled; give parameters of its requests to "
+                "Engine.warm_up(params=)"
             )
         raise UnplannedProgramError(
             f"strict_shapes: a step of {live}: {reason}, or do without strict_shapes"

@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +17,13 @@ from jpaged.device.host_pages import HostPages
 from jpaged.device.memory import PoolPlan
 from jpaged.device.programs import ApplyFn, Programs
 from jpaged.device.step_result import BurstResult, StepResult
-from jpaged.host.batch import Batch, BeamBatch, StepShape, empty_batch
+from jpaged.host.batch import Batch, StepShape, empty_batch
 from jpaged.host.burst import idle_burst
 from jpaged.host.logits_processors import idle_rows
 from jpaged.host.logprobs import idle_modes
 from jpaged.host.prompt_cache import PageLoad
 from jpaged.host.score_batch import idle_scores
+from jpaged.host.warm_up import WarmUpPlan, idle_beams
 from jpaged.models.inputs import PagedInputs
 from jpaged.models.sharding import placements
 from jpaged.pallas_kernels import layout
@@ -97,7 +98,8 @@ class ModelRunner:
             )
         )
         self.num_unplanned_compilations = 0
-        self._warm, self._strict, self._saves_pages = False, strict, saves_pages
+        self._warm: WarmUpPlan | None = None
+        self._strict, self._saves_pages = strict, saves_pages
         self.decode_steps = decode_steps
         self._plan = plan
         self._swap_pages = SWAP_PAGES * plan.num_groups
@@ -125,7 +127,7 @@ class ModelRunner:
           UnplannedProgramError: if it is strict, and the step would compile; nothing has run then.
         """
         programs = self.programs
-        if self._strict and self._warm:
+        if self._strict and self._warm is not None:
             programs.check_planned(batch)
         start, compiled = time.perf_counter(), programs.num_compiled_here
         waited = self._ahead is not None and self._ahead.wait(batch.shape)
@@ -136,7 +138,7 @@ class ModelRunner:
         took_s = time.perf_counter() - start - waited_s
         compiled = programs.num_compiled_here - compiled
         compile_s = took_s if compiled or waited else 0.0
-        if self._warm and compiled:
+        if self._warm is not None and compiled:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
                 compiled,
@@ -187,15 +189,16 @@ class ModelRunner:
         ]
         top = None
         if batch.num_logprobs:
-            top = programs.top_logprobs(logits, programs.num_likeliest(batch.num_logprobs))
+            count = programs.num_likeliest(batch.num_logprobs)
+            top = (*programs.top_logprobs(logits, count), batch.num_logprobs)
         modes = None
         if batch.modes is not None:
-            filtered, slots, count = batch.modes
-            count = programs.num_likeliest(count)
+            filtered, slots, wanted = batch.modes
+            count = programs.num_likeliest(wanted)
             found = programs.drawn_logprobs(
                 chosen_from, self._tokens, batch.sampling, filtered, count
             )
-            modes = found, slots
+            modes = found, slots, wanted
         scores = None
         if batch.scores is not None:
             found = programs.target_logprobs(logits, batch.scores.targets)
@@ -274,44 +277,20 @@ class ModelRunner:
         took_s = time.perf_counter() - start
         return took_s if self.programs.num_compiled_here > compiled else 0.0
 
-    def warm_up(
-        self,
-        shapes: Iterable[StepShape],
-        bursts: Iterable[StepShape] = (),
-        num_logprobs: int = 0,
-        beams: Iterable[BeamBatch] = (),
-        processors: Collection[int] = (),
-        scores: bool = False,
-        modes: bool = False,
-    ) -> None:
-        """Compiles steps of the given shapes, and every size of page copy, ahead of need.
+    def warm_up(self, plan: WarmUpPlan) -> None:
+        """Compiles steps, and every size of page copy, ahead of need.
 
         Args:
-          shapes: what to compile; later steps of other shapes count as unplanned.
-          bursts: also compile bursts of these shapes, where there are any.
-          num_logprobs: also compile the report of this many likeliest tokens.
-          beams: also compile beam searches of these widths and numbers of candidates.
-          processors: also compile what changes logits before tokens are chosen, with lists of these
-            widths.
-          scores: also compile what scores given tokens.
-          modes: also compile log-probabilities that are not the model's.
+          plan: what to compile that did not run before; later steps that call something else count
+            as unplanned.
         """
-        beams, tokens, self._warm = tuple(beams), self._tokens, False
-        for shape in shapes:
-            sizes = self._plan.pages_per_seq, num_logprobs, self._plan.num_groups
-            batch = empty_batch(shape, *sizes)
-            if scores:
-                batch = dataclasses.replace(batch, scores=idle_scores(shape.num_rows))
-            if modes:
-                batch = dataclasses.replace(batch, modes=idle_modes(shape.num_rows, num_logprobs))
-            self.run(dataclasses.replace(batch, beams=beams))
-            for width in processors:
-                rows = idle_rows(shape.num_rows, -(-self._vocab_size // 8), width)
-                processed = tuple(dataclasses.replace(beam, processed=True) for beam in beams)
-                self.run(dataclasses.replace(batch, beams=processed, processors=rows))
-        for shape in bursts if self.programs.decode_steps > 1 else ():
-            batch = empty_batch(shape, self._plan.pages_per_seq, 0, self._plan.num_groups)
-            self.run(dataclasses.replace(batch, burst=idle_burst(shape.num_rows)))
+        if plan == self._warm:
+            return
+        tokens, self._warm = self._tokens, None
+        for shape in plan.shapes:
+            for batch in self._idle_batches(shape, plan):
+                if not self.is_compiled(batch):
+                    self.run(batch)
         self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count, most = 1, self._max_num_samples * self._plan.num_groups
@@ -326,7 +305,22 @@ class ModelRunner:
             self._kv_pages = self.programs.set_pages(self._kv_pages, ids, pages)
             self.programs.ran |= {"get_pages", "set_pages"}
         jax.block_until_ready(self._kv_pages)
-        self._warm = True
+        self._warm = plan
+
+    def _idle_batches(self, shape: StepShape, plan: WarmUpPlan) -> Iterator[Batch]:
+        """Steps of a shape that together call all that a plan has for it, and change nothing."""
+        rows, asked = shape.num_rows, dataclasses.replace
+        empty = empty_batch(shape, self._plan.pages_per_seq, 0, self._plan.num_groups)
+        beams = tuple(idle_beams(*search) for search in plan.beams)
+        yield asked(empty, beams=beams, scores=idle_scores(rows) if plan.scores else None)
+        yield from (asked(empty, num_logprobs=count) for count in plan.likeliest)
+        yield from (asked(empty, modes=idle_modes(rows, count)) for count in plan.modes)
+        beams = tuple(idle_beams(*search, processed=True) for search in plan.beams)
+        for width in plan.processors:
+            processors = idle_rows(rows, -(-self._vocab_size // 8), width)
+            yield asked(empty, beams=beams, processors=processors)
+        if self.programs.decode_steps > 1 and shape in plan.bursts:
+            yield asked(empty, burst=idle_burst(rows))
 
     def recover(self) -> None:
         """Makes the pool and all else on the device whole, after a call that was cut short.

@@ -18,24 +18,25 @@ class StepResult:
     Attributes:
       tokens: i32[max_num_seqs], the first `num_samples` live.
       logprobs: f32[num_rows], of the tokens; NaN where the logits are not finite.
-      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, or None.
+      top: i32 and f32[num_rows, count] likeliest tokens and their log-probabilities, and how many
+        of these are wanted at most; or None.
       beams: for each beam search of the step, what `sampling.beam_candidates`, or
         `processed_beam_candidates`, returned.
       num_samples: live samples.
       scores: f32[num_rows], log-probabilities of given tokens, and which of them are wanted; None
         where none are.
-      modes: what `sampling.drawn_logprobs` returned, and of which samples it is wanted; None where
-        of none.
+      modes: what `sampling.drawn_logprobs` returned, of which samples it is wanted, and how many
+        likeliest tokens; None where of none.
       compile_s: seconds that compiling took before the step was on its way; 0 mostly.
     """
 
     tokens: jax.Array
     logprobs: jax.Array
-    top: tuple[jax.Array, jax.Array] | None
+    top: tuple[jax.Array, jax.Array, int] | None
     beams: list[tuple[jax.Array, ...]]
     num_samples: int
     scores: tuple[jax.Array, Sequence[int]] | None = None
-    modes: tuple[tuple[jax.Array, ...], Sequence[int]] | None = None
+    modes: tuple[tuple[jax.Array, ...], Sequence[int], int] | None = None
     compile_s: float = 0.0
 
     def outcomes(self) -> list[Outcome]:
@@ -46,7 +47,8 @@ class StepResult:
         if self.top is not None:
             slots = () if self.scores is None else self.scores[1]
             count = max((self.num_samples, *(slot + 1 for slot in slots)))
-            ids, values = (np.asarray(part)[:count].tolist() for part in self.top)
+            *top, wanted = self.top
+            ids, values = (np.asarray(part)[:count, :wanted].tolist() for part in top)
             pairs = zip(ids, values, strict=True)
             likeliest = [dict(zip(*pair, strict=True)) for pair in pairs]
         scores = []
@@ -57,8 +59,9 @@ class StepResult:
             likeliest = likeliest[: self.num_samples]
         reported: dict[int, float] = {}
         if self.modes is not None:
-            (own, ids, values), slots = self.modes
-            own, ids, values = (np.asarray(part).tolist() for part in (own, ids, values))
+            (own, *top), slots, wanted = self.modes
+            own = np.asarray(own).tolist()
+            ids, values = (np.asarray(part)[:, :wanted].tolist() for part in top)
             likeliest = likeliest or [{} for _ in tokens]
             for slot in slots:
                 reported[slot] = own[slot]

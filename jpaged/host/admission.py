@@ -250,7 +250,7 @@ class Admission:
                         pages = found.pages(held)
             needed = self._pages_needed(total, held, pages)
             if needed + spare > pool.num_free_pages:
-                if not self._has_room_to_the_end(seq, needed, total - held - budget):
+                if not self.has_room_to_the_end(seq, needed, total - held - budget):
                     return []
         if needed > pool.num_free_pages:
             return []
@@ -333,7 +333,7 @@ class Admission:
     def _have_places(self, request: Request, count: int) -> bool:
         return self._queues.num_free_places() >= self._queues.places_needed(request, count)
 
-    def _has_room_to_the_end(self, seq: Sequence, needed: int, later: int) -> bool:
+    def has_room_to_the_end(self, seq: Sequence, needed: int, later: int) -> bool:
         """Whether a sequence can start without pages to spare, as those that run leave them free.
 
         That is so where all have pages up to their `max_tokens`, as far as that is plain: not with

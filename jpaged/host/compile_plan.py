@@ -9,7 +9,7 @@ from jpaged.host.batch import ShapeBuckets, StepShape
 
 
 class UnplannedProgramError(RuntimeError):
-    """A step that would have to compile, of an engine with strict_shapes; says what to add."""
+    """A step of a shape that is not compiled, of an engine with strict_shapes; says what to add."""
 
 
 class StepSize(typing.NamedTuple):

@@ -112,8 +112,9 @@ class EngineConfig:
       step_shapes: TOKENSxROWS, such as "16x16,1024x16": shapes that steps are padded to, instead of
         a ladder of powers of two, which a step that none of them holds still gets; `jpaged warmup`
         chooses them for a job. None has the ladder alone.
-      strict_shapes: compiles all step shapes when the engine is made, and ends a step with an error
-        that would have to compile another program later, before it does.
+      strict_shapes: compiles all step shapes when the engine is made, and nothing but for `warm_up`
+        later: a request that asks for more than that had (log-probabilities, beams, what changes
+        logits) is refused when it is added, and a step of another shape ends with an error.
     """
 
     page_size: int = 16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samples of a step whose log-probabilities are not those of the model's logits."""
+"""What log-probabilities a step reports: of how many likeliest tokens, and of which logits."""
 
 import typing
 from collections.abc import Sequence
@@ -8,6 +8,22 @@ import numpy as np
 
 from jpaged.host.params import LogprobsMode
 from jpaged.host.step import Draw
+
+# Numbers of likeliest tokens that programs report, up to the vocabulary: so many, times powers of
+# the other. Choosing 16 costs a CPU what choosing one does (docs/decisions.md).
+_FEWEST, _TIMES = 16, 8
+
+
+def likeliest_counts(most: int, vocab_size: int) -> list[int]:
+    """The numbers of likeliest tokens that programs report where up to `most` are wanted.
+
+    The last of them is at least `most`: a step reports that many, and what nobody wants of them is
+    left out on the host. None are wanted with 0.
+    """
+    counts = [0]
+    while counts[-1] < min(most, vocab_size):
+        counts.append(min(max(_FEWEST, _TIMES * counts[-1]), vocab_size))
+    return counts[1:]
 
 
 class ModeBatch(typing.NamedTuple):
@@ -41,6 +57,6 @@ def mode_batch(draws: Sequence[Draw], num_rows: int) -> ModeBatch | None:
     return ModeBatch(filtered, slots, max(1, *(draws[slot].num_logprobs for slot in slots)))
 
 
-def idle_modes(num_rows: int, num_logprobs: int) -> ModeBatch:
+def idle_modes(num_rows: int, count: int) -> ModeBatch:
     """Of no sample, to compile with."""
-    return ModeBatch(np.zeros(num_rows, bool), (), max(1, num_logprobs))
+    return ModeBatch(np.zeros(num_rows, bool), (), count)

@@ -55,7 +55,8 @@ class Scheduler:
         self.on_preempt: Callable[[SequenceOf[Sequence], Request, Preemption], object] | None = None
         self._queues = Queues(config.max_num_seqs)
         self._num_added = 0
-        self._admission = Admission(
+        self.victims_of = victims_of  # as the next, replaced by who compares: `jpaged.simulation`
+        self.admission = Admission(
             config, table, self.cache, self.swap_space, self._queues, prompts
         )
         # What is reserved ahead is kept.
@@ -229,8 +230,7 @@ class Scheduler:
             if tokens is None:
                 break
             if self._pages_needed(group, tokens) > pool.num_free_pages:
-                victims = victims_of(self._queues, self.table, index)
-                self._preempt(victims, seq.request, step)
+                self._preempt(self.victims_of(self._queues, self.table, index), seq.request, step)
                 continue
             budget -= sum(tokens)
             index += self._plan(step, group, tokens)
@@ -299,7 +299,7 @@ class Scheduler:
         while queues.waiting and budget:
             if step.num_extra_places and not self._has_room_for(step, queues.waiting[0]):
                 return
-            group = self._admission.start(step, budget)
+            group = self.admission.start(step, budget)
             if group and group[0].request.growth.num_rows > 1:
                 # With those that run already, if this completes them.
                 first = queues.running.index(group[0]) - group[0].sample_index

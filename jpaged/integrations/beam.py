@@ -25,6 +25,7 @@ try:
 except ImportError as e:
     raise ImportError("Apache Beam is not there: install the extra beam, or apache-beam") from e
 
+from jpaged.host.checks import at_least, checked, instance_of
 from jpaged.integrations.record_server import RecordServer, ServerSettings
 
 # As `jobs.run` has rows in the engine, for each sequence that runs.
@@ -54,10 +55,11 @@ class JpagedModelHandler(ModelHandler):
         """Checks the settings; the model is loaded by a worker.
 
         Args:
-          min_batch_size: elements of a batch at least; None takes as many as sequences run at once.
-            Beam makes smaller ones where a bundle ends.
+          min_batch_size: elements of a batch at least, 1 or more; None takes as many as sequences
+            run at once. Beam makes smaller ones where a bundle ends.
           max_batch_size: elements of a batch at most; None takes four times as many.
-          max_batch_duration_secs: in streams, how long elements wait to be a batch.
+          max_batch_duration_secs: in streams, seconds that elements wait to be a batch, 1 or more;
+            None is what Beam takes.
           env_vars: set in workers before the model is loaded, such as XLA_FLAGS; what jax reads
             when it is imported, as JAX_PLATFORMS, must be in the workers' own environment.
           **settings: see `ServerSettings`: model, config, params, options, seed.
@@ -67,11 +69,25 @@ class JpagedModelHandler(ModelHandler):
         """
         self._settings = ServerSettings(**settings)
         config: Any = self._settings.config
+        least = checked("min_batch_size", min_batch_size, int | None, at_least(1))
+        most = checked("max_batch_size", max_batch_size, int | None, at_least(1))
+        longest = checked(
+            "max_batch_duration_secs", max_batch_duration_secs, int | None, at_least(1)
+        )
+        variables = dict(instance_of("env_vars", {} if env_vars is None else env_vars, Mapping))
+        for name, value in variables.items():
+            checked(f"env_vars[{name!r}]", value, str)
+        most = most or _WINDOW * max(config.max_num_seqs, least or 0)
+        least = least or min(config.max_num_seqs, most)
+        if least > most:
+            raise ValueError(
+                f"min_batch_size={least} must be at most max_batch_size={most}, or None"
+            )
         super().__init__(
-            min_batch_size=min_batch_size or config.max_num_seqs,
-            max_batch_size=max_batch_size or _WINDOW * config.max_num_seqs,
-            max_batch_duration_secs=max_batch_duration_secs,
-            env_vars=dict(env_vars or {}),
+            min_batch_size=least,
+            max_batch_size=most,
+            max_batch_duration_secs=longest,
+            env_vars=variables,
         )
 
     def load_model(self) -> RecordServer:

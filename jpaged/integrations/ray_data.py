@@ -20,7 +20,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from jpaged.host.checks import Rule, checked
 from jpaged.integrations.record_server import RecordServer, ServerSettings
+
+_NAMED = (Rule("a column's name, not empty", bool),)
+_SOME = Rule("a list of at least one column", bool)
 
 
 class Predictor:
@@ -57,6 +61,10 @@ class Predictor:
           ValueError: if an argument is wrong, or the model is not supported or does not fit.
           FileNotFoundError: if the model is missing.
         """
+        for name, value in (("id_column", id_column), ("record_column", record_column)):
+            checked(name, value, str, _NAMED)
+        json_column = checked("json_column", json_column, str | None, _NAMED)
+        columns = checked("columns", columns, tuple[str, ...] | None, (_SOME,))
         if columns is not None and json_column is not None:
             raise ValueError(
                 f"columns={list(columns)} and json_column={json_column!r} exclude each other: a "

@@ -80,6 +80,8 @@ class RecordServer:
         config: Any = settings.config
         params: Any = settings.params
         engine = Engine.load(settings.model, config)
+        if config.strict_shapes:
+            engine.warm_up(params=[params])  # rows that ask for more are refused
         self._reader = RowReader(
             params=params,
             tokenizer=engine.tokenizer,

@@ -81,7 +81,8 @@ def run(
       sink: what it raises ends the job.
       engine: with no request of anybody's; `job.run` has it for itself.
       seed: of the job; see `row_seed`.
-      window: rows in the engine at most; None takes four for each of its max_num_seqs.
+      window: rows in the engine at most; None takes four for each of its max_num_seqs. Priorities
+        of rows count among those that are there.
       ordered: whether results come in the order of the rows; up to 16 windows of them wait for one
         before them, and then no more rows are begun.
       stop: asked after each step; once it is true no row is begun, those that wait are left, and

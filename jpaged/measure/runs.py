@@ -65,7 +65,14 @@ def measure_reservations(
       ValueError: if the pool has no room for a sequence of max_model_len tokens that a reservation
         needs, or a request could never run.
     """
-    engine = make_engine(dataclasses.replace(config, reservation=reservations[0]))
+
+    def made(reservation: str) -> Engine:
+        engine = make_engine(dataclasses.replace(config, reservation=reservation))
+        if config.strict_shapes:
+            engine.warm_up(params=[params])
+        return engine
+
+    engine = made(reservations[0])
     stats = engine.stats()
     config = dataclasses.replace(
         config, num_pages=stats.num_usable_pages + 1, max_model_len=stats.max_model_len
@@ -83,7 +90,7 @@ def measure_reservations(
     for reservation in reservations[1:]:
         del engine
         gc.collect()  # the pool goes before the next one comes
-        engine = make_engine(dataclasses.replace(config, reservation=reservation))
+        engine = made(reservation)
         runs[reservation] = measure(engine, workload, params, clock, warmup=warmup)
     return Measured(config=config, workload=workload, cold_start=cold_start, runs=runs)
 

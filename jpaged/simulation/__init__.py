@@ -11,12 +11,21 @@ from jpaged.simulation.costs import CostModel, Memory, StepWork
 from jpaged.simulation.layers import LayerGroups
 from jpaged.simulation.lengths import parse_lengths
 from jpaged.simulation.paged import PagedSimulator
-from jpaged.simulation.serving import ONE_TABLE, POLICIES, Serving, run_scheduler, serve, simulate
+from jpaged.simulation.serving import (
+    ONE_TABLE,
+    PAGED_POLICIES,
+    POLICIES,
+    Serving,
+    run_scheduler,
+    serve,
+    simulate,
+)
 from jpaged.simulation.workload import Item, Workload, make_workload
 
 __all__ = [
     "CONTIGUOUS_POLICIES",
     "ONE_TABLE",
+    "PAGED_POLICIES",
     "POLICIES",
     "ContiguousSimulator",
     "CostModel",

@@ -4,7 +4,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,10 @@ import tqdm
 
 from jpaged.host.admission import SchedulerConfig
 from jpaged.host.config import EngineConfig
+from jpaged.host.page_table import PageTable
 from jpaged.host.preemption import PreemptionCosts
+from jpaged.host.queues import Queues
+from jpaged.host.sequence import Sequence
 from jpaged.host.stats import EngineStats
 from jpaged.simulation import paper
 from jpaged.simulation.contiguous import CONTIGUOUS_POLICIES, ContiguousSimulator
@@ -23,8 +26,10 @@ from jpaged.simulation.report import Trace
 from jpaged.simulation.workload import Item, Workload
 
 POLICIES = (*CONTIGUOUS_POLICIES, "paged")
-# For comparison, of models whose layers differ in what they see: one page table for all.
-ONE_TABLE = "paged-one-table"
+# For comparison: one page table for layers that differ in what they see; who loses pages is the
+# last request in order; and nobody starts without the pages to spare that there are for others.
+ONE_TABLE, LAST_VICTIM, SPARE_PAGES = "paged-one-table", "paged-last-victim", "paged-spare-pages"
+PAGED_POLICIES = ("paged", ONE_TABLE, LAST_VICTIM, SPARE_PAGES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,7 @@ class Serving:
 
 def simulate(
     simulator: PagedSimulator | ContiguousSimulator,
-    items: Sequence[Item],
+    items: SequenceOf[Item],
     costs: CostModel,
     *,
     warm_up: float = 0.2,
@@ -163,7 +168,7 @@ def simulate(
 class _Times:
     """What requests waited, in seconds; see `Serving`."""
 
-    def __init__(self, items: Sequence[Item]):
+    def __init__(self, items: SequenceOf[Item]):
         """Nobody has waited yet."""
         self.latencies: list[float] = []
         self.to_first_token: list[float] = []
@@ -183,7 +188,7 @@ class _Times:
                 self.per_output_token.append((now - first) / (item.num_output_tokens - 1))
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
+def _percentiles(values: SequenceOf[float]) -> dict[str, float]:
     found = np.percentile(values, (50, 90, 99)).tolist() if values else [math.nan] * 3
     return dict(zip(("p50", "p90", "p99"), found, strict=True))
 
@@ -206,7 +211,7 @@ def serve(
     """Serves a workload under a policy.
 
     Args:
-      policy: of `POLICIES`, or `ONE_TABLE`.
+      policy: of `POLICIES` or `PAGED_POLICIES`.
       work: the requests.
       config: budgets; what it says of preemption is not looked at.
       num_slots: tokens that the memory holds, of which `paged` makes as many pages as it can.
@@ -234,15 +239,26 @@ def serve(
     )
 
     def make(*files: str | None) -> PagedSimulator | ContiguousSimulator:
-        if policy in ("paged", ONE_TABLE):
-            steps, pages = files or (None, None)
-            return PagedSimulator(paged_config, num_pages + 1, page_size, steps, layers, pages)
-        return ContiguousSimulator(policy, config, num_slots)
+        if policy not in PAGED_POLICIES:
+            return ContiguousSimulator(policy, config, num_slots)
+        steps, pages = files or (None, None)
+        made = PagedSimulator(paged_config, num_pages + 1, page_size, steps, layers, pages)
+        if policy == LAST_VICTIM:
+            made.scheduler.victims_of = _last_victims
+        elif policy == SPARE_PAGES:
+            made.scheduler.admission.has_room_to_the_end = lambda *_: False
+        return made
 
     check = make()
     for item in work.items:
         check.add(item)  # refused now, not when it arrives
     return simulate(make(record_steps, record), work.items, costs, drain=drain, progress=progress)
+
+
+def _last_victims(queues: Queues, table: PageTable, index: int) -> list[Sequence]:
+    """The last request in order, or the last sequence of one that is alone; see `victims_of`."""
+    last = queues.last()
+    return last[-1:] if last[0] is queues.running[0] else last
 
 
 def run_scheduler(config: EngineConfig, workload: Workload) -> tuple[EngineStats, Trace]:

@@ -29,7 +29,7 @@ PROMPT = json.loads((CASE / "expected.json").read_text())["prompts"][0][:12]
 def load(path=CASE, params=(), **config):
     config = EngineConfig(**SETTINGS | config)
     files = ModelFiles.of(path, config)
-    return Engine.load(files, config, lambda: compile_ahead(config, files, STEPS, 0, params))
+    return Engine.load(files, config, lambda: compile_ahead(config, files, STEPS, params))
 
 
 @pytest.fixture(scope="module")

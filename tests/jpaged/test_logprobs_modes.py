@@ -11,6 +11,7 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.device import sampling
+from jpaged.device.step_result import StepResult
 from jpaged.host.params import LogprobsMode
 from tests.jpaged.test_sampling import make_rows
 from tests.jpaged.test_scores import ONE_SHAPE, ROUNDING, dense_logits, dense_logprobs
@@ -156,15 +157,23 @@ def test_what_nobody_asks_for_is_not_compiled():
     engine = tiny_engine(max_num_seqs=2, **ONE_SHAPE)
     engine.generate(prompts_of([5]), params_of("filters"))
     ran = engine._runner.programs.ran
-    assert (2, "modes", 4) in ran and (2, 4) not in ran
+    assert (2, "modes", 16) in ran and (2, 16) not in ran
+
+
+def test_what_nobody_wants_of_a_program_is_left_out_before_it_becomes_pythons():
+    top = np.arange(32).reshape(2, 16), np.zeros((2, 16), np.float32)
+    one = np.zeros(2, np.float32)
+    result = StepResult(np.zeros(2, int), one, (*top, 3), [], 2, modes=((one, *top), [1], 5))
+    (outcome,) = result.outcomes()
+    assert [list(found) for found in outcome.likeliest] == [[0, 1, 2], [16, 17, 18, 19, 20]]
 
 
 def test_a_compile_plan_may_have_them():
     engine = tiny_engine(strict_shapes=True, max_num_seqs=2, **ONE_SHAPE)
     params = params_of("filters", **FILTERS)
-    with pytest.raises(RuntimeError, match="is not compiled"):
+    with pytest.raises(ValueError, match="logprobs=4, logprobs_mode='filters' needs programs"):
         engine.generate(prompts_of([5]), params)
-    engine.warm_up(num_logprobs=4, params=[params])
+    engine.warm_up(params=[params])
     (output,) = engine.generate(prompts_of([5]), params)
     hold(output, params)
     assert engine.stats().num_unplanned_compilations == 0

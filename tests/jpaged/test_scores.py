@@ -217,11 +217,13 @@ def test_scores_are_those_of_transformers(case):
 
 def test_a_compile_plan_may_have_scores():
     engine = tiny_engine(strict_shapes=True, max_num_seqs=4, max_num_batched_tokens=16, **ONE_SHAPE)
-    with pytest.raises(RuntimeError, match=r"SamplingParams\(prompt_logprobs=1\)"):
+    message = r"prompt_logprobs=1 needs programs .*\(likeliest tokens: 16; compiled: none\)"
+    with pytest.raises(ValueError, match=message):
         engine.score(PROMPT, COMPLETIONS)
     engine.warm_up(num_logprobs=1)  # of what scores need, the likeliest tokens alone
-    with pytest.raises(RuntimeError, match=r"SamplingParams\(prompt_logprobs=1\)"):
+    with pytest.raises(ValueError, match=r"\(scores: given tokens; compiled: none\)"):
         engine.score(PROMPT, COMPLETIONS)
+    assert engine.stats().totals.num_steps == 0
     engine.warm_up(params=[SamplingParams(prompt_logprobs=1)])
     hold(engine.score(PROMPT, COMPLETIONS)[2], PROMPT, COMPLETIONS[2])
     assert engine.stats().num_unplanned_compilations == 0

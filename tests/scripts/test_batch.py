@@ -116,6 +116,32 @@ def test_killed_and_run_again(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_strict_engine_compiles_what_rows_ask_for(tmp_path):
+    own = [
+        {}, {"logprobs": 2}, {"logprobs": 30}, {"logprobs": 3, "logprobs_mode": "filters"},
+        {"prompt_logprobs": 1}, {"beam_width": 2}, {"presence_penalty": 0.5},
+        {"logprobs": 10**6}, {"allowed_token_ids": [3], "suppress_tokens": [3]},
+    ]  # fmt: skip
+    rows = [
+        {"custom_id": f"r{i}", "prompt": PROMPTS[0], "max_tokens": 3} | each
+        for i, each in enumerate(own)
+    ]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = "--max_num_batched_tokens=32", "--max_num_seqs=4"
+    found = []
+    for flags in ((), ("--strict_shapes",)):
+        path = tmp_path / f"out{len(found)}.jsonl"
+        io = f"--input={source}", f"--output={path}"
+        done = ended("jpaged", "batch", *io, *settings, *flags)
+        assert done.returncode == 1, done.stderr
+        found.append(path.read_bytes())
+    assert found[0] == found[1]
+    records = [json.loads(line) for line in found[1].splitlines()]
+    assert [record["error"] is None for record in records] == [True] * 7 + [False] * 2
+    assert "strict_shapes" not in found[1].decode()
+
+
 def test_a_conversation_is_answered_as_its_template_says(tmp_path):
     engine = demo_engine()
     template = ChatTemplate.load(chatty_model(tmp_path / "model"))

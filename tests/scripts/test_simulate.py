@@ -13,6 +13,13 @@ class TestProgram:
         lines = run("jpaged", "simulate", "--num_requests=60").splitlines()
         assert re.match(r" *contiguous-oracle +[\d.]+ +13\.62 +[\d.]+% +38\.2% ", lines[3])
         report = json.loads(lines[-1])
+        # The table ends in percentiles: to the first token, and of each after it.
+        assert re.search(r"first p50 +p99 +next p50 +p99$", lines[0])
+        own = report["runs"]["paged"]
+        first, later = own["time_to_first_token_s"], own["time_per_output_token_s"]
+        said = [f"{first[p]:.2f} s" for p in ("p50", "p99")]
+        said += [f"{later[p]:.3f} s" for p in ("p50", "p99")]
+        assert re.sub(" +", " ", lines[4]).endswith(" ".join(said)), lines[4]
         assert report.keys() == {
             "workload", "num_slots", "page_size", "layers", "costs", "runs",
         }  # fmt: skip
@@ -67,6 +74,10 @@ class TestProgram:
         ("args", "message"),
         [
             (["--policies=paged,orca"], "--policies=orca: choose among contiguous-max, "),
+            (
+                ["--policies=paged,paged-last-victim", "--record=x"],
+                "--record is of one policy with pages: give one of paged, paged-one-table, paged-",
+            ),
             (["--rate=0"], "rate=0 must be above 0"),
             (["--rate=nan"], "rate=nan must be above 0"),
             (["--rate=fast"], "--rate"),

@@ -29,6 +29,7 @@ from jpaged.engine import Engine
 from jpaged.host.checks import at_least, checked, shown
 from jpaged.host.config import EngineConfig
 from jpaged.host.outputs import RequestOutput
+from jpaged.host.params import SamplingParams
 from jpaged.integrations.lm_harness.encoder import Encoder
 from jpaged.integrations.lm_harness.generation_kwargs import KwargsReader
 from jpaged.models.decoder import Decoder
@@ -110,6 +111,8 @@ class JpagedLM(TemplateLM):
             self.engine = model
         else:
             self.engine = Engine.load(model, EngineConfig(**settings))
+            if self.engine.config.strict_shapes:
+                self.engine.warm_up(params=[SamplingParams(prompt_logprobs=1)])  # as scores need
         self._model = "an engine" if isinstance(model, Engine) else str(model)
         if self.engine.tokenizer is None:
             raise ValueError(

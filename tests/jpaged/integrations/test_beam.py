@@ -5,6 +5,7 @@ import json
 import logging
 import pathlib
 import pickle
+import re
 import uuid
 
 import pytest
@@ -96,6 +97,37 @@ def test_wrong_settings_are_refused_before_a_pipeline_runs():
         handlers.JpagedModelHandler(config={"max_seqs": 3})
     with pytest.raises(ValueError, match=r"inference_args={'top_p': 1} are not used"):
         answered(None, [], handler_of(), inference_args={"top_p": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_batch_size": 0}, "min_batch_size=0 must be at least 1, or None"),
+        ({"max_batch_size": 0}, "max_batch_size=0 must be at least 1, or None"),
+        ({"min_batch_size": 2.5}, "min_batch_size=2.5 must be an integer or None"),
+        ({"max_batch_duration_secs": 0}, "max_batch_duration_secs=0 must be at least 1, or None"),
+        ({"min_batch_size": 9, "max_batch_size": 8}, "min_batch_size=9 must be at most max_batch"),
+        ({"env_vars": "XLA_FLAGS"}, "env_vars='XLA_FLAGS' must be a Mapping"),
+        ({"env_vars": {"A": 1}}, "env_vars['A']=1 must be a string"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        handler_of(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        # Four sequences run at once.
+        ({"max_batch_size": 3}, (3, 3)),
+        ({"min_batch_size": 50}, (50, 200)),
+        ({"min_batch_size": 1, "max_batch_size": 1}, (1, 1)),
+    ],
+)
+def test_what_is_not_given_fits_what_is(given, taken):
+    sizes = handler_of(**given).batch_elements_kwargs()
+    assert (sizes["min_batch_size"], sizes["max_batch_size"]) == taken
 
 
 def test_what_beam_asks_of_a_handler():

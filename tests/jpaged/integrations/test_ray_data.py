@@ -129,6 +129,21 @@ def test_wrong_arguments_end_the_job(arguments, says):
         answered(ray.data.from_arrow(table), **arguments).take_all()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"json_column": ""}, "json_column='' must be a column's name, not empty, or None"),
+        ({"id_column": ""}, "id_column='' must be a column's name, not empty"),
+        ({"record_column": None}, "record_column=None must be a string"),
+        ({"columns": "prompt"}, "columns='prompt' must be a list of strings or None"),
+        ({"columns": []}, r"columns=\(\) must be a list of at least one column, or None"),
+    ],
+)
+def test_columns_that_are_none_are_refused_before_a_model_is_loaded(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        Predictor(model="/nowhere", **arguments)
+
+
 def test_another_batch_format_ends_the_job():
     ds = ray.data.from_items([{"custom_id": "a", "prompt": "The dog"}])
     with pytest.raises(Exception, match='give map_batches batch_format="pyarrow"'):

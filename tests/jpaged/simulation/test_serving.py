@@ -5,13 +5,22 @@ import pytest
 
 from jpaged.host.admission import SchedulerConfig
 from jpaged.host.config import EngineConfig
+from jpaged.host.groups import GroupKind
 from jpaged.simulation.contiguous import ContiguousSimulator
 from jpaged.simulation.costs import CostModel
+from jpaged.simulation.layers import LayerGroups
 from jpaged.simulation.lengths import ALPACA, SHAREGPT
 from jpaged.simulation.paged import PagedSimulator
 from jpaged.simulation.paper import PAPER
-from jpaged.simulation.serving import POLICIES, run_scheduler, serve, simulate
-from jpaged.simulation.workload import Item, make_workload
+from jpaged.simulation.serving import (
+    LAST_VICTIM,
+    POLICIES,
+    SPARE_PAGES,
+    run_scheduler,
+    serve,
+    simulate,
+)
+from jpaged.simulation.workload import Item, Workload, make_workload
 
 # (8 + tokens read) / 8 seconds, 0.5 a step and 0.25 a sequence.
 SIMPLE = CostModel(
@@ -108,6 +117,41 @@ class TestSimulate:
         # A page of two tokens takes a second.
         assert slow.swapped_pages == fast.swapped_pages > 0
         assert slow.simulated_s - fast.simulated_s == pytest.approx(slow.swapped_pages)
+
+
+class TestWhatIsComparedWith:
+    def test_pages_to_spare_are_left_free_whoever_could_need_them(self):
+        # In 32 pages of 4, beside one that will have two pages, of which it has one, 30 more.
+        budgets = SchedulerConfig(max_num_batched_tokens=256, max_num_seqs=8, max_model_len=128)
+        work = Workload([Item([1] * 4, 2), Item([2] * 120, 1)], 0)
+        first = {
+            policy: serve(
+                policy, work, config=budgets, num_slots=128, page_size=4, costs=SIMPLE, drain=True
+            ).time_to_first_token_s["p50"]
+            for policy in ("paged", SPARE_PAGES)
+        }
+        # Both in the first step; or the second when the first has had both its tokens.
+        assert first["paged"] == pytest.approx(132 / 8 + 1)
+        steps = 12 / 8 + 0.75, 13 / 8 + 0.75, 128 / 8 + 0.75
+        assert first[SPARE_PAGES] == pytest.approx((steps[0] + sum(steps)) / 2)
+
+    def test_the_last_request_loses_its_pages_however_long_it_is(self):
+        # As in test_victims: with windows a short one loses its pages before the last, a long one.
+        layers = LayerGroups(kinds=(GroupKind(None, 1), GroupKind(4, 2)), num_layers=(1, 2))
+        budgets = SchedulerConfig(
+            max_num_batched_tokens=40, max_num_seqs=8, max_model_len=40, prefix_cache=False
+        )
+        work = Workload([Item([1] * 12, 25), Item([2] * 2, 25), Item([3] * 19, 18)], 0)
+        # All prompts and answers, and with what is lost a token more, of which the next is drawn.
+        needed, lost = 33 + 68 + 1, {}
+        for policy in ("paged", LAST_VICTIM):
+            ran = serve(
+                policy, work, config=budgets, num_slots=38, page_size=4, drain=True, layers=layers
+            )
+            assert ran.preemptions == 1
+            share = ran.recomputed_share
+            lost[policy] = round(share * needed / (1 - share))
+        assert lost == {"paged": 2 + 10, LAST_VICTIM: 19 + 10}  # at the same step
 
 
 class TestAgainstThePaper:
