@@ -91,7 +91,8 @@ def test_dense_log_probabilities(case):
         number = recorded["prompt"]
         prompt, answer = record["prompts"][number], record["continuations"][number]
         tokens = jnp.asarray([[*prompt, *answer[:-1]]], jnp.int32)
-        logits = jax.jit(Decoder(config).apply_dense)(params, tokens)[0, len(prompt) - 1 :]
+        decoder = Decoder(config, max_length=TIGHT["max_model_len"])
+        logits = jax.jit(decoder.apply_dense)(params, tokens)[0, len(prompt) - 1 :]
         found = np.take_along_axis(
             np.asarray(jax.nn.log_softmax(logits)), np.array(recorded["token_ids"]), axis=-1
         )
