@@ -43,7 +43,9 @@ CASES = {
 def one_table(case):
     """The answers of an engine with one table for all layers, and pages enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "cache_groups", lambda config: one_group(config.num_layers))
+        patch.setattr(
+            memory, "cache_groups", lambda config, max_length: one_group(config.num_layers)
+        )
         engine = Engine.load(FIXTURES / case, EngineConfig(**EXACT, num_pages=400))
         assert engine.stats().num_groups == 1
         return serve(engine, case)

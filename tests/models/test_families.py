@@ -29,7 +29,8 @@ TIGHT = dict(
 
 def config_of(case, **options):
     """Settings for a case; where windows let go of pages, with too few for a crowd all the same."""
-    groups = cache_groups(config_from_hf(json.loads((FIXTURES / case / "config.json").read_text())))
+    fields = json.loads((FIXTURES / case / "config.json").read_text())
+    groups = cache_groups(config_from_hf(fields), TIGHT["max_model_len"])
     pages = {}
     if groups.windows != (None,):
         longest = max(map(len, expected(case)["prompts"])) + 24
