@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from jpaged.models.config import ModelConfig
 
-# A group costs a page table in every step, and a copy each where a page is copied.
-_MAX_GROUPS = 16
+# A group costs a page table in every step, with room for the longest sequence, and page copies.
+_MAX_GROUPS, _MAX_TABLE_TOKENS = 16, 16 * 131_072
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +57,32 @@ def one_group(num_layers: int, window: int | None = None) -> CacheGroups:
 
 
 @functools.lru_cache(maxsize=8)
-def cache_groups(config: ModelConfig) -> CacheGroups:
+def cache_groups(config: ModelConfig, max_length: int | None = None) -> CacheGroups:
     """Puts the layers of a model into groups: `group_layers` by what they see.
 
-    A window as long as the model's longest context is none.
+    A window as long as the model's longest context is none. No sequence is longer than that, nor
+    than `max_length` tokens where that is given.
     """
     seen = (a.variant.sliding_window for a in config.attentions)
     longest = config.max_position_embeddings
     windows = [None if window is None or window >= longest else window for window in seen]
-    return group_layers([windows[i % len(windows)] for i in range(config.num_layers)])
+    sees = [windows[i % len(windows)] for i in range(config.num_layers)]
+    return group_layers(sees, max_length or longest)
 
 
-def group_layers(sees: Sequence[int | None]) -> CacheGroups:
+def group_layers(sees: Sequence[int | None], max_length: int) -> CacheGroups:
     """Puts layers into groups.
 
     Where all see equally far there is one group. Otherwise the size is chosen that leaves the least
-    share of a pool unused by padding, at most `_MAX_GROUPS` groups allowed; of sizes that do
-    equally well, the one with the fewest groups. The share is that of the length of sequences where
-    it is largest: while they are shorter than every window, all padding counts alike; when they are
-    long, that of the layers that see farthest is all that matters.
+    share of a pool unused by padding, of those with at most 16 groups, more where sequences are
+    shorter than 131,072 tokens (64 at 32,768); of sizes that do equally well, the one with the
+    fewest groups. The share is that of the length of sequences where it is largest: while they are
+    shorter than every window, all padding counts alike; when they are long, that of the layers that
+    see farthest is all that matters.
 
     Args:
       sees: of each layer, the tokens that a query sees, itself included; None for all.
+      max_length: longest sequence that is served, in tokens.
     """
     layers: dict[int | None, list[int]] = collections.defaultdict(list)
     for index, window in enumerate(sees):
@@ -88,7 +92,7 @@ def group_layers(sees: Sequence[int | None]) -> CacheGroups:
         return one_group(len(sees), windows[0])
     farthest = windows[0] if windows[0] is None else windows[-1]
     counts = {window: len(own) for window, own in layers.items()}
-    most_groups = max(_MAX_GROUPS, len(windows))
+    most_groups = max(_MAX_GROUPS, _MAX_TABLE_TOKENS // max_length, len(windows))
 
     def unused(size: int) -> tuple[float, int]:
         groups = {window: -(-count // size) for window, count in counts.items()}

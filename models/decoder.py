@@ -35,8 +35,8 @@ class Decoder:
       backend: which kernels to use, as in `pallas_kernels.paged_attention`.
       mesh: devices with one axis, over which `apply` splits the heads; the caller lays parameters
         and pool out as `models.sharding` says. None computes on one device.
-      max_length: longest sequence that is served, in tokens, which some rotary embeddings depend
-        on; None is no longer than the context that the model was first made for.
+      max_length: longest sequence that is served, in tokens, on which some rotary embeddings and
+        `cache_groups` depend; None is no longer than the model was first made for.
     """
 
     config: ModelConfig
@@ -87,8 +87,8 @@ class Decoder:
         Args:
           params: as `init` makes them; pages of eight bits want one more, `kv_scales`,
             f32[num_layers, 2]: what the stored keys and values of each layer are multiplied by.
-          inputs: the step's tokens, and page tables: one for each of `cache_groups(config)`, or
-            one for all layers.
+          inputs: the step's tokens, and page tables: one for each of `cache_groups(config,
+            max_length)`, or one for all layers.
           kv_pages: [num_layers, num_pages, num_kv_heads, page_size, kv_dim], of as many layers as
             a group has where there are groups; may be donated.
 
@@ -100,7 +100,7 @@ class Decoder:
             self.config,
             functools.partial(
                 _paged_attend,
-                groups=cache_groups(self.config),
+                groups=cache_groups(self.config, self.max_length),
                 kv_scales=params.get("kv_scales"),
                 backend=self.backend,
                 mesh=self.mesh,

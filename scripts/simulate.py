@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
         if given := [flag.name for flag in drawn if flag.present]:
             raise app.UsageError(f"--trace says what --{given[0]} would: give one of them")
     try:
-        layers = parse_layers(_LAYERS.value)
+        layers = parse_layers(_LAYERS.value, _MAX_LEN.value)
         work = _read_workload()
         runs = {
             policy: serve(
@@ -186,8 +186,8 @@ def _describe_source() -> dict[str, Any]:
     }
 
 
-def parse_layers(text: str) -> LayerGroups:
-    """The layers that a text names; see `--layers`.
+def parse_layers(text: str, max_model_len: int) -> LayerGroups:
+    """The layers that a text names, see `--layers`, for sequences of so many tokens at most.
 
     Raises:
       ValueError: if it names none.
@@ -195,18 +195,19 @@ def parse_layers(text: str) -> LayerGroups:
     count, colon, pattern = text.partition(":")
     try:
         if text in SHAPES:
-            groups = cache_groups(SHAPES[text])
+            groups = cache_groups(SHAPES[text], max_model_len)
         elif colon and count.isdecimal():
             sees = [None if each == "full" else int(each) for each in pattern.split(",")]
             if any(window is not None and window < 1 for window in sees) or not (
                 1 <= int(count) <= 2**16
             ):
                 raise ValueError("out of range")
-            groups = group_layers([sees[i % len(sees)] for i in range(int(count))])
+            groups = group_layers([sees[i % len(sees)] for i in range(int(count))], max_model_len)
         else:
             path = pathlib.Path(text).expanduser()
             path = path / "config.json" if path.is_dir() else path
-            groups = cache_groups(config_from_hf(json.loads(path.read_text(encoding="utf-8"))))
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            groups = cache_groups(config_from_hf(fields), max_model_len)
     except ModelConfigError:
         raise
     except (OSError, ValueError) as e:

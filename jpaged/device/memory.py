@@ -124,7 +124,7 @@ def plan_pool(
             f"{model_config.max_position_embeddings}"
         )
     pages_per_seq = -(-max_model_len // config.page_size)
-    groups = cache_groups(model_config)
+    groups = cache_groups(model_config, max_model_len)
     kinds = tuple(GroupKind(*kind) for kind in groups.kinds)
 
     free = free or _free_memory()

@@ -192,7 +192,7 @@ def plan_of(asked: Asked) -> Plan:
         memory_bytes=device.num_bytes,
         memory_source=device.source,
         weight_bytes=weight_bytes,
-        kinds=_kinds(model, page_bytes // config.page_size),
+        kinds=_kinds(model, pool.max_model_len, page_bytes // config.page_size),
         page_size=config.page_size,
         page_bytes=page_bytes,
         num_pages=num_pages,
@@ -230,8 +230,8 @@ def num_weights(model_config: ModelConfig, num_devices: int) -> int:
     return Decoder(model_config).param_sum(lambda params: sharding.shard_sizes(params, mesh))
 
 
-def _kinds(model_config: ModelConfig, cell_bytes: int) -> tuple[KindPlan, ...]:
-    groups = cache_groups(model_config)
+def _kinds(model_config: ModelConfig, max_length: int, cell_bytes: int) -> tuple[KindPlan, ...]:
+    groups = cache_groups(model_config, max_length)
     layers = [groups.windows[group] for group, _ in groups.places]
     return tuple(
         KindPlan(

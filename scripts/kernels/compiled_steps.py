@@ -66,7 +66,7 @@ def compile_decode(
       kv_dtype: of pages, as in `EngineConfig`.
       decode_steps: most steps of a burst; 1 is a step by itself.
     """
-    num_groups = cache_groups(config).num_groups
+    num_groups = cache_groups(config, kv_len).num_groups
     settings = EngineConfig(
         page_size=page_size,
         num_pages=num_groups * num_rows * kv_len // page_size + 1,

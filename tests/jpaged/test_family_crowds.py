@@ -23,7 +23,7 @@ PREEMPTION = {"recompute": "num_preemptions", "swap": "num_swapped_pages"}
 def engine_of(case, pages_a_group, **options):
     """An engine whose pool has so many pages for each of its groups."""
     config = config_from_hf(json.loads((FIXTURES / case / "config.json").read_text()))
-    num_pages = 1 + pages_a_group * cache_groups(config).num_groups
+    num_pages = 1 + pages_a_group * cache_groups(config, EXACT["max_model_len"]).num_groups
     return Engine.load(FIXTURES / case, EngineConfig(**EXACT, num_pages=num_pages, **options))
 
 

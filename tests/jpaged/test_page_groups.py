@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 
+import jax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +23,9 @@ from jpaged.host.prefix import Prefix
 from jpaged.host.step_log import read_header, read_steps
 from jpaged.host.viewer import draw
 from jpaged.models.cache_groups import one_group
+from jpaged.models.decoder import Decoder
 from jpaged.placement import runner_of
-from tests.jpaged.crowd import EXACT, FIXTURES, drawn, serve
+from tests.jpaged.crowd import BEAMS, EXACT, FIXTURES, GREEDY, drawn, serve
 from tests.jpaged.exact import everything
 from tests.jpaged.expected import first_seen
 from tests.jpaged.tiny import TINY, tiny_engine, tiny_params, windowed
@@ -43,7 +45,9 @@ CASES = {
 def one_table(case):
     """The answers of an engine with one table for all layers, and pages enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "cache_groups", lambda config: one_group(config.num_layers))
+        patch.setattr(
+            memory, "cache_groups", lambda config, max_length: one_group(config.num_layers)
+        )
         engine = Engine.load(FIXTURES / case, EngineConfig(**EXACT, num_pages=400))
         assert engine.stats().num_groups == 1
         return serve(engine, case)
@@ -90,6 +94,33 @@ def test_no_output_changes(case, name):
         assert engine.stats().totals.num_hit_tokens > 2 * hits
     totals = engine.stats().totals
     assert all(getattr(totals, name) > 0 for name in happens), totals
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_more_groups_than_a_long_context_may_have():
+    """Gemma 3 4B's 29 and 5 layers, each with a table of its own, in a pool that is tight."""
+    seen, full = windowed(7).pattern
+    model = dataclasses.replace(TINY, pattern=(*[seen] * 5, full), num_layers=34)
+    params = jax.tree.map(lambda x: x * 4, Decoder(model).init(jax.random.key(0)))
+    prompts = prompts_for((3, 20, 9, 40, 12, 30))
+    own = [BEAMS if i == 3 else drawn(i, n=3) if i == 1 else GREEDY for i in range(6)]
+
+    def served(num_pages):
+        engine = Engine(
+            model, params, EngineConfig(**EXACT, num_pages=num_pages, preemption="swap")
+        )
+        outputs = everything(engine.generate(prompts, own))
+        engine.check_invariants()
+        return outputs, engine.stats()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "cache_groups", lambda config, max_length: one_group(34))
+        want, together = served(300)
+    found, stats = served(760)
+    assert (together.num_groups, stats.num_groups) == (1, 34)
+    assert found == want
+    assert stats.totals.num_swapped_pages > 0 and stats.totals.num_page_copies > 0, stats.totals
 
 
 def windowed_engine(**config):

@@ -74,6 +74,24 @@ def test_by_hand(name, windows, num_layers, size, kinds, num_padded):
     assert (groups.size, groups.kinds, groups.num_padded) == (size, kinds, num_padded)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_layers", "max_length", "kinds", "num_padded"),
+    [
+        # 16 groups of 131,072 tokens are 34 of 61,680, and 31 of 67,650.
+        ("Gemma 3 4B", 34, 61_680, ((None, 5), (512, 29)), 0),
+        ("Gemma 3 4B", 34, 61_681, ((None, 1), (512, 6)), 1),
+        ("Gemma 3 27B", 62, 67_650, ((None, 5), (512, 26)), 0),
+        ("Gemma 3 27B", 62, 67_651, ((None, 2), (512, 11)), 3),
+        # What pads nothing stays as it is.
+        ("Gemma 3 1B", 26, 1024, ((None, 2), (512, 11)), 0),
+        ("Gemma 3 12B", 48, 1024, ((None, 1), (512, 5)), 0),
+    ],
+)
+def test_shorter_sequences_may_have_more_groups(name, num_layers, max_length, kinds, num_padded):
+    groups = cache_groups(model(GEMMA3, num_layers), max_length)
+    assert (groups.kinds, groups.num_padded) == (kinds, num_padded)
+
+
 def test_places_are_in_order_of_layers():
     groups = cache_groups(model([3, None, 3, 3], 5))
     # Layers 0, 2, 3 and 4 see three tokens, and share two groups of two with layer 1.
@@ -85,16 +103,19 @@ def test_places_are_in_order_of_layers():
 
 
 @settings(deadline=None, max_examples=80)
-@given(st.lists(st.sampled_from([None, None, 1, 7, 128, LONGEST]), min_size=1, max_size=70))
-def test_of_any_pattern(windows):
+@given(
+    windows=st.lists(st.sampled_from([None, None, 1, 7, 128, LONGEST]), min_size=1, max_size=70),
+    max_length=st.sampled_from([None, 100, 40_000, 90_000, LONGEST]),
+)
+def test_of_any_pattern(windows, max_length):
     config = model(windows)
-    groups = cache_groups(config)
+    groups = cache_groups(config, max_length)
     assert len(set(groups.places)) == len(groups.places) == config.num_layers
     for index, (group, place) in enumerate(groups.places):
         window = config.layer(index).attention.variant.sliding_window
         assert groups.windows[group] == (None if window == LONGEST else window)
         assert 0 <= place < groups.size
-    assert groups.num_groups <= 16
+    assert groups.num_groups * (max_length or LONGEST) <= 16 * LONGEST
     # Kinds stand together, and no group is empty.
     assert [w for w, count in groups.kinds for _ in range(count)] == list(groups.windows)
     assert {group for group, _ in groups.places} == set(range(groups.num_groups))

@@ -29,7 +29,8 @@ TIGHT = dict(
 
 def config_of(case, **options):
     """Settings for a case; where windows let go of pages, with too few for a crowd all the same."""
-    groups = cache_groups(config_from_hf(json.loads((FIXTURES / case / "config.json").read_text())))
+    fields = json.loads((FIXTURES / case / "config.json").read_text())
+    groups = cache_groups(config_from_hf(fields), TIGHT["max_model_len"])
     pages = {}
     if groups.windows != (None,):
         longest = max(map(len, expected(case)["prompts"])) + 24
@@ -91,7 +92,8 @@ def test_dense_log_probabilities(case):
         number = recorded["prompt"]
         prompt, answer = record["prompts"][number], record["continuations"][number]
         tokens = jnp.asarray([[*prompt, *answer[:-1]]], jnp.int32)
-        logits = jax.jit(Decoder(config).apply_dense)(params, tokens)[0, len(prompt) - 1 :]
+        decoder = Decoder(config, max_length=TIGHT["max_model_len"])
+        logits = jax.jit(decoder.apply_dense)(params, tokens)[0, len(prompt) - 1 :]
         found = np.take_along_axis(
             np.asarray(jax.nn.log_softmax(logits)), np.array(recorded["token_ids"]), axis=-1
         )

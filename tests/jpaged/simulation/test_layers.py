@@ -31,12 +31,15 @@ def served(layers, *, prompt, output, max_model_len, count, num_slots, policy="p
         vocab_size=1000,
         seed=0,
     )
-    return serve(policy, work, config=budgets, num_slots=num_slots, layers=parse_layers(layers))
+    return serve(
+        policy, work, config=budgets, num_slots=num_slots,
+        layers=parse_layers(layers, max_model_len),
+    )  # fmt: skip
 
 
 def test_layers_of_a_text():
-    assert parse_layers("1:full") == ONE_KIND
-    groups = parse_layers(GEMMA3)
+    assert parse_layers("1:full", 99) == ONE_KIND
+    groups = parse_layers(GEMMA3, 8192)
     assert (groups.size, groups.num_layers) == (2, (4, 22))
     assert groups.kinds == ((None, 2), (512, 11))
     # 26 slots of all layers are 338 pages of 2 layers and one token.
@@ -45,7 +48,7 @@ def test_layers_of_a_text():
 
 
 def test_needed_tokens_by_hand():
-    groups = LayerGroups(1, parse_layers("4:3,full").kinds, (2, 2))
+    groups = LayerGroups(1, parse_layers("4:3,full", 99).kinds, (2, 2))
     # Queries from position 10 on see 8 and 9 in layers with the window, and all 10 in the others.
     assert groups.needed_tokens(10, 10) == (2 + 10) / 2
     # Of tokens that a step adds, all are needed.
@@ -69,6 +72,19 @@ def test_groups_waste_little(layers):
     assert grouped.mean_running > 1.2 * together.mean_running
 
 
+@pytest.mark.parametrize("num_layers", [34, 62], ids=["Gemma 3 4B", "Gemma 3 27B"])
+def test_layers_of_awkward_numbers_waste_little(num_layers):
+    """29 and 5, or 52 and 10: where sequences are short too, of which page ends are most."""
+    load = dict(
+        prompt="lognormal:mean=500,sigma=0.8",
+        output="lognormal:mean=300,sigma=0.9",
+        max_model_len=8192,
+        count=40,
+        num_slots=10_000,
+    )
+    assert served(f"{num_layers}:1024,1024,1024,1024,1024,full", **load).waste < 0.02
+
+
 @pytest.mark.parametrize(
     ("layers", "length", "waste"),
     [
@@ -81,6 +97,6 @@ def test_groups_waste_little(layers):
 )
 def test_one_table_wastes_what_others_found(layers, length, waste):
     """At the longest sequence: Zhang et al. 2025, section 3."""
-    groups = dataclasses.replace(parse_layers(layers), one_table=True)
+    groups = dataclasses.replace(parse_layers(layers, length), one_table=True)
     needed = groups.needed_tokens(length - 1, length)
     assert 1 - needed / length == pytest.approx(waste, abs=1e-3)
