@@ -246,7 +246,7 @@ def serve(
         if policy == LAST_VICTIM:
             made.scheduler.victims_of = _last_victims
         elif policy == SPARE_PAGES:
-            made.scheduler.admission.has_room_to_the_end = lambda *_: False
+            made.scheduler.admission.has_room_to_the_end = lambda seq, needed, later: False
         return made
 
     check = make()
