@@ -238,13 +238,11 @@ class RequestMaker:
                 f"tokens that request {parent.request_id!r} has generated"
             )
         seed = own.seed if params and own.seed is not None else parent.seed
+        kept = parent.cache_salt, self._config.max_model_len
         children: list[Request] = []
         for request_id in itertools.islice(request_ids, k):
             own_seed = fork_seed(seed, parent.num_forks + len(children) + 1)
-            salt, most = parent.cache_salt, self._config.max_model_len
-            child = self._new(
-                request_id, parent.prompt_token_ids, own, own_seed, stream, salt, most
-            )
+            child = self._new(request_id, parent.prompt_token_ids, own, own_seed, stream, *kept)
             check_fits(child, self._config, self._table)
             child.arrival_s, child.first_token_s = parent.arrival_s, parent.first_token_s
             child.sequences[0].continue_from(source)
