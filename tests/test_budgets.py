@@ -52,8 +52,9 @@ MAX_FOLDER_LINES = {
     # With `convert`, `plan`, `warmup`, `calibrate`, `batch`, `view` and `score`, the twelfth
     # program; a job before it runs.
     "scripts": 4200,
-    # With the figures of a GPU in one run, and transformers' beside them.
-    "scripts/kernels": 1650,
+    # With the figures of a GPU in one run, transformers' beside them, and those of a kernel that is
+    # not in use yet.
+    "scripts/kernels": 1700,
     # With loading beside safetensors' own, what a job costs beside its engine, and what snapshots
     # and prompts on disk do.
     "scripts/measure": 1750,
