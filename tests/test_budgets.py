@@ -44,8 +44,9 @@ MAX_FOLDER_LINES = {
     "jpaged/measure": 1200,
     # Reading a part at a time, and the way back: to safetensors, to Orbax, onto any mesh. Of GGUF
     # files headers, and metadata as a config.json.
-    # Read by threads, and straight to where layers are stacked; scales of a float8 cache too.
-    "models": 5000,
+    # Read by threads, and straight to where layers are stacked; scales of a float8 cache too. What
+    # keeps a TPU from copying queries' weights, and devices from sending each other an embedding.
+    "models": 5050,
     "models/families": 1650,
     # With what is read off the text of programs.
     "pallas_kernels": 6750,

@@ -84,6 +84,29 @@ def test_two_devices_compute_what_one_does(mesh, scan, config):
     assert np.abs(np.asarray(want_pool)).max() > 0.1
 
 
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_no_device_is_sent_the_whole_embedding(mesh, num_tokens):
+    """Of one token, the lookup once was a slice, which the compiler splits over no devices."""
+    decoder = Decoder(CONFIG, False, "xla", mesh)
+    params = Decoder(CONFIG).init(jax.random.key(0))
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    shape = pallas_kernels.kv_pages_shape(2, 5, 2, 4, 16, backend="xla")
+    pool = jax.device_put(jnp.zeros(shape), sharding.pool_sharding(mesh))
+    inputs = step_inputs()
+    if num_tokens == 1:
+        one = jnp.array([1], jnp.int32)
+        rows = Rows(jnp.array([[1, 0]], jnp.int32), one, jnp.array([0, 1], jnp.int32), one)
+        token = jnp.array([41], jnp.int32)
+        inputs = PagedInputs(token, jnp.array([0], jnp.int32), rows, jnp.array([0], jnp.int32))
+    step = jax.jit(decoder.apply)
+    text = step.lower(params, inputs, pool).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text
+    logits, _ = step(params, inputs, pool)
+    one_device = jax.jit(Decoder(CONFIG, False, "xla").apply)
+    whole = jax.device_put((params, pool), jax.devices("cpu")[0])
+    np.testing.assert_allclose(logits, one_device(whole[0], inputs, whole[1])[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_what_is_split(mesh, scan):
     params = Decoder(SINKS, scan).abstract_params()
