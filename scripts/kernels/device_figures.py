@@ -204,7 +204,7 @@ def measure_steps(size: Size, directory: pathlib.Path, figures: Figures) -> bool
 
     errors: dict[str, str] = {}
 
-    def attempt(name: str, measurement: Callable[..., None], *args: Any) -> None:
+    def attempt(name: str, measurement: Callable[..., Any], *args: Any) -> None:
         try:
             measurement(*args)
         except Exception as e:  # whatever it is, others may still be measured
