@@ -108,6 +108,7 @@ class Decoder:
             self.scan_layers,
             _dtype_of(params),
             self.max_length,
+            least_lookup=1 if self.mesh is None else 2,
         )
         logits, written_pages = module.apply(
             {"params": params},
@@ -210,13 +211,18 @@ def stacked_place(path: str, config: ModelConfig) -> tuple[str, int, int] | None
 
 
 class _DecoderModule(nn.Module):
-    """Embedding, layers, final norm and head over a flat axis of tokens."""
+    """Embedding, layers, final norm and head over a flat axis of tokens.
+
+    Of one token the compiler makes the lookup a slice, for which each of several devices would be
+    sent the whole embedding: `least_lookup` tokens are looked up at least.
+    """
 
     config: ModelConfig
     attend: layers.Attend
     scan_layers: bool
     dtype: jnp.dtype
     max_length: int | None
+    least_lookup: int = 1
 
     @nn.compact
     def __call__(self, token_ids, positions, rows: Rows | None, kv_pages=None, logits_indices=None):
@@ -225,7 +231,11 @@ class _DecoderModule(nn.Module):
             "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
         )
         tables = tuple(rope.table(positions, self.max_length) for rope in c.ropes)
-        x = embedding[token_ids]
+        if (missing := self.least_lookup - token_ids.shape[0]) > 0:
+            x = embedding[jnp.pad(token_ids, (0, missing))]
+            x = jax.lax.optimization_barrier(x)[: token_ids.shape[0]]
+        else:
+            x = embedding[token_ids]
         if c.embedding_scale is not None:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         carry, scanned = (x, kv_pages), 0

@@ -133,6 +133,15 @@ def project(
     return [Linear(size, bias, name=part)(x) for part, size in parts]
 
 
+@jax.jit
+def _apart(q: jax.Array) -> jax.Array:
+    """Keeps a TPU's compiler from having the product give heads.
+
+    For that it copies the weights of a scanned layer, head by head: in 70B's step 134 MB a layer.
+    """
+    return jax.lax.platform_dependent(q, tpu=jax.lax.optimization_barrier, default=lambda q: q)
+
+
 class RMSNorm(nn.Module):
     """Divides by the root mean square over the last axis, in float32, and scales.
 
@@ -165,6 +174,7 @@ class Attention(nn.Module):
         s = self.spec
         sizes = [heads * s.head_dim for heads in (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)]
         q, k, v = project(self, "qkv_proj", sizes, s.qkv_bias, x)
+        q = _apart(q)
         if s.qk_norm == "all":
             q = RMSNorm(self.norm, name="q_norm")(q)
             k = RMSNorm(self.norm, name="k_norm")(k)

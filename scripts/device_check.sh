@@ -7,12 +7,13 @@
 #     scripts/device_check.sh figures         # in 8 minutes, all that a release is held to
 #
 # Parts, without any all but the last, and in this order: conformance_bfloat16, tests, kernels,
-# engine, conformance_float32, figures (scripts/kernels/device_figures.py: the step at 1, 64 and 256
-# rows beside its floor, attention and prefill beside others).
+# engine, conformance_float32, figures (scripts/kernels/device_figures.py: the step at 64, 1 and 256
+# rows beside its floor, attention and prefill beside others, and attention that is not in use yet).
 # Nothing is written elsewhere than to $OUT, or where that is not set to device_check_results/DATE
 # in the repository: summary.json (each part's status, seconds and key figures), environment.json
 # (always), tests.xml, conformance_bfloat16.json, conformance_float32.json, kernels.json,
-# engine.json, figures.json, with it traces in profile_ROWS, and log.txt.
+# engine.json, figures.json, with it traces in profile_ROWS and kernels_* of other kernels, and
+# log.txt.
 #
 # PYTHON (python3) runs it. DEVICE_CHECK_S (570, of figures alone 480) is how many seconds all parts
 # may take: each has a share of them, and what one leaves the next may use. TRANSFORMERS_PYTHON is an
@@ -85,6 +86,8 @@ esac
 command -v timeout >/dev/null || stop "needs the command timeout, of GNU coreutils"
 command -v "$PYTHON" >/dev/null || stop "there is no $PYTHON; name a Python as PYTHON=PATH"
 export PYTHONDONTWRITEBYTECODE=1
+# jpaged need not be installed, wherever a program of a test is started.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 saw="$(
   timeout 120 "$PYTHON" -c '
 import jax

@@ -23,8 +23,9 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*
 _ARRAY = re.compile(r"\w+\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-# Of a TPU's memory spaces the one beside its cores, into which weights come to be multiplied.
-_ON_CHIP = "S(1)"
+# Of a TPU's memory spaces those beside its cores, into which weights come to be multiplied: vector
+# memory, and what a v4 has beside it.
+_ON_CHIP = re.compile(r"S\([13]\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Operation:
     def num_elements(self) -> int:
         """Of the largest array of its result that is not beside a TPU's cores."""
         arrays = _ARRAY.findall(self.result)
-        return max((_size(dims) for dims, layout in arrays if _ON_CHIP not in layout), default=0)
+        sizes = [_size(dims) for dims, layout in arrays if not _ON_CHIP.search(layout)]
+        return max(sizes, default=0)
 
     @property
     def is_kernel(self) -> bool:
@@ -206,7 +208,7 @@ def _copies(program: Program, name: str, arguments: Mapping[int, Any]) -> Iterat
                 size = min((each for each in known if isinstance(each, int)), default=None)
                 if size is None or program.multiplies(operation) or not operation.is_kernel:
                     continue
-                if _ON_CHIP not in operation.result:
+                if not _ON_CHIP.search(operation.result):
                     if operation.num_elements < size:
                         continue
                     yield operation.name

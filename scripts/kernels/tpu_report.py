@@ -18,8 +18,9 @@ so are its temporaries, which are compared with the pool of all layers. The last
 TPU is used or needed.
 
 Exits with 1 if something does not compile that should, a kernel copies more than it must, a step
-copies its page pool, or the kernels are worse than they were made to be: at most 3 bundles per KV
-token and no spilled register for 8 KV heads of 64 or 128 with 4 queries each on v5e and v6e.
+copies its page pool or a weight, or the kernels are worse than they were made to be: at most 3
+bundles per KV token and no spilled register for 8 KV heads of 64 or 128 with 4 queries each on v5e
+and v6e.
 """
 
 import dataclasses
@@ -179,6 +180,8 @@ def _faults(
     assert step.temp_bytes is not None and step.pool_bytes and step.alias_bytes is not None
     if step.pool_ops or step.alias_bytes < step.pool_bytes:
         yield f"the step does not keep its pool in place: {step}"
+    if step.weight_copies:
+        yield f"the step copies {step.weight_copies} weights"
     if step.temp_bytes > MAX_TEMP_SHARE * pool_bytes:
         yield f"the step takes {step.temp_bytes} bytes beside a pool of {pool_bytes}"
 

@@ -84,6 +84,22 @@ def test_two_devices_compute_what_one_does(mesh, scan, config):
     assert np.abs(np.asarray(want_pool)).max() > 0.1
 
 
+def test_one_token_is_looked_up_as_on_one_device(mesh):
+    """With another beside it: test_gpu_kernels.py holds what that is for."""
+    decoder = Decoder(CONFIG, False, "xla", mesh)
+    params = Decoder(CONFIG).init(jax.random.key(0))
+    pool = jnp.zeros(pallas_kernels.kv_pages_shape(2, 5, 2, 4, 16, backend="xla"))
+    one, zero = jnp.array([1], jnp.int32), jnp.array([0], jnp.int32)
+    rows = Rows(jnp.array([[1, 0]], jnp.int32), one, jnp.array([0, 1], jnp.int32), one)
+    inputs = PagedInputs(jnp.array([41], jnp.int32), zero, rows, zero)
+    want, _ = jax.jit(Decoder(CONFIG, False, "xla").apply)(params, inputs, pool)
+    params = jax.device_put(params, sharding.param_shardings(params, mesh))
+    pool = jax.device_put(pool, sharding.pool_sharding(mesh))
+    got, _ = jax.jit(decoder.apply)(params, inputs, pool)
+    assert got.shape == want.shape == (1, 64)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 def test_what_is_split(mesh, scan):
     params = Decoder(SINKS, scan).abstract_params()

@@ -78,9 +78,11 @@ def read(text):
         (UNROLLED, [0, 1, 0], 0),
         (SCANNED.replace("SPACE", ""), [3], 1),
         (SCANNED.replace("SPACE", "S(1)"), [3], 0),  # next to a TPU's cores
+        (SCANNED.replace("SPACE", "S(3)"), [3], 0),
+        (SCANNED.replace("SPACE", "S(5)"), [3], 1),  # in host memory
         (SCANNED.replace("SPACE", ""), [0], 0),
     ],
-    ids=["unrolled", "no matrix", "scanned", "to the cores", "vectors"],
+    ids=["unrolled", "no matrix", "scanned", "to the cores", "of a v4", "elsewhere", "vectors"],
 )
 def test_copies_of_weights(text, stacked, copies):
     assert hlo.weight_copies(read(text), stacked) == copies

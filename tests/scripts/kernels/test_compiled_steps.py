@@ -32,6 +32,17 @@ STEPS = [
     pytest.param("v5p", small("qwen3-1.7b"), marks=pytest.mark.nightly),
     pytest.param("v6e", small("smollm2-135m"), marks=pytest.mark.nightly),
     ("7x", small("smollm2-135m")),
+    # Whose query projections were copied, as heads, in every step.
+    ("v5e", small("llama-3.1-70b")),
+    *(
+        pytest.param(*case, marks=pytest.mark.nightly)
+        for case in (
+            ("7x", small("llama-3.1-70b")),
+            ("7x", small("llama-3.1-8b")),
+            ("v5p", small("qwen3-14b")),
+            ("v4", small("qwen3-32b")),
+        )
+    ),
     pytest.param("7x", small("qwen3-0.6b"), marks=pytest.mark.nightly),
     pytest.param("7x", small("qwen3-4b"), marks=pytest.mark.nightly),
 ]
@@ -48,6 +59,7 @@ def test_a_step_keeps_its_pool_in_place(tpu_compiler, target, config):
     assert facts.alias_bytes == facts.pool_bytes
     assert facts.pool_ops == ()
     assert facts.temp_bytes < 0.05 * facts.pool_bytes
+    assert facts.weight_copies == 0
     assert facts.collectives == {}
 
 
@@ -112,6 +124,7 @@ def test_four_chips_reduce_twice_a_layer_and_gather_nothing(tpu_compiler, target
     # After attention and MLP, in the one loop body of all layers, and after the embedding.
     assert facts.collectives == {"all-reduce": 3}
     assert facts.pool_ops == () and facts.alias_bytes == facts.pool_bytes
+    assert facts.weight_copies == 0
     whole = compile_decode(tpu_compiler, tpu_compiler.mesh(target), config)
     assert 4 * facts.pool_bytes == whole.pool_bytes
 

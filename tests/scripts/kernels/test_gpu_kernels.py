@@ -138,6 +138,30 @@ class TestCompiled:
         # Weights stay apart where they are split over devices.
         assert steps["2"]["kernels_per_layer"] >= 14
 
+    @pytest.mark.nightly
+    def test_the_time_to_compile_does_not_grow_with_depth(self):
+        """Were each layer to compile an attention kernel of its own, 16 would take 10 times 2."""
+        seconds = []
+        for layers in (2, 16):
+            flags = "--cases=none", "--steps=llama-3.2-1b", f"--layers={layers}"
+            done = run("--target=h100", *flags)
+            assert done.returncode == 0, done.stdout[-3000:]
+            steps = json.loads(done.stdout.splitlines()[-1])["steps"]["llama-3.2-1b"]
+            # The second in its process, which finds compiler and Python's modules at work.
+            seconds.append(steps["2"]["compile_s"])
+        assert seconds[1] < 5 * seconds[0], seconds
+
+    def test_a_step_of_one_row_copies_no_embedding_to_another_gpu(self):
+        flags = ["--cases=none", "--steps=llama-3.2-1b", "--layers=2", "--rows=1"]
+        done = run("--target=h100", *flags)
+        assert done.returncode == 0, done.stdout[-3000:]
+        steps = json.loads(done.stdout.splitlines()[-1])["steps"]["llama-3.2-1b"]
+        assert steps["2"]["collectives"] == {"all-reduce": 2 * 2 + 1}
+        for size, step in steps.items():
+            assert step["weight_copies"] == 0 and step["attention_kernels"] == 1
+            # Beside logits of 8 rows, which a step of one is padded to.
+            assert step["temp_bytes"] < 5e6 + 8 * 128_256 * 4 / int(size)
+
     @pytest.mark.parametrize(
         ("rows", "more_kernels"), [(1, 3), pytest.param(64, 0, marks=pytest.mark.nightly)]
     )
