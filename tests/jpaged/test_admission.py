@@ -288,7 +288,7 @@ class TestRoomToTheEnd:
         )
         queues = scheduler._queues
         # More pages to spare than there are: only who has room to the end starts beside others.
-        scheduler._admission._spare_pages = lambda seq: 10**6 * bool(queues.running)
+        scheduler.admission._spare_pages = lambda seq: 10**6 * bool(queues.running)
         live = []
         most = 0
         for time in range(1000):
