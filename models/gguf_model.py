@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of GGUF files: their metadata as a config.json, and where their weights are.
 
-Only here is known what llama.cpp calls things. What the fields of a config.json mean is the
-families' knowledge, as for any other model. As there, what changes the result is honoured or
-refused by name.
+Only here is known what llama.cpp calls things, but for a family's name and form, which are in the
+family's own file. What the fields of a config.json mean is the families' knowledge, as for any
+other model. As there, what changes the result is honoured or refused by name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +24,9 @@ from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
 from jpaged.models.safetensors_files import DTYPES
 from jpaged.models.stored_tensor import MemoryOf, no_memory
 
-# What general.architecture says, and the family that it is.
+# By what general.architecture says.
 _FAMILIES = MappingProxyType(
-    {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    {family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None}
 )
 # Keys below the architecture's name that are fields of a config.json.
 _FIELDS = MappingProxyType(
@@ -68,6 +68,7 @@ _NEUTRAL = MappingProxyType(
     }
 )
 _ROPE_FACTORS = "rope_freqs.weight"
+_BIAS_OF = MappingProxyType({"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"})
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _MODEL_WEIGHTS = MappingProxyType(
     {"embedding": _EMBEDDING, "final_norm/scale": "output_norm.weight", "lm_head": _HEAD}
@@ -186,7 +187,9 @@ def _source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source
         return Source((_MODEL_WEIGHTS[path],), shape)
     index, own = layer
     view = None
-    if config.family == _FAMILIES["llama"] and own.startswith(("attention/q_", "attention/k_")):
+    form = FAMILIES[config.family].gguf
+    assert form is not None
+    if form.pairs_are_neighbours and own.startswith(("attention/q_", "attention/k_")):
         attention = config.layer(index).attention
         is_query = own.startswith("attention/q_")
         view = _halves_of_pairs(attention.num_q_heads if is_query else attention.num_kv_heads)
@@ -276,7 +279,7 @@ def _fields(file: GgufFile) -> dict[str, Any]:
                 f"{prefix}{key}={own[key]} must be the heads' size, {head_dim} (that of "
                 "attention.key_length, or of embedding_length by attention.head_count)"
             )
-    family, embedding = FAMILIES[_FAMILIES[name]], file.tensors.get(_EMBEDDING)
+    family, embedding = _FAMILIES[name], file.tensors.get(_EMBEDDING)
     fields |= {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -286,9 +289,9 @@ def _fields(file: GgufFile) -> dict[str, Any]:
         "rope_parameters": _rope(file, read, fields["max_position_embeddings"]),
         "tie_word_embeddings": _HEAD not in file.tensors,
     }
-    for field, tensor in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_gate.bias")):
-        # Qwen2 always has those of the first kind, and no field for them.
-        if name != "qwen2" and f"blk.0.{tensor}" in file.tensors:
+    assert family.gguf is not None
+    for field in family.gguf.bias_fields:
+        if f"blk.0.{_BIAS_OF[field]}" in file.tensors:
             fields[field] = True
     keys = (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
     ends = [typed(key, file.metadata[key], int) for key in keys if key in file.metadata]

@@ -136,6 +136,22 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GgufForm:
+    """How a GGUF file has a model of a family.
+
+    Attributes:
+      architecture: what `general.architecture` says.
+      pairs_are_neighbours: whether the two dimensions that rotary embeddings turn together follow
+        each other in query and key weights, rather than half of a head apart.
+      bias_fields: of config.json, that say what the file says by having biases, or not.
+    """
+
+    architecture: str
+    pairs_are_neighbours: bool = False
+    bias_fields: tuple[str, ...] = ("attention_bias", "mlp_bias")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One architecture.
 
@@ -148,6 +164,7 @@ class Family:
         they are present, because the decoder computes nothing else.
       inert: fields that change nothing once `neutral` hold.
       source: where a parameter is stored, by its path, its shape and the config.
+      gguf: its form in GGUF files, where these are read.
     """
 
     architecture: str
@@ -159,6 +176,7 @@ class Family:
     source: Callable[[str, tuple[int, ...], ModelConfig], Source] = lambda path, shape, config: (
         stored_as(path, shape)
     )
+    gguf: GgufForm | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
 from types import MappingProxyType
 
 from jpaged.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, NormSpec
-from jpaged.models.families.base import NEUTRAL_FIELDS, Family
+from jpaged.models.families.base import NEUTRAL_FIELDS, Family, GgufForm
 from jpaged.models.families.fields import Fields
 from jpaged.models.families.rope_fields import read_rope
 
@@ -51,4 +51,5 @@ FAMILY = Family(
     neutral=MappingProxyType(
         {**NEUTRAL_FIELDS, "sliding_window": (), "use_sliding_window": (False,)}
     ),
+    gguf=GgufForm(architecture="llama", pairs_are_neighbours=True),
 )

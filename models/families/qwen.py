@@ -11,7 +11,7 @@ from jpaged.models.config import (
     ModelConfig,
     NormSpec,
 )
-from jpaged.models.families.base import Family, Source, layer_of, stored_as
+from jpaged.models.families.base import Family, GgufForm, Source, layer_of, stored_as
 from jpaged.models.families.fields import Fields, shortest_period
 from jpaged.models.families.llama import DEFAULTS
 from jpaged.models.families.rope_fields import read_rope
@@ -135,12 +135,14 @@ QWEN2 = Family(
     model_type="qwen2",
     defaults=MappingProxyType(_QWEN),
     read=read_qwen2,
+    gguf=GgufForm(architecture="qwen2", bias_fields=("mlp_bias",)),  # it always has the other
 )
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     defaults=MappingProxyType({**_QWEN, "head_dim": 128}),
     read=read_qwen3,
+    gguf=GgufForm(architecture="qwen3"),
 )
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",

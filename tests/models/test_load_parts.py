@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters that are read in parts: stacked, onto a mesh, from another mesh; and only numbers."""
 
+import io
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tqdm
 from jax.sharding import AxisType, Mesh
 
-from jpaged.models import checkpoint, host_arrays, safetensors_weights, sharding
+from jpaged.models import DEMO, checkpoint, host_arrays, safetensors_weights, sharding
 from jpaged.models.checkpoint import CheckpointError
 from jpaged.models.decoder import stack_layers
 from tests.models.test_checkpoint import FIXTURES, edit, same
@@ -177,3 +180,29 @@ class TestNumbers:
                 wrong = fine.copy()
                 wrong[place] = number
                 assert not host_arrays.is_finite(wrong)
+
+
+class TestBar:
+    """On a terminal, of bytes as the parameters have them; elsewhere there is none."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_says_how_far_it_is(self, monkeypatch, terminal):
+        errors = self.Terminal() if terminal else io.StringIO()
+        monkeypatch.setattr(sys, "stderr", errors)
+        moments = []
+
+        class Bar(tqdm.tqdm):
+            def update(self, n=1):
+                moments.append((n, self.total))
+                return super().update(n)
+
+        monkeypatch.setattr(tqdm, "tqdm", Bar)
+        _, params = checkpoint.load(DEMO, jnp.bfloat16)
+        sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+        assert sorted(n for n, _ in moments) == sorted(sizes)
+        assert {total for _, total in moments} == {sum(sizes)}
+        assert ("weights:" in errors.getvalue()) == terminal
