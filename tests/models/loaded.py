@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from jpaged import Engine, EngineConfig
@@ -24,6 +25,7 @@ from jpaged.models.config_json import config_to_hf, load_config
 from jpaged.models.families import source_of
 from jpaged.models.fitting import wanted_shapes
 
+PACKED = pathlib.Path(__file__).parents[1] / "fixtures" / "hf" / "gpt_oss_mxfp4"
 FIELDS = {
     "vocab_size": 8000,
     "hidden_size": 384,
@@ -46,6 +48,29 @@ def write(directory, dtype):
     for path, shape in wanted_shapes(config, {}).items():
         numbers = rng.standard_normal(shape, np.float32).astype(dtype)
         tensors[source_of(path, shape, config).names[0]] = numbers
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+
+
+def write_packed(directory):
+    """A directory of random experts as gpt-oss has them: packed weights of 4 bits in MXFP4."""
+    directory.mkdir()
+    fields = json.loads((PACKED / "config.json").read_text())
+    changed = {"hidden_size": 384, "intermediate_size": 384, "num_local_experts": 4}
+    changed |= {"max_position_embeddings": 256, "num_hidden_layers": 12}
+    changed["layer_types"] = fields["layer_types"] * 6
+    (directory / "config.json").write_text(json.dumps(fields | changed))
+    sizes, rng = {64: 384, 96: 384, 192: 768, 3: 4}, np.random.default_rng(0)
+    tensors = {}
+    with safetensors.safe_open(PACKED / "model.safetensors", "numpy") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            small = file.get_tensor(name)
+            shape = [sizes.get(size, size) for size in small.shape]
+            if name.endswith(("_blocks", "_scales")):
+                shape[2] = 384 // 32
+            for layer in range(12):
+                if f"layers.{layer % 2}." in name or layer == 0:
+                    numbers = rng.integers(120, 128, shape).astype(small.dtype)
+                    tensors[name.replace(f"layers.{layer % 2}.", f"layers.{layer}.")] = numbers
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
 
 
@@ -76,17 +101,19 @@ def engine(directory, scan_layers):
 
 def main():
     root = pathlib.Path(sys.argv[1])
-    half, full, orbax = (root / name for name in ("half", "full", "orbax"))
+    half, full, orbax, packed = (root / name for name in ("half", "full", "orbax", "packed"))
+    write_packed(packed)
     write(half, ml_dtypes.bfloat16)
     write(full, np.float32)
     checkpoint.save_orbax(orbax, *checkpoint.load(half, jnp.bfloat16))
     # What is imported and compiled once.
-    kept = [engine(half, True), checkpoint.load(orbax, jnp.float32)[1]]
+    kept = [engine(half, True), checkpoint.load(orbax, jnp.float32)[1], engine(packed, False)]
     forms = {
         "safetensors, bfloat16": lambda: checkpoint.load(half, jnp.float32)[1],
         "safetensors, float32": lambda: checkpoint.load(full, jnp.float32)[1],
         "safetensors, engine": lambda: engine(half, False),
         "safetensors, engine that scans": lambda: engine(half, True),
+        "MXFP4, engine": lambda: engine(packed, False),
         "orbax": lambda: checkpoint.load(orbax, jnp.float32)[1],
         "orbax, engine that scans": lambda: engine(orbax, True),
     }
