@@ -37,7 +37,9 @@ def merge_projections(params: Any) -> Any:
         params[name] = merged = {}
         for leaf, axis in (("weight", -2), ("bias", -1)):
             if leaf in trees[0]:
-                merged[leaf] = jnp.concatenate([tree.pop(leaf) for tree in trees], axis)
+                # Waited for: those that are dispatched and not begun hold what they merge.
+                whole = jnp.concatenate([tree.pop(leaf) for tree in trees], axis)
+                merged[leaf] = jax.block_until_ready(whole)
     return params
 
 

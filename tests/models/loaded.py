@@ -62,7 +62,7 @@ def write_packed(directory):
     sizes, rng = {64: 384, 96: 384, 192: 768, 3: 4}, np.random.default_rng(0)
     tensors = {}
     with safetensors.safe_open(PACKED / "model.safetensors", "numpy") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dictionary
+        for name in file.keys():
             small = file.get_tensor(name)
             shape = [sizes.get(size, size) for size in small.shape]
             if name.endswith(("_blocks", "_scales")):
