@@ -135,13 +135,12 @@ def read_model(
             dtype,
             before_reading,
             scan_layers=scan_layers,
+            merge=merges_projections(scan_layers, jax.default_backend()),
         )
     except BaseException:
         if ahead is not None:
             ahead.close()
         raise
-    if merges_projections(scan_layers, jax.default_backend()):
-        params = merge_projections(params)  # here, where nobody else holds them
     if scales is not None:
         logger.info("scales of %s pages are the checkpoint's", config.kv_dtype)
         params["kv_scales"] = jnp.asarray(scales)

@@ -49,7 +49,7 @@ from jpaged.models.gguf_file import GgufFile
 from jpaged.models.gguf_model import GgufWeights
 from jpaged.models.host_arrays import aligned, reuse_freed_memory
 from jpaged.models.json_fields import shown
-from jpaged.models.merged import split_shapes
+from jpaged.models.merged import merge_projections, merged_place, split_shapes
 from jpaged.models.param_trees import insert, parent_of
 from jpaged.models.paths import is_address, path_of, resolved
 from jpaged.models.safetensors_weights import SafetensorsWeights
@@ -100,6 +100,7 @@ def load(
     *,
     mesh: jax.sharding.Mesh | None = None,
     scan_layers: bool = False,
+    merge: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Loads a model directory, whichever form its weights have, or a GGUF file.
 
@@ -114,18 +115,23 @@ def load(
       mesh: whose devices get a part each, as `models.sharding` has it, and read no more than that,
         but for interleaved and packed weights and GGUF files; None loads onto the first device.
       scan_layers: as `Decoder` has it: whether the parameters are stacked.
+      merge: whether projections of the same tokens are one weight, see `models.merged`; of layers
+        that are not stacked, on one device.
 
     Returns:
-      The config and the parameter tree of `Decoder(config, scan_layers)`. A tied config beside a
-      different head comes back untied.
+      The config and the parameter tree of `Decoder(config, scan_layers)`, merged if asked. A tied
+      config beside a different head comes back untied.
 
     Raises:
       FileNotFoundError: if the directory, its config.json or its weights are missing.
       ModelConfigError: if config.json describes a model that is not supported.
       CheckpointError: if a file is damaged, or a tensor is missing, unexpected, of another shape or
         dtype, not finite, or stored twice with different contents.
-      ValueError: if the model cannot be split over the mesh.
+      ValueError: if the model cannot be split over the mesh, or `merge` is asked for beside a mesh
+        or stacked layers.
     """
+    if merge and (mesh is not None or scan_layers):
+        raise ValueError("merge=True takes no mesh, and scan_layers=False")
     config, weights = find_weights(directory)
     if mesh is not None:
         check_mesh(config, mesh)
@@ -138,18 +144,27 @@ def load(
 
     params: Params = {}
     reuse_freed_memory()
-    # On the host, layers are read to where they lie in stacked arrays; on devices, written there.
+    # On the host, parameters are read to where they lie in stacked and merged arrays; on devices,
+    # written there.
     on_host = mesh is None and jax.local_devices()[0].platform == "cpu"
-    stacks: dict[str, np.ndarray] = {}
+    wholes: dict[str, np.ndarray] = {}
 
     def memory_of(path: str) -> np.ndarray | None:
-        place = stacked_place(path, config) if scan_layers and on_host else None
-        if place is None:
+        if not on_host:
             return None
-        stack, number, count = place
-        if stack not in stacks:
-            stacks[stack] = aligned((count, *weights.shapes[path]), np.dtype(dtype))
-        return stacks[stack][number]
+        shape = weights.shapes[path]
+        if scan_layers and (place := stacked_place(path, config)):
+            whole, at, count = place
+            return whole_of(whole, (count, *shape))[at]
+        if merge and (place := merged_place(path, config)):
+            whole, at, count = place
+            return whole_of(whole, (count, *shape[1:]))[at : at + shape[0]]
+        return None
+
+    def whole_of(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path not in wholes:
+            wholes[path] = aligned(shape, np.dtype(dtype))
+        return wholes[path]
 
     # What a parameter takes while it is read is beside the fewest others so.
     largest_first = sorted(weights.shapes.items(), key=lambda item: -math.prod(item[1]))
@@ -167,8 +182,10 @@ def load(
         if name not in parent:
             parent[name] = jnp.zeros(shape, dtype, device=target(path, shape).sharding)
         parent[name] = _with_layer(parent[name], leaf, number)
-    for path, stack in stacks.items():
-        insert(params, path, jax.make_array_from_callback(stack.shape, where, stack.__getitem__))
+    for path, whole in wholes.items():
+        insert(params, path, jax.make_array_from_callback(whole.shape, where, whole.__getitem__))
+    if merge and not on_host:
+        params = merge_projections(params)
     return _tie(config, params)
 
 

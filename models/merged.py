@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import MlpSpec, ModelConfig
 
 # What `layers.Attention` and `layers.GatedMlp` take instead of a projection each.
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_PART = re.compile(rf"(layers_(\d+)/\w+/)({'|'.join(sum(MERGED.values(), ()))})/(weight|bias)")
 
 
 def merge_projections(params: Any) -> Any:
@@ -65,6 +66,22 @@ def split_shapes(found: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
             shape = (size, *leaf.shape[1:])
             split[f"{match[1]}{name}/{match[4]}"] = jax.ShapeDtypeStruct(shape, leaf.dtype)
     return split
+
+
+def merged_place(path: str, config: ModelConfig) -> tuple[str, int, int] | None:
+    """Where `merge_projections` puts a parameter, e.g. of path `layers_3/mlp/up_proj/weight`.
+
+    Returns:
+      The path of the merged parameter, such as `layers_3/mlp/gate_up_proj/weight`, which of its
+      features is the first of this one, and how many it has; None of what is not merged.
+    """
+    if (match := _PART.fullmatch(path)) is None:
+        return None
+    name = next(name for name, parts in MERGED.items() if match[3] in parts)
+    if name == "gate_up_proj" and not isinstance(config.layer(int(match[2])).mlp, MlpSpec):
+        return None
+    sizes, number = _sizes(name, config, int(match[2])), MERGED[name].index(match[3])
+    return f"{match[1]}{name}/{match[4]}", sum(sizes[:number]), sum(sizes)
 
 
 def _sizes(name: str, config: ModelConfig, index: int) -> tuple[int, ...]:

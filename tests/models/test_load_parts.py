@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from jpaged.models import DEMO, checkpoint, host_arrays, safetensors_weights, sharding
 from jpaged.models.checkpoint import CheckpointError
 from jpaged.models.decoder import stack_layers
+from jpaged.models.merged import merge_projections
 from tests.models.test_checkpoint import FIXTURES, edit, same
 
 NIGHTLY = [pytest.mark.nightly, pytest.mark.slow]
@@ -30,6 +31,8 @@ FORMS = [
     pytest.param("qwen3_moe_some_dense", marks=NIGHTLY),
 ]
 SPLIT = ["qwen3_mha_hd80_untied_sharded", "mixtral_experts", "phi3_part_of_a_head", "gpt_oss_sinks"]
+# Biases, experts that stay apart beside layers that do not, packed weights, fused ones.
+MERGED = [*FORMS[:2], "qwen2_biases_late_windows", "qwen3_moe_some_dense", "llama_yarn_biases"]
 
 
 def mesh(*numbers):
@@ -62,6 +65,23 @@ def test_stacked_as_it_is_read(name, monkeypatch):
     again, stacked = checkpoint.load(FIXTURES / name, jnp.float32, scan_layers=True)
     assert again == config
     same(stacked, stack_layers(params, config))
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_as_it_is_read(name, monkeypatch):
+    config, params = checkpoint.load(FIXTURES / name, jnp.float32)
+    merged = merge_projections(params)
+    # Where it is read to, and not afterwards.
+    monkeypatch.setattr(checkpoint, "merge_projections", None)
+    again, found = checkpoint.load(FIXTURES / name, jnp.float32, merge=True)
+    assert again == config
+    same(found, merged)
+
+
+def test_what_is_not_merged_as_it_is_read():
+    for options in ({"scan_layers": True}, {"mesh": mesh(0)}):
+        with pytest.raises(ValueError, match="merge=True takes no mesh, and scan_layers=False"):
+            checkpoint.load(DEMO, jnp.float32, merge=True, **options)
 
 
 @pytest.mark.parametrize(("name", "scan"), [*((name, False) for name in SPLIT), (SPLIT[1], True)])
