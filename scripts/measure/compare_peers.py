@@ -21,10 +21,10 @@ what a cache of prefixes finds is not computed. transformers has up to three col
 `--transformers_modes`; its `eager` and `static` take a ragged load in batches, each as long as its
 longest request. A peer that fails is reported, left out of the load, and makes the exit code 1.
 
-The last line of standard output is one JSON object: `shape`, `dtype`, `threads`, `hardware` (`cpu`,
-`cpu_cores`, `memory_gib`), `repeats`, `seed`, `config` (jpaged's, but what a load sets), `left_out`
-(peers without a flag), and `loads`: by name `rows`, `num_requests`, `prompt_tokens`,
-`output_tokens`, `errors` (by peer) and `peers`: by name
+Each load is printed when it is over. The last line of standard output is one JSON object: `shape`,
+`dtype`, `threads`, `hardware` (`cpu`, `cpu_cores`, `memory_gib`), `repeats`, `seed`, `config`
+(jpaged's, but what a load sets), `left_out` (peers without a flag), and `loads`: by name `rows`,
+`num_requests`, `prompt_tokens`, `output_tokens`, `errors` (by peer) and `peers`: by name
 
   * `versions`, `device`, `notes`;
   * `load_s`: from the weights on disk, and its imports, to an engine in memory;
@@ -114,8 +114,24 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(str(e)) from e
         num_rounds = len(loads) * (1 + len(others)) * (_REPEATS.value + 2)
         bar = stack.enter_context(tqdm.tqdm(total=num_rounds, unit="run", disable=None))
-        found = {
-            load.name: measure(
+        found: dict[str, Any] = {}
+        report = {
+            "shape": _SHAPE.value,
+            "dtype": config.dtype,
+            "threads": _num_threads(),
+            "hardware": {
+                key: machine.hardware()[key] for key in ("cpu", "cpu_cores", "memory_gib")
+            },
+            "repeats": _REPEATS.value,
+            "seed": _SEED.value,
+            "config": dataclasses.asdict(config),
+            "left_out": left_out,
+            "loads": found,
+        }
+        # At once: what is measured takes long, and the next load may not come to its end.
+        bar.write("\n".join(_head_lines(report)))
+        for load in loads:
+            found[load.name] = measure(
                 load,
                 [_jpaged(load, config, directory), *others],
                 _job(load, config, directory),
@@ -126,20 +142,8 @@ def main(argv: list[str]) -> None:
                 timeout_s=_TIMEOUT_S.value,
                 bar=bar,
             )
-            for load in loads
-        }
-    report = {
-        "shape": _SHAPE.value,
-        "dtype": config.dtype,
-        "threads": _num_threads(),
-        "hardware": {key: machine.hardware()[key] for key in ("cpu", "cpu_cores", "memory_gib")},
-        "repeats": _REPEATS.value,
-        "seed": _SEED.value,
-        "config": dataclasses.asdict(config),
-        "left_out": left_out,
-        "loads": found,
-    }
-    _print_report(report)
+            bar.write("\n".join(_load_lines(load.name, found[load.name])))
+    print("\n".join(_end_lines(report)))
     print(json.dumps(report))
     if any(load["errors"] for load in found.values()):
         sys.stdout.flush()
@@ -254,40 +258,39 @@ def _num_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _head_lines(report: dict[str, Any]) -> list[str]:
     hardware = report["hardware"]
-    print(f"{hardware['cpu']}, {hardware['cpu_cores']} cores, {hardware['memory_gib']} GiB")
-    print(
+    return [
+        f"{hardware['cpu']}, {hardware['cpu_cores']} cores, {hardware['memory_gib']} GiB",
         f"{report['shape']} with random weights in {report['dtype']}, {report['threads']} threads, "
-        f"a cold and {report['repeats']} warm rounds of each load: median (min to max)"
-    )
-    for name, load in report["loads"].items():
-        print(
-            f"\n{name}: {load['num_requests']} requests, {load['rows']} at once, "
-            f"{load['prompt_tokens']:,} + {load['output_tokens']:,} tokens"
-        )
-        print(
-            f"{'':<20}{'load s':>8}{'cold s':>8}{'warm s':>8}{'tokens/s':>25}"
-            f"{'jpaged / it':>23}{'cold':>6}{'same':>8}"
-        )
-        for peer, own in load["peers"].items():
-            print(_row(peer, own))
-        for peer, own in load["peers"].items():
-            for note in own["notes"]:
-                print(f"  {peer}: {note}")
-        for error in load["errors"].values():
-            print(f"  left out: {error}")
+        f"a cold and {report['repeats']} warm rounds of each load: median (min to max)",
+    ]
+
+
+def _load_lines(name: str, load: dict[str, Any]) -> list[str]:
+    peers = load["peers"].items()
+    return [
+        "",
+        f"{name}: {load['num_requests']} requests, {load['rows']} at once, "
+        f"{load['prompt_tokens']:,} + {load['output_tokens']:,} tokens",
+        f"{'':<20}{'load s':>8}{'cold s':>8}{'warm s':>8}{'tokens/s':>25}"
+        f"{'jpaged / it':>23}{'cold':>6}{'same':>8}",
+        *(_row(peer, own) for peer, own in peers),
+        *(f"  {peer}: {note}" for peer, own in peers for note in own["notes"]),
+        *(f"  left out: {error}" for error in load["errors"].values()),
+    ]
+
+
+def _end_lines(report: dict[str, Any]) -> list[str]:
     versions = {
         peer: ", ".join(f"{name} {version}" for name, version in own["versions"].items())
         for load in report["loads"].values()
         for peer, own in load["peers"].items()
     }
-    print()
-    for peer, text in versions.items():
-        print(f"{peer:<20}{text}")
+    lines = ["", *(f"{peer:<20}{text}" for peer, text in versions.items())]
     if report["left_out"]:
-        print(f"left out: {', '.join(report['left_out'])}, as no flag names an interpreter")
-    print()
+        lines.append(f"left out: {', '.join(report['left_out'])}, as no flag names an interpreter")
+    return [*lines, ""]
 
 
 def _row(peer: str, own: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 """Peers are stood in for by a small program that talks as they do."""
 
 import json
+import subprocess
 import sys
 import textwrap
 
@@ -196,6 +197,28 @@ def test_the_ratio_is_the_median_of_rounds():
     assert found["agreement"] == {"requests": 0.5, "tokens": 5 / 6}
     alone = report_of(rounds([8, 3], last=9), [], num_tokens=6)
     assert "ratio" not in alone and "agreement" not in alone
+
+
+ENDED = """
+import os
+from jpaged.scripts.flags import run
+from jpaged.scripts.measure import compare_peers
+done = {"num_requests": 1, "rows": 1, "prompt_tokens": 64, "output_tokens": 8, "peers": {}}
+done["errors"] = {"fake": "fake failed"}
+answers = iter([done])
+compare_peers.measure = lambda *_, **__: next(answers, None) or os._exit(9)
+compare_peers._write_model = lambda *_, **__: None
+run(compare_peers.main)
+"""
+
+
+def test_a_load_is_there_though_the_next_does_not_end(tmp_path):
+    (tmp_path / "ended.py").write_text(ENDED)
+    command = [sys.executable, tmp_path / "ended.py", "--loads=equal-1,equal-2"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert found.returncode == 9, found.stderr
+    assert "\nequal-1: 1 requests, 1 at once, 64 + 8 tokens\n" in found.stdout
+    assert found.stdout.endswith("  left out: fake failed\n")
 
 
 def test_bad_usage_is_one_line():
