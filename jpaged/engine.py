@@ -68,7 +68,8 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
 
         Args:
           model_config: the model's shape.
-          params: the parameter tree of `models.decoder.Decoder(model_config)`, stacked or not.
+          params: the parameter tree of `models.decoder.Decoder(model_config)`, stacked or not. Of
+            one that is not stacked, projections are merged on CPUs and GPUs, which are copies.
           config: the engine's settings.
           tokenizer: None serves prompts given as token ids.
           generation_config: defaults of `SamplingParams`; None has none.
@@ -366,8 +367,8 @@ class Engine(ChatMethods, ScoreMethods, PrefixMethods):
             self._warm = plan
 
     def _check_planned(self, params: SamplingParams) -> None:
-        """Raises ValueError if strict_shapes has nothing compiled for resolved parameters."""
-        if self.config.strict_shapes:
+        """Raises ValueError if strict_shapes has nothing compiled for parameters that can be."""
+        if self.config.strict_shapes and (params.beam_width or 1) <= self._buckets.max_beams:
             model = self.model_config.vocab_size, self.model_config.eos_token_ids
             self._warm.check(params, asked_by([params], *model, self._plan.max_model_len))
 

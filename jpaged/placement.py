@@ -267,23 +267,23 @@ def compile_ahead(
     shapes = ShapeBuckets.of(config).all_shapes() if shapes is None else shapes
     plan = unread_pool_of(config, model_config)
     programs = _programs_of(config, model_config, plan)
-    wanted = wanted_programs(config, files, plan, shapes, params)
+    wanted = wanted_programs(ShapeBuckets.of(config), files, plan, shapes, params)
     make = functools.partial(_compiler_of, config, model_config, programs, plan)
     return CompileThreads(programs, plan, model_config, wanted, make)
 
 
 def wanted_programs(
-    config: EngineConfig,
+    buckets: ShapeBuckets,
     files: ModelFiles,
     plan: PoolPlan,
     shapes: Sequence[StepShape],
     params: Sequence[SamplingParams],
 ) -> WarmUpPlan:
-    """What steps of some shapes call for requests of some parameters."""
+    """What steps of some of an engine's shapes call for requests of some parameters."""
     model = files.config
     defaults = model_defaults(files.generation_config, model.vocab_size).params
     return warm_up_plan(
-        dataclasses.replace(ShapeBuckets.of(config), given=tuple(shapes)),
+        buckets,
         model.vocab_size,
         model.eos_token_ids,
         defaults,

@@ -46,6 +46,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import datetime
+import math
 import pathlib
 import stat
 import sys
@@ -53,6 +54,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import tqdm
 from absl import app, flags
 
 from jpaged import Engine, EngineConfig, SamplingParams
@@ -182,8 +184,7 @@ class _Asked:
         self.shards = shards_from_flags()
         self.params = sampling_params_from_flags(_SAMPLING)
         self.options = chat_options_from_flags()
-        if _DATE.value is not None:
-            checked_date("--date", _DATE.value)
+        _date()  # before anything is read
         self.config = _engine_config()
         self.output = _output_path()
         if not _MODEL.value:
@@ -241,7 +242,7 @@ class _Job:
                 )
             self._config, self._is_new = config, before is None
             self._manifest = manifest | run_with(config)
-            if date := _DATE.value or (before or {}).get("date"):
+            if date := _date() or (before or {}).get("date"):
                 self._manifest["date"] = date
             if before is not None:
                 check_same(path, before, self._manifest, mix=_MIX.value)
@@ -301,13 +302,18 @@ class _Job:
 
     def _warm_up(self, engine: Engine) -> None:
         """Compiles what the rows ask for, so that none is refused for want of it."""
-        last = None
-        for row in self._rows(engine):
-            own = dataclasses.replace(row.params, seed=None)
-            if row.error is None and own != last:  # mostly all are alike
-                last = own
-                with contextlib.suppress(ValueError):  # the row's record says what is wrong with it
-                    engine.warm_up(params=[own])
+        longest: dict[SamplingParams, float] = {}
+        rows = tqdm.tqdm(self._rows(engine), "planning", unit="row", delay=2, disable=None)
+        for row in rows:
+            if row.error is None:
+                # What calls nothing, or less of the same, is not planned for again.
+                own = dataclasses.replace(row.params, seed=None, priority=0, max_tokens=None)
+                longest[own] = max(longest.get(own, 0), row.params.max_tokens or math.inf)
+        for own, most in longest.items():
+            if most < math.inf:
+                own = dataclasses.replace(own, max_tokens=int(most))
+            with contextlib.suppress(ValueError):  # the row's record says what is wrong with it
+                engine.warm_up(params=[own])
 
     def _snapshot(self) -> contextlib.AbstractContextManager[Snapshot | None]:
         if not _SNAPSHOT_S.value:
@@ -338,6 +344,11 @@ class _Job:
         )
         lacks = self.output.lacks
         return (reader.row(line) for line in self._asked.input if lacks(line.row_id))
+
+
+def _date() -> str | None:
+    """The day that is given; however it is written, the same day is the same job's."""
+    return None if _DATE.value is None else checked_date("--date", _DATE.value).date().isoformat()
 
 
 def _engine_config() -> EngineConfig:

@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
             buckets = fewest_shapes(buckets, job, _MAX_PADDING.value)
         plan = CompilePlan.of(buckets, job)
         if not _DRY_RUN.value:
-            plan = _compile(plan, compiler, config, files, pool, params)
+            plan = _compile(plan, buckets, compiler, config, files, pool, params)
     print("\n".join(plan.table()), flush=True)
     _say(plan, config, pool, cache)
 
@@ -175,6 +175,7 @@ def _items(
 
 def _compile(
     plan: CompilePlan,
+    buckets: ShapeBuckets,
     compiler: AheadCompiler,
     config: EngineConfig,
     files: ModelFiles,
@@ -183,7 +184,7 @@ def _compile(
 ) -> CompilePlan:
     """Compiles the plan's shapes, and what else steps call; returns it with the seconds."""
     shapes = [each.shape for each in plan.shapes]
-    wanted = wanted_programs(config, files, pool, shapes, params)
+    wanted = wanted_programs(buckets, files, pool, shapes, params)
     threads = CompileThreads(compiler.programs, pool, files.config, wanted, lambda: compiler)
     plan = plan.timed(wait_for_all(threads, shapes))
     try:

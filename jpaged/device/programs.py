@@ -127,9 +127,10 @@ class Programs:
         if batch.shape in missing:
             reason = f"{batch.shape}, tokens x rows, is not compiled; add it to step_shapes"
         else:
+            # Requests that ask for more than was planned are refused when they are added.
             reason = (
-                f"{sorted(map(str, missing))} is not compiled; give parameters of its requests to "
-                "Engine.warm_up(params=)"
+                f"what was planned for {batch.shape}, tokens x rows, lacks "
+                f"{sorted(map(str, missing))}, a fault of jpaged; please report it"
             )
         raise UnplannedProgramError(
             f"strict_shapes: a step of {live}: {reason}, or do without strict_shapes"

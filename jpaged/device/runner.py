@@ -69,7 +69,8 @@ class ModelRunner:
 
         Args:
           apply: the model as a pure function.
-          params: its parameters; replace the attribute between steps to swap weights.
+          params: its parameters; replace the attribute between steps to swap weights, in the form
+            that it has: others, such as projections that are not merged, compile anew.
           plan: the pool's dimensions.
           max_num_samples: most samples a step takes.
           vocab_size: of the logits.
@@ -113,12 +114,15 @@ class ModelRunner:
         """Whether `run` would start at once: all that it calls ran before, but for page copies."""
         return self.programs.ran.issuperset(self.programs.needed(batch))
 
-    def run(self, batch: Batch, copies: Iterable[tuple[int, int]] = ()) -> StepResult | BurstResult:
+    def run(
+        self, batch: Batch, copies: Iterable[tuple[int, int]] = (), *, warms_up: bool = False
+    ) -> StepResult | BurstResult:
         """Dispatches a step, or those of a burst, and returns without waiting for it.
 
         Args:
           batch: what to compute.
           copies: `(src, dst)` pages to copy first.
+          warms_up: whether it is run to be compiled: what it compiles is not unplanned.
 
         Returns:
           The samples, to be read when they are needed.
@@ -127,7 +131,8 @@ class ModelRunner:
           UnplannedProgramError: if it is strict, and the step would compile; nothing has run then.
         """
         programs = self.programs
-        if self._strict and self._warm is not None:
+        is_held = self._warm is not None and not warms_up
+        if self._strict and is_held:
             programs.check_planned(batch)
         start, compiled = time.perf_counter(), programs.num_compiled_here
         waited = self._ahead is not None and self._ahead.wait(batch.shape)
@@ -138,7 +143,7 @@ class ModelRunner:
         took_s = time.perf_counter() - start - waited_s
         compiled = programs.num_compiled_here - compiled
         compile_s = took_s if compiled or waited else 0.0
-        if self._warm is not None and compiled:
+        if is_held and compiled:
             logger.warning(
                 "compiled %d programs after warm-up for a step of %s with %d page copies (%.2f s)",
                 compiled,
@@ -286,11 +291,11 @@ class ModelRunner:
         """
         if plan == self._warm:
             return
-        tokens, self._warm = self._tokens, None
+        tokens = self._tokens
         for shape in plan.shapes:
             for batch in self._idle_batches(shape, plan):
                 if not self.is_compiled(batch):
-                    self.run(batch)
+                    self.run(batch, warms_up=True)
         self._tokens = tokens  # of a step that is on its way
         null_pair = (pallas_kernels.NULL_PAGE, pallas_kernels.NULL_PAGE)
         count, most = 1, self._max_num_samples * self._plan.num_groups

@@ -68,6 +68,11 @@ class ShapeBuckets:
     single: bool = False
     given: tuple[StepShape, ...] = ()
 
+    @property
+    def max_beams(self) -> int:
+        """Beams of a search at most: a step computes all of them."""
+        return min(self.max_num_tokens, self.max_num_rows)
+
     @classmethod
     def of(cls, config: EngineConfig) -> "ShapeBuckets":
         """Those of an engine's settings."""

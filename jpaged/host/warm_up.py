@@ -153,6 +153,15 @@ def warm_up_plan(
     # What the model asks for, whoever says nothing else does too.
     given += [SamplingParams(), SamplingParams(logprobs=num_logprobs)]
     resolved = [own.resolve(defaults, max_model_len) for own in dict.fromkeys(given)]
+    limits = {
+        "beam_width": buckets.max_beams,
+        "logprobs": vocab_size,
+        "prompt_logprobs": vocab_size,
+    }
+    for own in resolved:  # as a request of them would be
+        for name, limit in limits.items():
+            if (getattr(own, name) or 0) > limit:
+                raise ValueError(f"params has {name}={getattr(own, name)}, above {limit}")
     asked = asked_by(resolved, vocab_size, eos_token_ids, max_model_len)
     return asked | WarmUpPlan(tuple(shapes), tuple(s for s in shapes if _holds_decode(s, buckets)))
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jpaged.chat import ChatOptions
+from jpaged.chat import ChatOptions, checked_date
 from jpaged.engine import Engine
 from jpaged.host.checks import checked, instance_of, shown
 from jpaged.host.config import EngineConfig
@@ -55,6 +55,8 @@ class ServerSettings:
                 "seed=..., that of the job, from which each row has its own"
             )
         object.__setattr__(self, "params", params)
+        if (date := instance_of("options", self.options, Mapping).get("date")) is not None:
+            checked_date("options: date", date)
 
 
 class RecordServer:

@@ -268,6 +268,31 @@ class TestStrict:
         assert totals.num_dispatches < totals.num_steps
         assert engine.stats().num_compilations == compiled
 
+    def test_what_no_request_can_have_is_not_compiled(self):
+        engine = tiny_engine(strict_shapes=True, **SMALL)
+        compiled = engine.stats().num_compilations
+        for own, message in (
+            ({"beam_width": 5}, "params has beam_width=5, above 4"),
+            ({"logprobs": 98}, "params has logprobs=98, above 97"),
+            ({"prompt_logprobs": 98}, "params has prompt_logprobs=98, above 97"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                engine.warm_up(params=[SamplingParams(max_tokens=4, **own)])
+        assert engine.stats().num_compilations == compiled
+
+    def test_it_stays_so_where_warming_up_fails(self, monkeypatch):
+        engine = tiny_engine(step_shapes="16x4,1x1", strict_shapes=True)
+
+        def failing(*_):
+            raise RuntimeError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runner, "_idle_batches", failing)
+            with pytest.raises(RuntimeError, match="no memory"):
+                engine.warm_up([StepShape(32, 4)])
+        with pytest.raises(UnplannedProgramError, match="32x4"):
+            engine.generate(prompts_of([20]), SamplingParams(max_tokens=3))
+
     def test_forks_are_held_to_it_too(self):
         engine = tiny_engine(strict_shapes=True, **SMALL)
         (prompt,) = prompts_of([9])

@@ -37,6 +37,17 @@ def expected():
     return token_ids(Engine.load(CASE, EngineConfig(**SETTINGS)).generate([PROMPT], GREEDY))
 
 
+def test_a_shape_that_steps_of_one_token_a_row_do_not_get_has_no_bursts(monkeypatch):
+    """Compiled, they would be waited for with the shape, and never called."""
+    config = EngineConfig(**SETTINGS | {"max_num_seqs": 4}, step_shapes="64x4,4x4", decode_steps=8)
+    wanted = []
+    monkeypatch.setattr("jpaged.placement.CompileThreads", lambda *given: wanted.append(given[3]))
+    files = ModelFiles.of(CASE, config)
+    for shapes in ([StepShape(64, 4)], [StepShape(64, 4), StepShape(4, 4)]):
+        compile_ahead(config, files, shapes)
+    assert [plan.bursts for plan in wanted] == [(), (StepShape(4, 4),)]
+
+
 class Compiler:
     """Stands in the way of what threads compile; what this thread does goes on.
 

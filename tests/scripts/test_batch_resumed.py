@@ -50,6 +50,7 @@ def test_a_job_that_goes_on_tomorrow_is_of_the_day_that_it_began(tmp_path):
     path.write_bytes(b"".join(lines[:2]))
     # The same day is told, though no flag says it.
     assert batch(source, path, flag) == want
+    assert batch(source, path, flag, "--date=20010203") == want
     said = batch(source, path, flag, "--date=2001-02-04", code=2)
     assert "date was '2001-02-03', and is '2001-02-04'" in said and "--mix goes on" in said
     said = batch(source, path, flag, "--date=tomorrow", code=2)

@@ -92,6 +92,8 @@ def test_a_prompt_without_a_custom_id_is_called_as_asked(server):
         ({"params": 5}, "params=5 must be"),
         ({"seed": "x"}, "seed='x'"),
         ({"model": ""}, "model='' must be"),
+        ({"options": {"date": "tomorrow"}}, "options: date='tomorrow' must be a day"),
+        ({"options": 5}, "options=5 must be"),
     ],
 )
 def test_settings_that_are_refused_before_anything_is_loaded(settings, says):
