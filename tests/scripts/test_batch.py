@@ -120,7 +120,8 @@ def test_a_strict_engine_compiles_what_rows_ask_for(tmp_path):
     own = [
         {}, {"logprobs": 2}, {"logprobs": 30}, {"logprobs": 3, "logprobs_mode": "filters"},
         {"prompt_logprobs": 1}, {"beam_width": 2}, {"presence_penalty": 0.5},
-        {"logprobs": 10**6}, {"beam_width": 2**14}, {"allowed_token_ids": [3], "suppress_tokens": [3]},
+        {"logprobs": 10**6}, {"beam_width": 2**14},
+        {"allowed_token_ids": [3], "suppress_tokens": [3]},
     ]  # fmt: skip
     rows = [
         {"custom_id": f"r{i}", "prompt": PROMPTS[0], "max_tokens": 3} | each
