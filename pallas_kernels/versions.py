@@ -8,7 +8,7 @@ newer jax has is looked for, not its version, so that a function can go with the
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +41,20 @@ def mosaic_store(ref: Any, numbers: jax.Array) -> None:
         ref[...] = numbers
     else:
         store(ref, numbers, optimized=False)
+
+
+def launched_processes() -> tuple[int | None, int | None, Sequence[int] | None]:
+    """What `jax.distributed.initialize` finds of how this process was started, and starts nothing.
+
+    Returns:
+      How many processes a launcher has started, which this is, and the devices that are its own;
+      None where it finds nothing.
+    """
+    from jax._src import clusters
+
+    find = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    # Given an address, it does not ask the network for one.
+    return find("none:1", None, None, None, None, None)[1:]
 
 
 def cpu_converts_bfloat16() -> bool:

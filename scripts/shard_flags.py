@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
+from jpaged.pallas_kernels.versions import launched_processes
+
 # As in `flags`.
 flags.disclaim_key_flags()
 
@@ -82,11 +84,7 @@ def _launched() -> tuple[int, int]:
     Nothing is started for it. Processes of jax.distributed end when one of them does, which those
     of a job must not, whose shards take longer and shorter.
     """
-    from jax._src import clusters  # no public function tells it and does nothing else
-
-    find = clusters.ClusterEnv.auto_detect_unset_distributed_params
-    # Given an address, it does not ask the network for one.
-    _, number, own, devices = find("none:1", None, None, None, None, None)
+    number, own, devices = launched_processes()
     if number is None or own is None:
         raise ValueError(
             "--distributed: no launcher that jax knows has started this process (Slurm, Open MPI, "
