@@ -91,7 +91,8 @@ class TestAnEngineThatMerges:
     """As on CPUs and GPUs; what it is compared with does not."""
 
     def test_loads_a_model_and_draws_the_same(self, monkeypatch):
-        config = EngineConfig(num_pages=40, max_model_len=128, max_num_seqs=2, strict_shapes=True)
+        settings = dict(num_pages=40, max_model_len=128, max_num_seqs=2, strict_shapes=True)
+        config = EngineConfig(step_shapes="16x2,2x2", **settings)
         engine = Engine.load("demo", config)
         prompts = ["Once upon a time", "The dog"]
         params = SamplingParams(max_tokens=12, temperature=0)
