@@ -37,5 +37,7 @@ def test_a_request_that_fails_is_not_measured(monkeypatch):
 
 def test_what_the_prefix_cache_finds_is_not_computed_again():
     """The warm-up has the same prompts; less than nothing was said to be computed again."""
-    report = measure(tiny_engine(prefix_cache=True), workload(), PARAMS, CompileClock())
+    engine = tiny_engine(prefix_cache=True)
+    report = measure(engine, workload(prompt_len=40, output_len=3), PARAMS, CompileClock())
+    assert engine.stats().totals.num_hit_tokens > 0
     assert report["recomputed_tokens"] == 0
