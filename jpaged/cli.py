@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `jpaged`: runs one of the programs; imports nothing that they do not need."""
 
+import gc
 import importlib.machinery
 import importlib.util
 import sys
@@ -57,6 +58,7 @@ def _refuse(name: str) -> int:
 
 def _run(module: str, argv: list[str]) -> None:
     """Runs a module as `python -m` does, but under the name that the user typed."""
+    gc.disable()  # until `flags.run`: what imports make stays, and is looked at for a tenth of them
     spec = importlib.util.find_spec(module)
     assert spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader)
     code = typing.cast("types.CodeType", spec.loader.get_code(module))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: what their header says, and their tensors, dequantised one at a time.
+"""GGUF files: what their header says, and their tensors, dequantised.
 
 A header is read here, within bounds, and not by the package `gguf`: its reader makes an array of
 every text, which takes fifty times as long for a vocabulary, and follows lengths that a damaged
@@ -15,7 +15,7 @@ import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,8 +38,8 @@ _NUMBERS = {
 }
 _TEXT, _LIST = 8, 9
 _MOST_AXES = 4
-# So many weights at a time: they are in a core's cache still when they are cast.
-_CHUNK = 2**18
+# Weights at a time. While steps are traced in another thread, each waits for Python some ten times.
+_CHUNK = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,13 @@ class GgufFile:
             )
 
     def read(self, name: str, dtype: np.dtype, out: np.ndarray | None = None) -> np.ndarray:
-        """Returns a tensor, dequantised to a dtype.
+        """Returns a tensor, dequantised to a dtype; see `begin`."""
+        return self.begin(name, dtype, out)()
+
+    def begin(
+        self, name: str, dtype: np.dtype, out: np.ndarray | None = None
+    ) -> Callable[[], np.ndarray]:
+        """Begins to read a tensor, dequantised to a dtype, in threads.
 
         Args:
           name: of the tensor.
@@ -163,10 +169,9 @@ class GgufFile:
           out: dtype[shape] to read to, contiguous; None makes an array.
 
         Returns:
-          dtype[shape], where the first axis is the one that the format names last.
-
-        Raises:
-          CheckpointError: if the file ends before the tensor does, or a number is not finite.
+          What waits for it, and returns dtype[shape], where the first axis is the one that the
+          format names last; or raises CheckpointError, if the file ends before the tensor does, or
+          a number is not finite.
         """
         tensor, library = self.tensors[name], _library()
         kind = library.GGMLQuantizationType[tensor.dtype]
@@ -178,7 +183,8 @@ class GgufFile:
             part = weights[first : first + _CHUNK]
             before, count = first // tensor.block, part.size // tensor.block
             size, offset = count * tensor.block_bytes, tensor.offset + before * tensor.block_bytes
-            packed = np.frombuffer(os.pread(descriptor, size, offset), np.uint8)
+            with open(self.path, "rb", buffering=0) as file:
+                packed = np.frombuffer(os.pread(file.fileno(), size, offset), np.uint8)
             # One row: of several, the library takes sixteen at a time. Scales of a damaged file may
             # be no numbers, of which NumPy would warn.
             with np.errstate(all="ignore"):
@@ -187,16 +193,21 @@ class GgufFile:
                 what = f"{self.path}: tensor {shown(name)}"
                 raise not_finite(what, DTYPES.get(tensor.dtype, np.dtype(np.float32)), dtype)
 
-        try:
-            with open(self.path, "rb") as file:
-                descriptor, parts = file.fileno(), range(0, weights.size, _CHUNK)
-                # For one part, threads cost more than it does.
-                list((self._threads.map if len(parts) > 1 else map)(read_part, parts))
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as e:
-            raise CheckpointError(f"{self.path}: tensor {shown(name)} cannot be read: {e}") from e
-        return out
+        parts = [self._threads.submit(read_part, k) for k in range(0, weights.size, _CHUNK)]
+
+        def finish() -> np.ndarray:
+            try:
+                for part in parts:
+                    part.result()
+            except CheckpointError:
+                raise
+            except (OSError, ValueError) as e:
+                raise CheckpointError(
+                    f"{self.path}: tensor {shown(name)} cannot be read: {e}"
+                ) from e
+            return out
+
+        return finish
 
 
 class _TensorInfo:

@@ -6,6 +6,7 @@ family's own file. What the fields of a config.json mean is the families' knowle
 other model. As there, what changes the result is honoured or refused by name.
 """
 
+import collections
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ from jpaged.models.families.base import Source, layer_of
 from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
 from jpaged.models.generation_config import GenerationConfig, faults_of
 from jpaged.models.gguf_file import GgufFile
+from jpaged.models.host_arrays import MOST_THREADS
 from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
 from jpaged.models.safetensors_files import DTYPES
 from jpaged.models.stored_tensor import MemoryOf, no_memory
@@ -67,6 +69,8 @@ _NEUTRAL = MappingProxyType(
         "rope.scaling.yarn_attn_factor": 1.0,
     }
 )
+# Parameters that are read beside each other, many of them too small for a thread each.
+_MOST_BEGUN = 2 * MOST_THREADS
 _ROPE_FACTORS = "rope_freqs.weight"
 _BIAS_OF = MappingProxyType({"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"})
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -152,7 +156,7 @@ class GgufWeights:
     def read(
         self, targets: Mapping[str, jax.ShapeDtypeStruct], memory_of: MemoryOf = no_memory
     ) -> Iterator[tuple[str, jax.Array | np.ndarray]]:
-        """Reads parameters, one at a time, and dequantises each whole.
+        """Reads parameters, each dequantised whole, those that have a place some at a time.
 
         Args:
           targets: dtype and sharding of each that is wanted, by path.
@@ -164,20 +168,39 @@ class GgufWeights:
         Raises:
           CheckpointError: if the file is damaged, or a number is not finite.
         """
+        begun: collections.deque[Callable[[], tuple[str, jax.Array | np.ndarray]]]
+        begun = collections.deque()
         for path, target in targets.items():
-            source, memory = self._sources[path], memory_of(path)
-            straight = memory if source.view is None else None
-            whole = self._file.read(source.names[0], target.dtype, straight)
+            memory = memory_of(path)
+            begun.append(self._begin(path, target, memory))
+            # What has no place of its own yet would be beside the model in memory.
+            has_place = memory is not None and self._sources[path].view is None
+            while len(begun) > (_MOST_BEGUN if has_place else 0):
+                yield begun.popleft()()
+        for finish in begun:
+            yield finish()
+
+    def _begin(
+        self, path: str, target: jax.ShapeDtypeStruct, memory: np.ndarray | None
+    ) -> Callable[[], tuple[str, jax.Array | np.ndarray]]:
+        """Begins to read a parameter; returns what waits for it, and returns it as `read` does."""
+        source = self._sources[path]
+        straight = memory if source.view is None else None
+        read = self._file.begin(source.names[0], target.dtype, straight)
+
+        def finish() -> tuple[str, jax.Array | np.ndarray]:
+            whole = read()
             if source.view is not None:
                 whole = source.view(whole)
             if memory is not None:
                 if straight is None:
                     memory[...] = whole
-                yield path, memory
-                continue
+                return path, memory
             assert target.sharding is not None
             array = jax.make_array_from_callback(target.shape, target.sharding, whole.__getitem__)
-            yield path, array.block_until_ready()
+            return path, array.block_until_ready()
+
+        return finish
 
 
 def _source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:

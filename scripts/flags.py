@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import errno
+import gc
 import inspect
 import logging as python_logging
 import os
@@ -188,6 +189,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
             interrupts.exit_at_once()
 
     interrupts.exit_at_once()
+    gc.freeze()  # what was imported stays, and need not be looked at
+    gc.enable()
     sys.stderr = _Forgiving(sys.stderr)
     if sys.stdout is None:
         _exit_usage("standard output is closed, so there is nowhere to write the results")

@@ -144,6 +144,27 @@ def test_the_command_says_what_there_is(run):
     )
 
 
+def test_programs_are_imported_without_looking_for_garbage_and_run_with_it():
+    code = """if True:
+        import atexit, gc, sys
+        from jpaged import cli
+        early = []  # before the program's flags were parsed
+        gc.callbacks.append(lambda phase, info: early.append(phase) if not parsed() else None)
+        def parsed():
+            return "absl.flags" in sys.modules and sys.modules["absl.flags"].FLAGS.is_parsed()
+        atexit.register(lambda: print(early, gc.isenabled(), gc.get_freeze_count() > 10_000))
+        sys.argv = ["jpaged", "simulate", "--num_requests=2"]
+        gc.collect()
+        early.clear()
+        cli.main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[] True True"
+
+
 def test_help_does_not_wait_for_jax():
     code = (
         "import sys; from jpaged import cli; sys.argv = ['jpaged', '--help']; cli.main();"

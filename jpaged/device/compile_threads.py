@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles steps in threads, while weights are read or other steps run."""
 
+import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +20,33 @@ from jpaged.models.config import ModelConfig
 
 # Each may take gigabytes of memory, and compilers have threads of their own.
 _MOST_THREADS = 4
+# By Python's own, 5 ms, a thread that reads weights would wait for so long at each call of NumPy
+# while another one traces, and next to nothing would be read meanwhile.
+_TURN_S = 1e-4
+
+
+class _ShortTurns(contextlib.ContextDecorator):
+    """Has Python's threads take short turns, in all of the process, while a thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside, self._usual_s = 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._usual_s = sys.getswitchinterval()
+                sys.setswitchinterval(min(_TURN_S, self._usual_s))
+            self._num_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                sys.setswitchinterval(self._usual_s)
+
+
+_short_turns = _ShortTurns()
 
 
 class Lowering(Protocol):
@@ -96,6 +125,7 @@ class CompileThreads:
         """Begins nothing more, and does not wait for what is begun."""
         self._closed = True
 
+    @_short_turns
     def _lower(
         self,
         shapes: list[tuple[StepShape, Future[list[Future[None]]]]],

@@ -5,7 +5,9 @@ import dataclasses
 import json
 import shutil
 import signal
+import sys
 import threading
+import time
 
 import jax
 import pytest
@@ -103,6 +105,33 @@ def test_a_strict_engine_compiles_all_of_its_steps_so(expected):
     assert token_ids(engine.generate([PROMPT], GREEDY)) == expected
     # Beside copies of pages, which no shape of a step changes.
     assert engine.stats().num_compilations == 3 + engine._runner.programs.num_compiled_here
+
+
+def test_threads_take_short_turns_while_steps_are_traced_and_no_longer(monkeypatch):
+    usual, seen, go = sys.getswitchinterval(), [], threading.Event()
+    config = EngineConfig(**SETTINGS)
+    files = ModelFiles.of(CASE, config)
+
+    class Tracer:
+        def lower_step(self, shape, wanted):
+            seen.append(sys.getswitchinterval())
+            assert go.wait(60)
+            if shape == STEPS[1]:
+                raise RuntimeError("not traced")
+            return []
+
+    monkeypatch.setattr("jpaged.placement._compiler_of", lambda *given: Tracer())
+    two = [compile_ahead(config, files, STEPS) for _ in range(2)]  # beside each other
+    while len(seen) < 2:
+        time.sleep(0.01)
+    go.set()
+    for each in two:
+        assert each.wait(STEPS[0])
+        with pytest.raises(RuntimeError, match="not traced"):
+            each.wait(STEPS[1])
+        each._pool.shutdown(wait=True)
+    assert seen == [pytest.approx(1e-4)] * 4
+    assert sys.getswitchinterval() == usual == pytest.approx(5e-3)
 
 
 def test_a_fault_is_what_the_first_step_says_and_the_next_one_compiles(compiler, expected):
