@@ -57,26 +57,27 @@ def paged_attention(
     last_tiles = jnp.cumsum(num_tiles)
 
     def load_block(row, index, first_key, kv_len):
-        """Keys, values: f32[num_kv_heads, block, head_dim]; dead ones are 0, for 0 * NaN is NaN."""
+        """Keys, values: f32[num_kv_heads, block, head_dim]; dead values are 0, for 0 * NaN is NaN.
+
+        Keys that are dead have scores that nobody looks at.
+        """
         ids = jax.lax.dynamic_slice(page_table, (row, index * block_pages), (1, block_pages))[0]
         starts = index * block + page_size * jnp.arange(block_pages)
         ids = jnp.where(starts < kv_len, ids, 0)
 
-        def live(cells, start):
-            positions = start + jnp.arange(cells.shape[-2])
-            cells = from_bits(cells[..., : 2 * head_dim], kv_pages.dtype)
-            alive = positions < kv_len
-            if variant.sliding_window is not None:
-                alive &= positions >= first_key  # others may have been released
-            return jnp.where(alive[:, None], cells, 0).astype(jnp.float32)
-
+        positions = starts[0] + jnp.arange(block)
+        alive = positions < kv_len
+        if variant.sliding_window is not None:
+            alive &= positions >= first_key  # others may have been released
         if tile == 1 and block_pages <= _MAX_SLICED_PAGES:
-            pages = [live(bits[layer, ids[i]], starts[i]) for i in range(block_pages)]
+            pages = [bits[layer, ids[i]] for i in range(block_pages)]
             keys = jnp.concatenate([page[..., :head_dim] for page in pages], axis=1)
-            return keys, jnp.concatenate([page[..., head_dim:] for page in pages], axis=1)
-        cells = bits[layer, ids].swapaxes(0, 1)
-        cells = live(cells.reshape(num_kv_heads, block, -1), starts[0])
-        return cells[..., :head_dim], cells[..., head_dim:]
+            values = jnp.concatenate([page[..., head_dim : 2 * head_dim] for page in pages], axis=1)
+        else:
+            cells = bits[layer, ids].swapaxes(0, 1).reshape(num_kv_heads, block, -1)
+            keys, values = cells[..., :head_dim], cells[..., head_dim : 2 * head_dim]
+        keys, values = from_bits(keys, kv_pages.dtype), from_bits(values, kv_pages.dtype)
+        return keys.astype(jnp.float32), jnp.where(alive[:, None], values, 0).astype(jnp.float32)
 
     def score(q_tile, keys):
         """f32[num_kv_heads, group * tile, block]."""
