@@ -20,7 +20,7 @@ from jpaged.models.families import FAMILIES
 from jpaged.models.families.base import Source, layer_of
 from jpaged.models.fitting import check_size, check_tensors, wanted_shapes
 from jpaged.models.generation_config import GenerationConfig, faults_of
-from jpaged.models.gguf_file import GgufFile
+from jpaged.models.gguf_file import GgufFile, Reading
 from jpaged.models.host_arrays import MOST_THREADS
 from jpaged.models.json_fields import ModelConfigError, listed, shown, typed
 from jpaged.models.safetensors_files import DTYPES
@@ -69,8 +69,9 @@ _NEUTRAL = MappingProxyType(
         "rope.scaling.yarn_attn_factor": 1.0,
     }
 )
-# Parameters that are read beside each other, many of them too small for a thread each.
-_MOST_BEGUN = 2 * MOST_THREADS
+# Parameters that are begun while one is waited for, or threads would have nothing to do at the end
+# of each: many have one part.
+_MOST_WAITING = 2 * MOST_THREADS
 _ROPE_FACTORS = "rope_freqs.weight"
 _BIAS_OF = MappingProxyType({"attention_bias": "attn_q.bias", "mlp_bias": "ffn_gate.bias"})
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
@@ -168,39 +169,37 @@ class GgufWeights:
         Raises:
           CheckpointError: if the file is damaged, or a number is not finite.
         """
-        begun: collections.deque[Callable[[], tuple[str, jax.Array | np.ndarray]]]
+        begun: collections.deque[tuple[str, jax.ShapeDtypeStruct, np.ndarray | None, Reading]]
         begun = collections.deque()
-        for path, target in targets.items():
-            memory = memory_of(path)
-            begun.append(self._begin(path, target, memory))
-            # What has no place of its own yet would be beside the model in memory.
-            has_place = memory is not None and self._sources[path].view is None
-            while len(begun) > (_MOST_BEGUN if has_place else 0):
-                yield begun.popleft()()
-        for finish in begun:
-            yield finish()
+        try:
+            for path, target in targets.items():
+                source, memory = self._sources[path], memory_of(path)
+                straight = memory if source.view is None else None
+                reading = self._file.begin(source.names[0], target.dtype, straight)
+                begun.append((path, target, memory, reading))
+                # What is not read to its place may be beside the model in memory.
+                while len(begun) > (_MOST_WAITING if straight is not None else 0):
+                    yield self._finish(*begun.popleft())
+            while begun:
+                yield self._finish(*begun.popleft())
+        finally:
+            for *_, reading in begun:
+                reading.cancel()
 
-    def _begin(
-        self, path: str, target: jax.ShapeDtypeStruct, memory: np.ndarray | None
-    ) -> Callable[[], tuple[str, jax.Array | np.ndarray]]:
-        """Begins to read a parameter; returns what waits for it, and returns it as `read` does."""
-        source = self._sources[path]
-        straight = memory if source.view is None else None
-        read = self._file.begin(source.names[0], target.dtype, straight)
-
-        def finish() -> tuple[str, jax.Array | np.ndarray]:
-            whole = read()
-            if source.view is not None:
-                whole = source.view(whole)
-            if memory is not None:
-                if straight is None:
-                    memory[...] = whole
-                return path, memory
-            assert target.sharding is not None
-            array = jax.make_array_from_callback(target.shape, target.sharding, whole.__getitem__)
-            return path, array.block_until_ready()
-
-        return finish
+    def _finish(
+        self, path: str, target: jax.ShapeDtypeStruct, memory: np.ndarray | None, reading: Reading
+    ) -> tuple[str, jax.Array | np.ndarray]:
+        """Waits for a parameter, and returns it as `read` does."""
+        whole, view = reading.finish(), self._sources[path].view
+        if view is not None:
+            whole = view(whole)
+        if memory is not None:
+            if view is not None:
+                memory[...] = whole
+            return path, memory
+        assert target.sharding is not None
+        array = jax.make_array_from_callback(target.shape, target.sharding, whole.__getitem__)
+        return path, array.block_until_ready()
 
 
 def _source_of(path: str, shape: tuple[int, ...], config: ModelConfig) -> Source:

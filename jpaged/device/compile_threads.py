@@ -26,7 +26,10 @@ _TURN_S = 1e-4
 
 
 class _ShortTurns(contextlib.ContextDecorator):
-    """Has Python's threads take short turns, in all of the process, while a thread is inside."""
+    """Has Python's threads take short turns, in all of the process, while a thread is inside.
+
+    What others set meanwhile does not last.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

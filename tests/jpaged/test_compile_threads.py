@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 
 import jax
 import pytest
@@ -108,24 +107,21 @@ def test_a_strict_engine_compiles_all_of_its_steps_so(expected):
 
 
 def test_threads_take_short_turns_while_steps_are_traced_and_no_longer(monkeypatch):
-    usual, seen, go = sys.getswitchinterval(), [], threading.Event()
+    usual, seen, both = sys.getswitchinterval(), [], threading.Barrier(2, timeout=60)
     config = EngineConfig(**SETTINGS)
     files = ModelFiles.of(CASE, config)
 
     class Tracer:
         def lower_step(self, shape, wanted):
+            both.wait()  # beside the other one
             seen.append(sys.getswitchinterval())
-            assert go.wait(60)
+            both.wait()
             if shape == STEPS[1]:
                 raise RuntimeError("not traced")
             return []
 
     monkeypatch.setattr("jpaged.placement._compiler_of", lambda *given: Tracer())
-    two = [compile_ahead(config, files, STEPS) for _ in range(2)]  # beside each other
-    while len(seen) < 2:
-        time.sleep(0.01)
-    go.set()
-    for each in two:
+    for each in [compile_ahead(config, files, STEPS) for _ in range(2)]:
         assert each.wait(STEPS[0])
         with pytest.raises(RuntimeError, match="not traced"):
             each.wait(STEPS[1])

@@ -7,7 +7,6 @@ import os
 import random
 import struct
 import sys
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from jpaged import Engine, EngineConfig, SamplingParams
-from jpaged.models import checkpoint, find, gguf_model, sharding
+from jpaged.models import checkpoint, find, sharding
 from jpaged.models.decoder import stack_layers
 from jpaged.models.gguf_file import GgufFile, is_gguf
 from jpaged.models.gguf_model import config_of, generation_config_of
@@ -103,32 +102,6 @@ def test_each_device_gets_its_part(tmp_path, scan):
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     parts = [leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params)]
     assert sum(parts) < 0.55 * sum(sizes)
-
-
-@pytest.mark.parametrize("with_places", [True, False])
-def test_what_has_a_place_is_read_ahead_and_nothing_else(tmp_path, monkeypatch, with_places):
-    """Without one, it would lie in memory beside the model until its turn comes."""
-    monkeypatch.setattr(gguf_model, "_MOST_BEGUN", 3)
-    begin, begun, most = GgufFile.begin, [], 0
-
-    def counted(file, name, dtype, out=None):
-        nonlocal most
-        finish = begin(file, name, dtype, out)
-        begun.append(name)
-        most = max(most, len(begun))
-
-        def finished():
-            # In order; and what has no place is finished before anything else is begun.
-            assert begun[0] == name and (out is not None or begun == [name])
-            begun.remove(name)
-            return finish()
-
-        return finished
-
-    monkeypatch.setattr(GgufFile, "begin", counted)
-    _, params = checkpoint.load(file_of(tmp_path), jnp.float32, scan_layers=with_places)
-    check_equal(params, checkpoint.load(HF / SQUARE, jnp.float32, scan_layers=with_places)[1])
-    assert not begun and most == (4 if with_places else 1)
 
 
 def test_a_header_that_was_read_serves_an_engine(tmp_path):
@@ -371,24 +344,6 @@ def test_what_a_header_claims_is_not_believed(tmp_path, tensors, keys, rest, mes
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + rest)
     assert message in refusal(path)
-
-
-def test_memory_is_that_of_the_tensor(tmp_path):
-    config, _ = gguf_files.recorded(SQUARE)
-    large = {"large.weight": np.ones((12288, 1024), np.float32)}
-    path = tmp_path / "model.gguf"
-    gguf_files.write(path, gguf_files.metadata_of(config), large, Q8_0)
-    file = GgufFile(path)
-    tracemalloc.start()
-    try:
-        weights = file.read("large.weight", jnp.dtype(jnp.bfloat16))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    taken = jnp.asarray(weights, jnp.bfloat16)
-    assert taken.unsafe_buffer_pointer() == weights.ctypes.data
-    threads = min(16, os.cpu_count() or 1)
-    assert weights.nbytes < peak < weights.nbytes + threads * 14 * 2**20
 
 
 def test_an_unknown_packing_is_named(tmp_path):
