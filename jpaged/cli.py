@@ -58,7 +58,7 @@ def _refuse(name: str) -> int:
 
 def _run(module: str, argv: list[str]) -> None:
     """Runs a module as `python -m` does, but under the name that the user typed."""
-    gc.disable()  # until `flags.run`: what is imported stays, and would be looked at again and again
+    gc.disable()  # until `flags.run`: what is imported stays, and need not be looked at
     spec = importlib.util.find_spec(module)
     assert spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader)
     code = typing.cast("types.CodeType", spec.loader.get_code(module))
