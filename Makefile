@@ -129,7 +129,7 @@ $(MADE):
 	@touch $@
 
 $(RUN): $(MADE) $(INPUTS)
-	$(call install,)
+	$(call install,[cpu])
 	@touch $@
 
 $(LIBTPU): $(RUN)
@@ -158,7 +158,7 @@ $(CUDA_COMPILER): $(RUN)
 	@touch $@
 
 $(GGUF): $(MADE) $(INPUTS)
-	$(call install,[gguf])
+	$(call install,[cpu$(,)gguf])
 	@touch $(RUN) $@
 
 $(LM_EVAL): $(MADE) $(INPUTS)

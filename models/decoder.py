@@ -109,6 +109,7 @@ class Decoder:
             _dtype_of(params),
             self.max_length,
             least_lookup=1 if self.mesh is None else 2,
+            multiply=self._multiply(),
         )
         logits, written_pages = module.apply(
             {"params": params},
@@ -119,6 +120,12 @@ class Decoder:
             inputs.logits_indices,
         )
         return logits, cast(jax.Array, written_pages)
+
+    def _multiply(self) -> layers.Multiply:
+        """By the backend's kernels, but over a mesh, where the compiler splits products itself."""
+        if self.mesh is not None:
+            return layers.linear
+        return functools.partial(layers.linear, backend=dispatch.resolve_backend(self.backend))
 
     def apply_dense(self, params: Params, token_ids: jax.Array) -> jax.Array:
         """Runs whole sequences without a cache; differentiable, for training and for checks.
@@ -223,6 +230,7 @@ class _DecoderModule(nn.Module):
     dtype: jnp.dtype
     max_length: int | None
     least_lookup: int = 1
+    multiply: layers.Multiply = layers.linear
 
     @nn.compact
     def __call__(self, token_ids, positions, rows: Rows | None, kv_pages=None, logits_indices=None):
@@ -251,10 +259,10 @@ class _DecoderModule(nn.Module):
                 # It takes kernels with effects, which Pallas for TPUs has under jax 0.11, for
                 # results that are constant over the layers, and refuses them.
                 check_constancy_invariants=False,
-            )(c, self.attend, name="layers")
+            )(c, self.attend, self.multiply, name="layers")
             carry, _ = stack(carry, jnp.arange(repetitions, dtype=jnp.int32), tables, rows)
         for i in range(scanned, c.num_layers):
-            layer = DecoderLayer(c.layer(i), c, self.attend, name=f"layers_{i}")
+            layer = DecoderLayer(c.layer(i), c, self.attend, self.multiply, name=f"layers_{i}")
             carry, _ = layer(carry, i, tables, rows)
         x, kv_pages = carry
         if logits_indices is not None:
@@ -265,7 +273,7 @@ class _DecoderModule(nn.Module):
             head = self.param(
                 "lm_head", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), self.dtype
             )
-        logits = layers.linear(x, head, jnp.float32)
+        logits = self.multiply(x, head, jnp.float32)
         if c.logit_soft_cap is not None:
             logits = c.logit_soft_cap * jnp.tanh(logits / c.logit_soft_cap)
         return logits, kv_pages

@@ -6,7 +6,7 @@ import jax
 
 from jpaged.models.config import ExpertsSpec, LayerSpec, ModelConfig
 from jpaged.models.experts import Experts
-from jpaged.models.layers import Attend, Attention, GatedMlp, RMSNorm
+from jpaged.models.layers import Attend, Attention, GatedMlp, Multiply, RMSNorm, linear
 from jpaged.pallas_kernels.rows import Rows
 
 # Cosines and sines of the step's tokens, for each of `ModelConfig.ropes`.
@@ -22,6 +22,7 @@ class DecoderLayer(nn.Module):
     spec: LayerSpec
     config: ModelConfig
     attend: Attend
+    multiply: Multiply = linear
 
     @nn.compact
     def __call__(self, carry, layer, tables: Tables, rows: Rows | None):
@@ -33,14 +34,16 @@ class DecoderLayer(nn.Module):
         def norm(x: jax.Array, name: str, wanted: bool) -> jax.Array:
             return RMSNorm(self.config.norm, name=name)(x) if wanted else x
 
-        attention = Attention(self.spec.attention, self.config.norm, self.attend, name="attention")
+        attention = Attention(
+            self.spec.attention, self.config.norm, self.attend, self.multiply, name="attention"
+        )
         out, kv_pages = attention(norm(x, "attention_norm", before), table, kv_pages, layer, rows)
         x = x + norm(out, "attention_out_norm", after)
         spec, normed = self.spec.mlp, norm(x, "mlp_norm", before)
         if isinstance(spec, ExpertsSpec):
             out = Experts(spec, name="mlp")(normed)
         else:
-            out = GatedMlp(spec, name="mlp")(normed)
+            out = GatedMlp(spec, self.multiply, name="mlp")(normed)
         return (x + norm(out, "mlp_out_norm", after), kv_pages), None
 
 
@@ -49,16 +52,17 @@ class LayerPattern(nn.Module):
 
     Attributes:
       config: whose pattern.
-      attend: as in `Attention`.
+      attend, multiply: as in `Attention`.
     """
 
     config: ModelConfig
     attend: Attend
+    multiply: Multiply = linear
 
     @nn.compact
     def __call__(self, carry, repetition, tables: Tables, rows: Rows | None):
         pattern = self.config.pattern
         for index, spec in enumerate(pattern):
-            layer = DecoderLayer(spec, self.config, self.attend, name=str(index))
+            layer = DecoderLayer(spec, self.config, self.attend, self.multiply, name=str(index))
             carry, _ = layer(carry, repetition * len(pattern) + index, tables, rows)
         return carry, None

@@ -14,6 +14,7 @@ import numpy as np
 from jpaged.models.config import AttentionSpec, MlpSpec, NormSpec
 from jpaged.models.merged import MERGED
 from jpaged.models.rope import rotate
+from jpaged.pallas_kernels import dispatch
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
@@ -56,12 +57,25 @@ _WEIGHTS_FIRST_TOKENS = 256
 _GPU_TOKENS = 8
 
 
-@functools.partial(jax.jit, static_argnames="dtype")  # traced and lowered once for all layers
-def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+class Multiply(Protocol):
+    """How tokens meet weights: `linear`, by which kernels ever."""
+
+    def __call__(
+        self, x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None
+    ) -> jax.Array:
+        """`linear`, but for `backend`."""
+        ...
+
+
+# Traced and lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("dtype", "backend"))
+def linear(
+    x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None, *, backend: str = "xla"
+) -> jax.Array:
     """`x @ weight.T` for the weight as Hugging Face stores it.
 
-    The CPU's matrix library packs its right operand anew at every call. With few tokens that is
-    most of the work when the weights are on the right: weights first take as long, or down to a
+    XLA's matrix library for CPUs packs its right operand anew at every call. With few tokens that
+    is most of the work when the weights are on the right: weights first take as long, or down to a
     quarter (float32, docs/decisions.md). The compiler would turn the product round again, but for
     the barrier. For GPUs it makes a product of one token one of a matrix and a vector, which has no
     result wider than its operands: it would copy a head, as float32, in every step.
@@ -70,10 +84,13 @@ def linear(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> j
       x: [tokens, in].
       weight: [features, in], of the same dtype.
       dtype: of the result; None takes that of x.
+      backend: whose kernel, where it has one for such arrays; XLA's product takes all.
 
     Returns:
       [tokens, features].
     """
+    if (product := dispatch.product_of(backend, x, weight)) is not None:
+        return product(x, weight)
     contracted = (((1,), (1,)), ((), ()))
 
     def tokens_first(x, weight):
@@ -101,13 +118,14 @@ class Linear(nn.Module):
 
     features: int
     bias: bool = False
+    multiply: Multiply = linear
 
     @nn.compact
     def __call__(self, x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
         weight = self.param(
             "weight", nn.initializers.normal(0.02), (self.features, x.shape[-1]), x.dtype
         )
-        y = linear(x, weight, dtype)
+        y = self.multiply(x, weight, dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
             y = y + bias.astype(y.dtype)[None]
@@ -115,7 +133,12 @@ class Linear(nn.Module):
 
 
 def project(
-    module: nn.Module, name: str, sizes: Sequence[int], bias: bool, x: jax.Array
+    module: nn.Module,
+    name: str,
+    sizes: Sequence[int],
+    bias: bool,
+    multiply: Multiply,
+    x: jax.Array,
 ) -> list[jax.Array]:
     """What a module's projections make of the same tokens, by one product if they are merged.
 
@@ -124,13 +147,14 @@ def project(
       name: of the merged one, in `merged.MERGED`.
       sizes: features of each.
       bias: whether they have biases.
+      multiply: by what.
       x: [tokens, in].
     """
     if module.has_variable("params", name):
-        merged = Linear(sum(sizes), bias, name=name)(x)
+        merged = Linear(sum(sizes), bias, multiply, name=name)(x)
         return jnp.split(merged, np.cumsum(sizes)[:-1], axis=-1)
     parts = zip(MERGED[name], sizes, strict=True)
-    return [Linear(size, bias, name=part)(x) for part, size in parts]
+    return [Linear(size, bias, multiply, name=part)(x) for part, size in parts]
 
 
 @jax.jit
@@ -168,12 +192,13 @@ class Attention(nn.Module):
     spec: AttentionSpec
     norm: NormSpec
     attend: Attend
+    multiply: Multiply = linear
 
     @nn.compact
     def __call__(self, x, table, kv_pages, layer, rows: Rows | None):
         s = self.spec
         sizes = [heads * s.head_dim for heads in (s.num_q_heads, s.num_kv_heads, s.num_kv_heads)]
-        q, k, v = project(self, "qkv_proj", sizes, s.qkv_bias, x)
+        q, k, v = project(self, "qkv_proj", sizes, s.qkv_bias, self.multiply, x)
         q = _apart(q)
         if s.qk_norm == "all":
             q = RMSNorm(self.norm, name="q_norm")(q)
@@ -191,7 +216,7 @@ class Attention(nn.Module):
             sinks = self.param("sinks", nn.initializers.normal(1.0), (s.num_q_heads,), x.dtype)
         out, kv_pages = self.attend(q, k, v, kv_pages, layer, rows, s.variant, sinks)
         out = out.reshape(-1, s.num_q_heads * s.head_dim)
-        return Linear(x.shape[-1], s.out_bias, name="o_proj")(out), kv_pages
+        return Linear(x.shape[-1], s.out_bias, self.multiply, name="o_proj")(out), kv_pages
 
 
 _ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = MappingProxyType(
@@ -208,10 +233,12 @@ class GatedMlp(nn.Module):
     """`down(activation(gate(x)) * up(x))`."""
 
     spec: MlpSpec
+    multiply: Multiply = linear
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         s = self.spec
-        gate, up = project(self, "gate_up_proj", 2 * [s.intermediate_size], s.bias, x)
+        sizes = 2 * [s.intermediate_size]
+        gate, up = project(self, "gate_up_proj", sizes, s.bias, self.multiply, x)
         hidden = gated(s.activation, gate, up)
-        return Linear(x.shape[-1], s.bias, name="down_proj")(hidden)
+        return Linear(x.shape[-1], s.bias, self.multiply, name="down_proj")(hidden)

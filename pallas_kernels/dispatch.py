@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the backend of each public function; never falls back in silence."""
 
+import functools
 import importlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol, cast
 
@@ -13,9 +15,11 @@ from jpaged.pallas_kernels import validation
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
-BACKENDS = ("tpu", "gpu", "xla")
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("tpu", "gpu", "cpu", "xla")
 BACKEND_OF_PLATFORM: Mapping[str, str] = MappingProxyType(
-    {"cpu": "xla", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+    {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
 )
 """Whose kernels run on a platform, as jax names those, unless told."""
 
@@ -68,12 +72,41 @@ def resolve_backend(backend: str | None) -> str:
       ValueError: for a name that is no backend, or a backend that cannot be used here.
     """
     asked = backend if backend is not None else BACKEND_OF_PLATFORM.get(jax.default_backend())
+    if backend is None and asked == "cpu":
+        return _backend_of_cpus()
     if asked not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} on platform {jax.default_backend()!r}: choose one of {BACKENDS}"
         )
     _package(asked).check_platform()
     return asked
+
+
+@functools.cache
+def _backend_of_cpus() -> str:
+    """What CPUs get: "xla", which runs everywhere, where "cpu" cannot be had, and says so once."""
+    try:
+        _package("cpu").check_platform()
+    except ValueError as error:
+        logger.info("products take longer: %s", error)
+        return "xla"
+    return "cpu"
+
+
+def product_of(
+    backend: str, x: jax.Array, weight: jax.Array
+) -> Callable[[jax.Array, jax.Array], jax.Array] | None:
+    """A backend's own `x @ weight.T`; None where XLA's is all that there is for such arrays.
+
+    Args:
+      backend: as `resolve_backend` gives it.
+      x: [tokens, in].
+      weight: [features, in].
+    """
+    if backend != "cpu":
+        return None
+    kernels = importlib.import_module("jpaged.pallas_kernels.cpu.products")
+    return kernels.product if kernels.takes(x, weight) else None
 
 
 def _package(backend: str) -> Backend:
@@ -121,7 +154,8 @@ def paged_attention(
       kv_scale: f32[2], what stored keys and stored values are multiplied by.
       sinks: bf16|f16|f32[num_q_heads], a score of each head beside those of the keys, neither
         scaled nor capped, that takes its share of the weights and has no value; -inf is none.
-      backend: "tpu", "gpu" or "xla"; by default the one of JAX's default device.
+      backend: "tpu", "gpu", "cpu" or "xla"; by default the one of JAX's default device, and on
+        CPUs "xla" where what "cpu" needs is not there.
 
     Returns:
       Same shape and dtype as `q`, accumulated in float32; zeros for padding tokens.

@@ -13,7 +13,7 @@ CHOICES = {
     "kv_dtype": ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
     "reservation": ("paged", "max"),
     "preemption": ("auto", "recompute", "swap"),
-    "backend": ("tpu", "gpu", "xla"),
+    "backend": ("tpu", "gpu", "cpu", "xla"),
     "generation_config": ("model", "ignore"),
 }
 

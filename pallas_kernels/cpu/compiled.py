@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How kernels become machine code, and how XLA gets to know them."""
+
+import ctypes
+
+import jax
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from jpaged.pallas_kernels.cpu.chip import Chip
+
+
+class Compiled:
+    """Machine code of a module, for as long as this lives."""
+
+    def __init__(self, module: ir.Module, chip: Chip):
+        """Compiles. Args: what, checked by LLVM first; for which processor."""
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_default_triple().create_target_machine(
+            cpu=chip.cpu, features=chip.features, opt=2
+        )
+        parsed = llvm.parse_assembly(str(module))
+        parsed.verify()
+        self._engine = llvm.create_mcjit_compiler(parsed, target)
+        self._engine.finalize_object()
+
+    def register(self, function: str, target: str) -> None:
+        """Tells XLA of a handler. Args: which function it is; what programs call it."""
+        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        capsule = jax.ffi.pycapsule(kind(self._engine.get_function_address(function)))
+        jax.ffi.register_ffi_target(target, capsule, platform="cpu")
