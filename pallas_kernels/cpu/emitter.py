@@ -2,7 +2,7 @@
 """The few phrases of LLVM's language that kernels are written in."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -57,6 +57,21 @@ class Emitter(_Builder):
         self.position_at_end(body)
         yield index
         index.add_incoming(self.add(index, step), self.block)
+        self.branch(head)
+        self.position_at_end(end)
+
+    @contextlib.contextmanager
+    def repeat(self, start: Value, stop: Value) -> Iterator[tuple[Value, Callable[[Value], None]]]:
+        """Like `loop`, but what is written within calls what it is given with the next number."""
+        place = self.place(8)
+        self.write(place, 0, start)
+        head, body, end = (self.append_basic_block("repeat") for _ in range(3))
+        self.branch(head)
+        self.position_at_end(head)
+        index = self.read(place, 0, I64)
+        self.cbranch(self.icmp_signed("<", index, stop), body, end)
+        self.position_at_end(body)
+        yield index, lambda following: self.write(place, 0, following)
         self.branch(head)
         self.position_at_end(end)
 

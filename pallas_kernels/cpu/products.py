@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from jpaged.pallas_kernels.cpu import handler
+from jpaged.pallas_kernels.cpu import handler, vectors
 from jpaged.pallas_kernels.cpu.chip import Chip, host_chip
 from jpaged.pallas_kernels.cpu.compiled import Compiled
 from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, Value, function, i64
@@ -32,9 +32,9 @@ _PIECE = 2**15
 _PIECES = 16
 # Inputs that a tile goes through at a time, at most: what the first cache holds of its rows.
 _BLOCK = 768
-# Numbers that the tokens have together, at most: they are read again for each tile of weights, from
-# the second cache. XLA's products of more are as fast, or faster.
-MOST_NUMBERS = 2**16
+# Tokens, and numbers that they have together if inputs are fewer than that, at most: XLA's products
+# of more take as long or less (docs/decisions.md).
+_MOST_TOKENS, _FEW_INPUTS, _MOST_NUMBERS = 8, 1024, 2**16
 # To read, into the second cache, data: as LLVM's prefetch takes it.
 _TO_READ_SOON = 0, 2, 1
 # Multiplications below which another thread is not worth waking.
@@ -61,11 +61,11 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def takes(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `product` is for such arrays: float32, of whole vectors of inputs, a few tokens."""
-    chip = host_chip()
-    if chip is None or x.shape[1] % chip.lanes or x.size > MOST_NUMBERS:
+    """Whether `product` is for such arrays: float32, of whole vectors of inputs, of few tokens."""
+    chip, (tokens, inputs) = host_chip(), x.shape
+    if chip is None or inputs % chip.lanes or not x.dtype == weight.dtype == jnp.float32:
         return False
-    return x.dtype == weight.dtype == jnp.float32
+    return tokens <= _MOST_TOKENS or (inputs < _FEW_INPUTS and x.size <= _MOST_NUMBERS)
 
 
 def _register() -> None:
@@ -123,7 +123,7 @@ def _emit_piece(
         for which, index in ((handler.ARGUMENTS, 0), (handler.ARGUMENTS, 1), (handler.RESULTS, 0))
     )
     # Between blocks of inputs; one block needs none.
-    sums = code.place(4 * chip.lanes * chip.rows * (MOST_NUMBERS // _BLOCK + 1))
+    sums = code.place(4 * chip.lanes * chip.rows * (_MOST_NUMBERS // _BLOCK + 1))
     rows = _rows(code, chip, inputs, features)
     first = code.mul(index, rows)
     last = code.smaller(code.add(first, rows), features)
@@ -207,7 +207,6 @@ def _emit_tile(module: ir.Module, chip: Chip, rows: int, tokens: int) -> ir.Func
     )
     tile.attributes.add("noinline")  # all registers are the loop's
     weight, x, y, sums, inputs, features, length, ahead, share, is_first, is_last = tile.args
-    multiply_add = function(module, f"llvm.fma.v{lanes}f32", [vector] * 3, vector)
     prefetch = function(module, "llvm.prefetch.p0", [PTR, I32, I32, I32])
     hints = [ir.Constant(I32, number) for number in _TO_READ_SOON]
     code = Emitter(tile)
@@ -242,7 +241,7 @@ def _emit_tile(module: ir.Module, chip: Chip, rows: int, tokens: int) -> ir.Func
         token = code.load(code.at(pointer, index), typ=vector, align=4)
         own = added[number * rows : (number + 1) * rows]
         pairs = zip(factors, own, strict=True)
-        values += [code.call(multiply_add, [factor, token, sum_]) for factor, sum_ in pairs]
+        values += [vectors.multiply_add(code, factor, token, sum_) for factor, sum_ in pairs]
     for pointer in coming:
         code.call(prefetch, [code.at(pointer, index), *hints])
     following = code.add(index, i64(lanes))
@@ -276,40 +275,10 @@ def _emit_results(
         # So many vectors as lanes at most, a power of two: their sums fill a vector.
         number = 1 << min(len(results), lanes).bit_length() - 1
         chosen, results = results[:number], results[number:]
-        sums, values = _summed(code, values[:number]), values[number:]
+        sums, values = vectors.summed(code, values[:number]), values[number:]
         for lane, (token, row) in enumerate(chosen):
             if row == 0 or lane == 0:
                 run = min(rows - row, number - lane)
-                part = _chosen(code, sums, sums, range(lane, lane + run))
+                part = vectors.chosen(code, sums, sums, range(lane, lane + run))
                 place = code.add(code.mul(features, i64(token)), i64(row))
                 code.store(part, code.at(y, place), align=4)
-
-
-def _summed(code: Emitter, vectors: Sequence[Value]) -> Value:
-    """The sum of the lanes of each vector, as one vector.
-
-    The halves of each are added, of the halves again the halves, and so on, with as many vectors at
-    once as fit in one: each sum is in this order, whatever it shares a vector with.
-    """
-    width = vectors[0].type.count
-    while width > 1:
-        half = width // 2
-        if len(vectors) > 1:
-            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
-            starts = range(0, 2 * vectors[0].type.count, width)
-        else:
-            pairs = [(vectors[0], vectors[0])]
-            starts = range(0, vectors[0].type.count, width)
-        lower = [start + lane for start in starts for lane in range(half)]
-        upper = [lane + half for lane in lower]
-        vectors = [
-            code.fadd(_chosen(code, a, b, lower), _chosen(code, a, b, upper)) for a, b in pairs
-        ]
-        width = half
-    return vectors[0]
-
-
-def _chosen(code: Emitter, a: Value, b: Value, lanes: Sequence[int]) -> Value:
-    """A vector of lanes of two, those of the second counted on."""
-    kind = ir.VectorType(I32, len(lanes))
-    return code.shuffle_vector(a, b, ir.Constant(kind, list(lanes)))

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention for CPUs: a query at a time, over blocks of as many keys as a vector has lanes.
+
+A piece of work is the queries of one KV head of a few tokens of one row. A block of keys and values
+is read from its page once for all of them, and stays in the first cache meanwhile. Each query has
+an online softmax of its own over the blocks of its own keys, in order: its bits depend on nothing
+else, neither on how its prompt was cut into chunks nor on what else is in the step.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import threading
+
+import jax
+import jax.numpy as jnp
+from llvmlite import ir
+
+from jpaged.pallas_kernels.cpu import handler, vectors
+from jpaged.pallas_kernels.cpu.chip import Chip, host_chip
+from jpaged.pallas_kernels.cpu.compiled import Compiled
+from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, Value, function, i64
+from jpaged.pallas_kernels.rows import Rows
+from jpaged.pallas_kernels.variant import AttentionVariant
+from jpaged.pallas_kernels.xla import attention as xla
+
+# Queries whose state is kept beside a block, at most: with it they fill the first cache.
+_QUERIES = 32
+# Vectors of a value that are summed at once, at most: each in a register.
+_CHUNK = 8
+# Less than any score; finite, so that a query that has seen no key yet subtracts to 0, not to NaN.
+_NOTHING = -1e30
+# Multiplications by keys below which another thread is not worth waking.
+_WORTH_THREADS = 2**17
+
+# Arguments of a call.
+_Q, _POOL, _TABLE, _KV_LENS, _CU_Q_LENS, _NUM_SEQS, _LAYER, _SINKS = range(8)
+
+_lock = threading.Lock()
+_kept: dict[str, Compiled] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the code of one kernel depends on.
+
+    Attributes:
+      head_dim: lanes of a key.
+      group: query heads of a KV head.
+      variant: which attention.
+      has_sinks: whether heads have sinks.
+    """
+
+    head_dim: int
+    group: int
+    variant: AttentionVariant
+    has_sinks: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a piece."""
+        return max(1, _QUERIES // self.group)
+
+
+def paged_attention(
+    q, kv_pages, rows: Rows, variant: AttentionVariant, *, layer, kv_scale, sinks=None
+) -> jax.Array:
+    """See `pallas_kernels.paged_attention`; what there is no kernel for, XLA computes.
+
+    That is: queries or pages that are not float32, heads that are not whole vectors, pages of fewer
+    cells than a vector has lanes, and scores with a cap.
+    """
+    chip, head_dim, page_size = host_chip(), q.shape[2], kv_pages.shape[3]
+    if (
+        chip is None
+        or not q.dtype == kv_pages.dtype == jnp.float32
+        or head_dim % chip.lanes
+        or page_size % chip.lanes
+        or variant.soft_cap is not None
+    ):
+        return xla.paged_attention(
+            q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
+        )
+    group = q.shape[1] // kv_pages.shape[2]
+    target = _register(Shape(head_dim, group, variant, sinks is not None), chip)
+    index = (rows.page_table, rows.kv_lens, rows.cu_q_lens, rows.num_seqs)
+    layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
+    more = () if sinks is None else (sinks,)
+    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(q.shape, q.dtype))(
+        q, kv_pages, *index, layer, *more
+    )
+
+
+def _register(shape: Shape, chip: Chip) -> str:
+    """The name by which XLA knows the kernel, which is compiled when it is first asked for."""
+    target = f"jpaged_attention_{hashlib.sha256(repr((shape, chip)).encode()).hexdigest()[:16]}"
+    with _lock:
+        if target not in _kept:
+            _kept[target] = Compiled(attention_module(shape, chip), chip)
+            _kept[target].register("attention", target)
+    return target
+
+
+def attention_module(shape: Shape, chip: Chip) -> ir.Module:
+    """The code: a handler `attention` of the arguments of a call, `q` first."""
+    module = ir.Module()
+    piece = _emit_piece(module, shape, chip)
+    handler.emit_handler(module, "attention", functools.partial(_count, shape), piece)
+    return module
+
+
+def _buffers(code: Emitter, frame: Value, shape: Shape) -> list[Value]:
+    count = _SINKS + shape.has_sinks
+    return [handler.buffer(code, frame, handler.ARGUMENTS, index) for index in range(count)]
+
+
+def _tile(code: Emitter, shape: Shape, buffers: list[Value]) -> Value:
+    """Tokens of a piece: one of a step that is taken for decode, as it has a row for each."""
+    tokens, rows = (handler.dims(code, buffers[which], 0) for which in (_Q, _KV_LENS))
+    return code.select(code.icmp_signed("<=", tokens, rows), i64(1), i64(shape.tokens))
+
+
+def _count(shape: Shape, code: Emitter, frame: Value) -> tuple[Value, Value]:
+    """Pieces of a call, and whether more than one thread is worth it."""
+    buffers = _buffers(code, frame, shape)
+    tokens = handler.dims(code, buffers[_Q], 0)
+    tiles = code.quotient_up(tokens, _tile(code, shape, buffers))
+    pieces = code.mul(tiles, handler.dims(code, buffers[_POOL], 2))
+    kv_lens, cu_q_lens, num_seqs = (
+        code.read(buffers[which], handler.DATA, PTR) for which in (_KV_LENS, _CU_Q_LENS, _NUM_SEQS)
+    )
+    # As if each query saw all keys of its row.
+    seen = code.place(8)
+    code.write(seen, 0, i64(0))
+    with code.loop(i64(0), _number(code, num_seqs, i64(0)), i64(1)) as row:
+        begin, end = (_number(code, cu_q_lens, number) for number in (row, code.add(row, i64(1))))
+        own = code.mul(code.sub(end, begin), _number(code, kv_lens, row))
+        code.write(seen, 0, code.add(code.read(seen, 0, I64), own))
+    width = code.mul(handler.dims(code, buffers[_Q], 1), i64(shape.head_dim))
+    work = code.mul(code.read(seen, 0, I64), width)
+    return pieces, code.icmp_signed(">=", work, i64(_WORTH_THREADS))
+
+
+def _number(code: Emitter, pointer: Value, index: Value) -> Value:
+    """An i32, as i64."""
+    return code.sext(code.load(code.at(pointer, index), typ=I32), I64)
+
+
+def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
+    """(frame, index, following) attends with the queries of one KV head of a tile of tokens."""
+    begin, block, end = (
+        emit(module, shape, chip) for emit in (_emit_begin, _emit_block, _emit_end)
+    )
+    piece = function(module, "attention_piece", [PTR, I64, I64])
+    code, (frame, index, _) = Emitter(piece), piece.args
+    buffers = _buffers(code, frame, shape)
+    q, pool, table, kv_lens, cu_q_lens, num_seqs, layer = (
+        code.read(buffer, handler.DATA, PTR) for buffer in buffers[:_SINKS]
+    )
+    out = code.read(handler.buffer(code, frame, handler.RESULTS, 0), handler.DATA, PTR)
+    tokens, num_q_heads = (handler.dims(code, buffers[_Q], axis) for axis in (0, 1))
+    num_pages, num_kv_heads, page_size, kv_dim = (
+        handler.dims(code, buffers[_POOL], axis) for axis in (1, 2, 3, 4)
+    )
+    pages_per_seq = handler.dims(code, buffers[_TABLE], 1)
+    state = code.place(4 * shape.tokens * shape.group * _state_size(shape, chip))
+
+    number = functools.partial(_number, code)
+    tile = _tile(code, shape, buffers)
+    # Later tokens see more keys: they come first, so that threads end together.
+    tiles = code.quotient_up(tokens, tile)
+    which = code.sub(code.sub(tiles, i64(1)), code.udiv(index, num_kv_heads))
+    head = code.urem(index, num_kv_heads)
+    first, last = (
+        code.mul(which, tile),
+        code.smaller(code.mul(code.add(which, i64(1)), tile), tokens),
+    )
+    seqs = number(num_seqs, i64(0))
+    live = code.smaller(number(cu_q_lens, seqs), last)
+    of_layer = code.mul(number(layer, i64(0)), num_pages)
+    cells = code.mul(page_size, kv_dim)
+
+    def query(pointer: Value, token: Value) -> Value:
+        """Where the first query of this head of a token is."""
+        heads = code.add(code.mul(token, num_q_heads), code.mul(head, i64(shape.group)))
+        return code.at(pointer, code.mul(heads, i64(shape.head_dim)))
+
+    with code.repeat(first, live) as (token, go_on):
+        # Whose token it is: of the first row that ends after it.
+        row = _emit_row_of(code, cu_q_lens, seqs, token)
+        row_end = number(cu_q_lens, code.add(row, i64(1)))
+        stop = code.smaller(row_end, last)
+        # The token's position: as many tokens follow it in the row as before the row's last one.
+        position = code.sub(number(kv_lens, row), code.sub(row_end, token))
+        count = code.sub(stop, token)
+        queries = code.mul(count, i64(shape.group))
+        size = i64(_state_size(shape, chip))
+        with code.loop(i64(0), queries, i64(1)) as each:
+            code.call(begin, [code.at(state, code.mul(each, size))])
+        lowest = i64(0)
+        if shape.variant.sliding_window is not None:
+            lowest = code.sub(position, i64(shape.variant.sliding_window - 1))
+            lowest = code.larger(lowest, i64(0))
+        blocks_end = code.add(
+            code.sdiv(code.sub(code.add(position, count), i64(1)), i64(chip.lanes)), i64(1)
+        )
+        with code.loop(code.sdiv(lowest, i64(chip.lanes)), blocks_end, i64(1)) as number_of_block:
+            start = code.mul(number_of_block, i64(chip.lanes))
+            entry = code.add(code.mul(row, pages_per_seq), code.udiv(start, page_size))
+            page = code.add(of_layer, number(table, entry))
+            page = code.add(code.mul(page, num_kv_heads), head)
+            cell = code.mul(code.urem(start, page_size), kv_dim)
+            keys = code.at(pool, code.add(code.mul(page, cells), cell))
+            with code.loop(i64(0), queries, i64(1)) as each:
+                own = code.add(position, code.udiv(each, i64(shape.group)))
+                high = code.sub(code.add(own, i64(1)), start)
+                low = i64(0)
+                if shape.variant.sliding_window is not None:
+                    low = code.larger(code.sub(high, i64(shape.variant.sliding_window)), i64(0))
+                high = code.smaller(high, i64(chip.lanes))
+                with code.if_then(code.icmp_signed("<", low, high)):
+                    at = code.mul(
+                        code.add(
+                            code.mul(code.udiv(each, i64(shape.group)), num_q_heads),
+                            code.urem(each, i64(shape.group)),
+                        ),
+                        i64(shape.head_dim),
+                    )
+                    own_state = code.at(state, code.mul(each, size))
+                    arguments = (code.at(query(q, token), at), keys, kv_dim, own_state, low, high)
+                    code.call(block, arguments)
+        sinks = code.read(buffers[_SINKS], handler.DATA, PTR) if shape.has_sinks else None
+        with code.loop(i64(0), queries, i64(1)) as each:
+            own_head = code.urem(each, i64(shape.group))
+            at = code.add(code.mul(code.udiv(each, i64(shape.group)), num_q_heads), own_head)
+            result = code.at(query(out, token), code.mul(at, i64(shape.head_dim)))
+            sink = ()
+            if sinks is not None:
+                own_head = code.add(code.mul(head, i64(shape.group)), own_head)
+                sink = (code.load(code.at(sinks, own_head), typ=F32),)
+            code.call(end, [code.at(state, code.mul(each, size)), result, *sink])
+        go_on(stop)
+    # Padding.
+    with code.loop(code.larger(live, first), last, i64(1)) as token:
+        result, width = query(out, token), shape.group * shape.head_dim
+        zero = vectors.splat(ir.VectorType(F32, chip.lanes), 0.0)
+        with code.loop(i64(0), i64(width), i64(chip.lanes)) as lane:
+            code.store(zero, code.at(result, lane), align=4)
+    code.ret_void()
+    return piece
+
+
+def _emit_row_of(code: Emitter, cu_q_lens: Value, seqs: Value, token: Value) -> Value:
+    """The row of a token that one has: how many rows end at it or before, by halving."""
+    low, high = code.place(8), code.place(8)
+    code.write(low, 0, i64(0))
+    code.write(high, 0, seqs)
+    head, body, end = (code.append_basic_block("search") for _ in range(3))
+    code.branch(head)
+    code.position_at_end(head)
+    a, b = code.read(low, 0, I64), code.read(high, 0, I64)
+    code.cbranch(code.icmp_signed("<", a, b), body, end)
+    code.position_at_end(body)
+    middle = code.udiv(code.add(a, b), i64(2))
+    ends = _number(code, cu_q_lens, code.add(middle, i64(1)))
+    before = code.icmp_signed("<=", ends, token)
+    code.write(low, 0, code.select(before, code.add(middle, i64(1)), a))
+    code.write(high, 0, code.select(before, b, middle))
+    code.branch(head)
+    code.position_at_end(end)
+    return a
+
+
+def _state_size(shape: Shape, chip: Chip) -> int:
+    """Numbers of a query's state: the largest score, sums of weights by lane, weighted values."""
+    return 2 * chip.lanes + shape.head_dim
+
+
+def _emit_begin(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
+    """(state) of a query that has seen no key."""
+    begin = function(module, "attention_begin", [PTR])
+    code, (state,) = Emitter(begin), begin.args
+    kind = ir.VectorType(F32, chip.lanes)
+    for at in range(0, _state_size(shape, chip), chip.lanes):
+        value = vectors.splat(kind, 0.0 if at else _NOTHING)
+        code.store(value, code.at(state, i64(at)), align=4)
+    code.ret_void()
+    return begin
+
+
+def _emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
+    """(query, keys, kv_dim, state, low, high) has a query see keys `low .. high` of a block."""
+    block = function(module, "attention_block", [PTR, PTR, I64, PTR, I64, I64])
+    block.attributes.add("noinline")
+    query, keys, kv_dim, state, low, high = block.args
+    code, lanes = Emitter(block), chip.lanes
+    kind = ir.VectorType(F32, lanes)
+
+    def load(pointer: Value, at: int) -> Value:
+        return code.load(code.at(pointer, i64(at)), typ=kind, align=4)
+
+    rows = [code.at(keys, code.mul(kv_dim, i64(key))) for key in range(lanes)]
+    products = [vectors.splat(kind, 0.0)] * lanes
+    for at in range(0, shape.head_dim, lanes):
+        part = load(query, at)
+        products = [
+            vectors.multiply_add(code, load(row, at), part, product)
+            for row, product in zip(rows, products, strict=True)
+        ]
+    scores = vectors.summed(code, products)
+    scores = code.fmul(scores, vectors.splat(kind, shape.variant.scale(shape.head_dim)))
+    lane = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+    seen = code.and_(
+        code.icmp_signed(">=", lane, vectors.spread(code, low, lanes)),
+        code.icmp_signed("<", lane, vectors.spread(code, high, lanes)),
+    )
+    nothing = vectors.splat(kind, _NOTHING)
+    old_peak = load(state, 0)
+    best = vectors.spread(code, vectors.largest(code, code.select(seen, scores, nothing)), lanes)
+    peak = vectors.larger(code, old_peak, best)
+    weights = vectors.exp(code, code.fsub(scores, peak))
+    weights = code.select(seen, weights, vectors.splat(kind, 0.0))
+    shrink = vectors.exp(code, code.fsub(old_peak, peak))
+    code.store(peak, code.at(state, i64(0)), align=4)
+    total = vectors.multiply_add(code, load(state, lanes), shrink, weights)
+    code.store(total, code.at(state, i64(lanes)), align=4)
+    kept = code.place(4 * lanes)
+    code.store(weights, kept, align=4)
+    all_seen = code.and_(
+        code.icmp_signed("==", low, i64(0)), code.icmp_signed("==", high, i64(lanes))
+    )
+    with code.if_else(all_seen) as (whole, part):
+        for branch, checks in ((whole, False), (part, True)):
+            with branch:
+                _emit_values(
+                    code, shape, kept, rows, state, shrink, (low, high) if checks else None
+                )
+    code.ret_void()
+    return block
+
+
+def _emit_values(
+    code: Emitter,
+    shape: Shape,
+    weights: Value,
+    rows: list[Value],
+    state: Value,
+    shrink: Value,
+    seen: tuple[Value, Value] | None,
+) -> None:
+    """Adds weighted values; those outside of `seen` may be anything, and 0 * NaN is NaN."""
+    lanes = len(rows)
+    kind = ir.VectorType(F32, lanes)
+    zero = vectors.splat(kind, 0.0)
+    parts = range(0, shape.head_dim, lanes)
+    for begin in range(0, len(parts), _CHUNK):
+        chunk = parts[begin : begin + _CHUNK]
+        # Sums of every so manieth key, so that one need not wait for the other.
+        ways = max(1, _CHUNK // len(chunk))
+        sums = [[zero] * len(chunk) for _ in range(ways)]
+        for key, row in enumerate(rows):
+            weight = vectors.spread(code, code.load(code.at(weights, i64(key)), typ=F32), lanes)
+            for number, at in enumerate(chunk):
+                value = code.load(code.at(row, i64(shape.head_dim + at)), typ=kind, align=4)
+                if seen is not None:
+                    is_seen = code.and_(
+                        code.icmp_signed(">=", i64(key), seen[0]),
+                        code.icmp_signed("<", i64(key), seen[1]),
+                    )
+                    value = code.select(is_seen, value, zero)
+                own = sums[key % ways]
+                own[number] = vectors.multiply_add(code, weight, value, own[number])
+        for number, at in enumerate(chunk):
+            added = sums[0][number]
+            for way in sums[1:]:
+                added = code.fadd(added, way[number])
+            place = code.at(state, i64(2 * lanes + at))
+            old = code.load(place, typ=kind, align=4)
+            code.store(vectors.multiply_add(code, old, shrink, added), place, align=4)
+
+
+def _emit_end(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
+    """(state, result[, sink]) writes a query's result."""
+    end = function(module, "attention_end", [PTR, PTR, *[F32] * shape.has_sinks])
+    code, lanes = Emitter(end), chip.lanes
+    state, result, *sinks = end.args
+    kind = ir.VectorType(F32, lanes)
+    total = vectors.summed(code, [code.load(code.at(state, i64(lanes)), typ=kind, align=4)])
+    total = vectors.spread(code, code.extract_element(total, ir.Constant(I32, 0)), lanes)
+    for sink in sinks:
+        peak = code.load(state, typ=kind, align=4)
+        share = vectors.exp(code, code.fsub(vectors.spread(code, sink, lanes), peak))
+        total = code.fadd(total, share)
+    total = vectors.larger(code, total, vectors.splat(kind, float(jnp.finfo(jnp.float32).tiny)))
+    for at in range(0, shape.head_dim, lanes):
+        value = code.load(code.at(state, i64(2 * lanes + at)), typ=kind, align=4)
+        code.store(code.fdiv(value, total), code.at(result, i64(at)), align=4)
+    code.ret_void()
+    return end
