@@ -25,8 +25,12 @@ class Compiled:
         self._engine = llvm.create_mcjit_compiler(parsed, target)
         self._engine.finalize_object()
 
+    def address(self, function: str) -> int:
+        """Where a function's code is."""
+        return self._engine.get_function_address(function)
+
     def register(self, function: str, target: str) -> None:
         """Tells XLA of a handler. Args: which function it is; what programs call it."""
         kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-        capsule = jax.ffi.pycapsule(kind(self._engine.get_function_address(function)))
+        capsule = jax.ffi.pycapsule(kind(self.address(function)))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
