@@ -28,6 +28,8 @@ from jpaged.pallas_kernels.xla import attention as xla
 _QUERIES = 32
 # Vectors of a value that are summed at once, at most: each in a register.
 _CHUNK = 8
+# Numbers of a line of the caches.
+_LINE = 16
 # Less than any score; finite, so that a query that has seen no key yet subtracts to 0, not to NaN.
 _NOTHING = -1e30
 # Multiplications by keys below which another thread is not worth waking.
@@ -151,6 +153,7 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     begin, block, end = (
         emit(module, shape, chip) for emit in (_emit_begin, _emit_block, _emit_end)
     )
+    ask = _emit_ask(module)
     piece = function(module, "attention_piece", [PTR, I64, I64])
     code, (frame, index, _) = Emitter(piece), piece.args
     buffers = _buffers(code, frame, shape)
@@ -204,13 +207,24 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
         blocks_end = code.add(
             code.sdiv(code.sub(code.add(position, count), i64(1)), i64(chip.lanes)), i64(1)
         )
-        with code.loop(code.sdiv(lowest, i64(chip.lanes)), blocks_end, i64(1)) as number_of_block:
-            start = code.mul(number_of_block, i64(chip.lanes))
+
+        def keys_of(index: Value) -> tuple[Value, Value]:
+            """A block's first position, and where its cells are."""
+            start = code.mul(index, i64(chip.lanes))
             entry = code.add(code.mul(row, pages_per_seq), code.udiv(start, page_size))
             page = code.add(of_layer, number(table, entry))
             page = code.add(code.mul(page, num_kv_heads), head)
             cell = code.mul(code.urem(start, page_size), kv_dim)
-            keys = code.at(pool, code.add(code.mul(page, cells), cell))
+            return start, code.at(pool, code.add(code.mul(page, cells), cell))
+
+        with code.loop(code.sdiv(lowest, i64(chip.lanes)), blocks_end, i64(1)) as number_of_block:
+            start, keys = keys_of(number_of_block)
+            # Pages lie anywhere: the processor does not know which cells come next.
+            following = code.add(number_of_block, i64(1))
+            following = code.select(
+                code.icmp_signed("<", following, blocks_end), following, number_of_block
+            )
+            code.call(ask, [keys_of(following)[1], code.mul(kv_dim, i64(chip.lanes))])
             with code.loop(i64(0), queries, i64(1)) as each:
                 own = code.add(position, code.udiv(each, i64(shape.group)))
                 high = code.sub(code.add(own, i64(1)), start)
@@ -288,6 +302,18 @@ def _emit_begin(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     return begin
 
 
+def _emit_ask(module: ir.Module) -> ir.Function:
+    """(pointer, count) asks memory for so many numbers."""
+    ask = function(module, "attention_ask", [PTR, I64])
+    prefetch = function(module, "llvm.prefetch.p0", [PTR, I32, I32, I32])
+    code, (pointer, count) = Emitter(ask), ask.args
+    with code.loop(i64(0), count, i64(_LINE)) as line:
+        hints = [ir.Constant(I32, hint) for hint in (0, 3, 1)]  # to read, soon, data
+        code.call(prefetch, [code.at(pointer, line), *hints])
+    code.ret_void()
+    return ask
+
+
 def _emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     """(query, keys, kv_dim, state, low, high) has a query see keys `low .. high` of a block."""
     block = function(module, "attention_block", [PTR, PTR, I64, PTR, I64, I64])
@@ -300,13 +326,14 @@ def _emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
         return code.load(code.at(pointer, i64(at)), typ=kind, align=4)
 
     rows = [code.at(keys, code.mul(kv_dim, i64(key))) for key in range(lanes)]
-    products = [vectors.splat(kind, 0.0)] * lanes
-    for at in range(0, shape.head_dim, lanes):
-        part = load(query, at)
-        products = [
-            vectors.multiply_add(code, load(row, at), part, product)
-            for row, product in zip(rows, products, strict=True)
-        ]
+    places = range(0, shape.head_dim, lanes)
+    parts = [load(query, at) for at in places]
+    products = []
+    for row in rows:
+        product = vectors.splat(kind, 0.0)
+        for part, at in zip(parts, places, strict=True):
+            product = vectors.multiply_add(code, load(row, at), part, product)
+        products.append(product)
     scores = vectors.summed(code, products)
     scores = code.fmul(scores, vectors.splat(kind, shape.variant.scale(shape.head_dim)))
     lane = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
