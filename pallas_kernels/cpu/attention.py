@@ -7,7 +7,6 @@ an online softmax of its own over the blocks of its own keys, in order: its bits
 else, neither on how its prompt was cut into chunks nor on what else is in the step.
 """
 
-import dataclasses
 import functools
 import hashlib
 import threading
@@ -16,22 +15,17 @@ import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from jpaged.pallas_kernels.cpu import handler, vectors
+from jpaged.pallas_kernels.cpu import handler, online_softmax, vectors
 from jpaged.pallas_kernels.cpu.chip import Chip, host_chip
 from jpaged.pallas_kernels.cpu.compiled import Compiled
 from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, Value, function, i64
+from jpaged.pallas_kernels.cpu.online_softmax import Shape
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 from jpaged.pallas_kernels.xla import attention as xla
 
-# Queries whose state is kept beside a block, at most: with it they fill the first cache.
-_QUERIES = 32
-# Vectors of a value that are summed at once, at most: each in a register.
-_CHUNK = 8
 # Numbers of a line of the caches.
 _LINE = 16
-# Less than any score; finite, so that a query that has seen no key yet subtracts to 0, not to NaN.
-_NOTHING = -1e30
 # Multiplications by keys below which another thread is not worth waking.
 _WORTH_THREADS = 2**17
 
@@ -40,28 +34,6 @@ _Q, _POOL, _TABLE, _KV_LENS, _CU_Q_LENS, _NUM_SEQS, _LAYER, _SINKS = range(8)
 
 _lock = threading.Lock()
 _kept: dict[str, Compiled] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What the code of one kernel depends on.
-
-    Attributes:
-      head_dim: lanes of a key.
-      group: query heads of a KV head.
-      variant: which attention.
-      has_sinks: whether heads have sinks.
-    """
-
-    head_dim: int
-    group: int
-    variant: AttentionVariant
-    has_sinks: bool
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a piece."""
-        return max(1, _QUERIES // self.group)
 
 
 def paged_attention(
@@ -151,7 +123,12 @@ def _number(code: Emitter, pointer: Value, index: Value) -> Value:
 def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     """(frame, index, following) attends with the queries of one KV head of a tile of tokens."""
     begin, block, end = (
-        emit(module, shape, chip) for emit in (_emit_begin, _emit_block, _emit_end)
+        emit(module, shape, chip)
+        for emit in (
+            online_softmax.emit_begin,
+            online_softmax.emit_block,
+            online_softmax.emit_end,
+        )
     )
     ask = _emit_ask(module)
     piece = function(module, "attention_piece", [PTR, I64, I64])
@@ -166,7 +143,7 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
         handler.dims(code, buffers[_POOL], axis) for axis in (1, 2, 3, 4)
     )
     pages_per_seq = handler.dims(code, buffers[_TABLE], 1)
-    state = code.place(4 * shape.tokens * shape.group * _state_size(shape, chip))
+    state = code.place(4 * shape.tokens * shape.group * online_softmax.state_size(shape, chip))
 
     number = functools.partial(_number, code)
     tile = _tile(code, shape, buffers)
@@ -197,7 +174,7 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
         position = code.sub(number(kv_lens, row), code.sub(row_end, token))
         count = code.sub(stop, token)
         queries = code.mul(count, i64(shape.group))
-        size = i64(_state_size(shape, chip))
+        size = i64(online_softmax.state_size(shape, chip))
         with code.loop(i64(0), queries, i64(1)) as each:
             code.call(begin, [code.at(state, code.mul(each, size))])
         lowest = i64(0)
@@ -285,23 +262,6 @@ def _emit_row_of(code: Emitter, cu_q_lens: Value, seqs: Value, token: Value) -> 
     return a
 
 
-def _state_size(shape: Shape, chip: Chip) -> int:
-    """Numbers of a query's state: the largest score, sums of weights by lane, weighted values."""
-    return 2 * chip.lanes + shape.head_dim
-
-
-def _emit_begin(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
-    """(state) of a query that has seen no key."""
-    begin = function(module, "attention_begin", [PTR])
-    code, (state,) = Emitter(begin), begin.args
-    kind = ir.VectorType(F32, chip.lanes)
-    for at in range(0, _state_size(shape, chip), chip.lanes):
-        value = vectors.splat(kind, 0.0 if at else _NOTHING)
-        code.store(value, code.at(state, i64(at)), align=4)
-    code.ret_void()
-    return begin
-
-
 def _emit_ask(module: ir.Module) -> ir.Function:
     """(pointer, count) asks memory for so many numbers."""
     ask = function(module, "attention_ask", [PTR, I64])
@@ -312,115 +272,3 @@ def _emit_ask(module: ir.Module) -> ir.Function:
         code.call(prefetch, [code.at(pointer, line), *hints])
     code.ret_void()
     return ask
-
-
-def _emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
-    """(query, keys, kv_dim, state, low, high) has a query see keys `low .. high` of a block."""
-    block = function(module, "attention_block", [PTR, PTR, I64, PTR, I64, I64])
-    block.attributes.add("noinline")
-    query, keys, kv_dim, state, low, high = block.args
-    code, lanes = Emitter(block), chip.lanes
-    kind = ir.VectorType(F32, lanes)
-
-    def load(pointer: Value, at: int) -> Value:
-        return code.load(code.at(pointer, i64(at)), typ=kind, align=4)
-
-    rows = [code.at(keys, code.mul(kv_dim, i64(key))) for key in range(lanes)]
-    places = range(0, shape.head_dim, lanes)
-    parts = [load(query, at) for at in places]
-    products = []
-    for row in rows:
-        product = vectors.splat(kind, 0.0)
-        for part, at in zip(parts, places, strict=True):
-            product = vectors.multiply_add(code, load(row, at), part, product)
-        products.append(product)
-    scores = vectors.summed(code, products)
-    scores = code.fmul(scores, vectors.splat(kind, shape.variant.scale(shape.head_dim)))
-    lane = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
-    seen = code.and_(
-        code.icmp_signed(">=", lane, vectors.spread(code, low, lanes)),
-        code.icmp_signed("<", lane, vectors.spread(code, high, lanes)),
-    )
-    nothing = vectors.splat(kind, _NOTHING)
-    old_peak = load(state, 0)
-    best = vectors.spread(code, vectors.largest(code, code.select(seen, scores, nothing)), lanes)
-    peak = vectors.larger(code, old_peak, best)
-    weights = vectors.exp(code, code.fsub(scores, peak))
-    weights = code.select(seen, weights, vectors.splat(kind, 0.0))
-    shrink = vectors.exp(code, code.fsub(old_peak, peak))
-    code.store(peak, code.at(state, i64(0)), align=4)
-    total = vectors.multiply_add(code, load(state, lanes), shrink, weights)
-    code.store(total, code.at(state, i64(lanes)), align=4)
-    kept = code.place(4 * lanes)
-    code.store(weights, kept, align=4)
-    all_seen = code.and_(
-        code.icmp_signed("==", low, i64(0)), code.icmp_signed("==", high, i64(lanes))
-    )
-    with code.if_else(all_seen) as (whole, part):
-        for branch, checks in ((whole, False), (part, True)):
-            with branch:
-                _emit_values(
-                    code, shape, kept, rows, state, shrink, (low, high) if checks else None
-                )
-    code.ret_void()
-    return block
-
-
-def _emit_values(
-    code: Emitter,
-    shape: Shape,
-    weights: Value,
-    rows: list[Value],
-    state: Value,
-    shrink: Value,
-    seen: tuple[Value, Value] | None,
-) -> None:
-    """Adds weighted values; those outside of `seen` may be anything, and 0 * NaN is NaN."""
-    lanes = len(rows)
-    kind = ir.VectorType(F32, lanes)
-    zero = vectors.splat(kind, 0.0)
-    parts = range(0, shape.head_dim, lanes)
-    for begin in range(0, len(parts), _CHUNK):
-        chunk = parts[begin : begin + _CHUNK]
-        # Sums of every so manieth key, so that one need not wait for the other.
-        ways = max(1, _CHUNK // len(chunk))
-        sums = [[zero] * len(chunk) for _ in range(ways)]
-        for key, row in enumerate(rows):
-            weight = vectors.spread(code, code.load(code.at(weights, i64(key)), typ=F32), lanes)
-            for number, at in enumerate(chunk):
-                value = code.load(code.at(row, i64(shape.head_dim + at)), typ=kind, align=4)
-                if seen is not None:
-                    is_seen = code.and_(
-                        code.icmp_signed(">=", i64(key), seen[0]),
-                        code.icmp_signed("<", i64(key), seen[1]),
-                    )
-                    value = code.select(is_seen, value, zero)
-                own = sums[key % ways]
-                own[number] = vectors.multiply_add(code, weight, value, own[number])
-        for number, at in enumerate(chunk):
-            added = sums[0][number]
-            for way in sums[1:]:
-                added = code.fadd(added, way[number])
-            place = code.at(state, i64(2 * lanes + at))
-            old = code.load(place, typ=kind, align=4)
-            code.store(vectors.multiply_add(code, old, shrink, added), place, align=4)
-
-
-def _emit_end(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
-    """(state, result[, sink]) writes a query's result."""
-    end = function(module, "attention_end", [PTR, PTR, *[F32] * shape.has_sinks])
-    code, lanes = Emitter(end), chip.lanes
-    state, result, *sinks = end.args
-    kind = ir.VectorType(F32, lanes)
-    total = vectors.summed(code, [code.load(code.at(state, i64(lanes)), typ=kind, align=4)])
-    total = vectors.spread(code, code.extract_element(total, ir.Constant(I32, 0)), lanes)
-    for sink in sinks:
-        peak = code.load(state, typ=kind, align=4)
-        share = vectors.exp(code, code.fsub(vectors.spread(code, sink, lanes), peak))
-        total = code.fadd(total, share)
-    total = vectors.larger(code, total, vectors.splat(kind, float(jnp.finfo(jnp.float32).tiny)))
-    for at in range(0, shape.head_dim, lanes):
-        value = code.load(code.at(state, i64(2 * lanes + at)), typ=kind, align=4)
-        code.store(code.fdiv(value, total), code.at(result, i64(at)), align=4)
-    code.ret_void()
-    return end
