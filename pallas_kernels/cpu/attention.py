@@ -9,7 +9,6 @@ else, neither on how its prompt was cut into chunks nor on what else is in the s
 
 import functools
 import hashlib
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from llvmlite import ir
 
 from jpaged.pallas_kernels.cpu import handler, online_softmax, vectors
 from jpaged.pallas_kernels.cpu.chip import Chip, host_chip
-from jpaged.pallas_kernels.cpu.compiled import Compiled
+from jpaged.pallas_kernels.cpu.compiled import ensure
 from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, Value, function, i64
 from jpaged.pallas_kernels.cpu.online_softmax import Shape
 from jpaged.pallas_kernels.rows import Rows
@@ -31,9 +30,6 @@ _WORTH_THREADS = 2**17
 
 # Arguments of a call.
 _Q, _POOL, _TABLE, _KV_LENS, _CU_Q_LENS, _NUM_SEQS, _LAYER, _SINKS = range(8)
-
-_lock = threading.Lock()
-_kept: dict[str, Compiled] = {}
 
 
 def paged_attention(
@@ -56,23 +52,15 @@ def paged_attention(
             q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
         )
     group = q.shape[1] // kv_pages.shape[2]
-    target = _register(Shape(head_dim, group, variant, sinks is not None), chip)
+    shape = Shape(head_dim, group, variant, sinks is not None)
+    target = f"jpaged_attention_{hashlib.sha256(repr((shape, chip)).encode()).hexdigest()[:16]}"
+    ensure(target, "attention", functools.partial(attention_module, shape, chip), chip)
     index = (rows.page_table, rows.kv_lens, rows.cu_q_lens, rows.num_seqs)
     layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
     more = () if sinks is None else (sinks,)
     return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(q.shape, q.dtype))(
         q, kv_pages, *index, layer, *more
     )
-
-
-def _register(shape: Shape, chip: Chip) -> str:
-    """The name by which XLA knows the kernel, which is compiled when it is first asked for."""
-    target = f"jpaged_attention_{hashlib.sha256(repr((shape, chip)).encode()).hexdigest()[:16]}"
-    with _lock:
-        if target not in _kept:
-            _kept[target] = Compiled(attention_module(shape, chip), chip)
-            _kept[target].register("attention", target)
-    return target
 
 
 def attention_module(shape: Shape, chip: Chip) -> ir.Module:

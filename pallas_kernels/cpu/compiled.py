@@ -2,12 +2,18 @@
 """How kernels become machine code, and how XLA gets to know them."""
 
 import ctypes
+import threading
+from collections.abc import Callable
 
 import jax
 import llvmlite.binding as llvm
 from llvmlite import ir
 
 from jpaged.pallas_kernels.cpu.chip import Chip
+
+_lock = threading.Lock()
+# By what XLA calls them, for as long as the process lives: programs may call them any time.
+_kept: dict[str, "Compiled"] = {}
 
 
 class Compiled:
@@ -34,3 +40,19 @@ class Compiled:
         kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
         capsule = jax.ffi.pycapsule(kind(self.address(function)))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+
+
+def ensure(target: str, handler: str, module: Callable[[], ir.Module], chip: Chip) -> None:
+    """Sees to it that XLA knows a handler: compiles it when it is first asked for.
+
+    Args:
+      target: what programs call it.
+      handler: the function of the module that it is.
+      module: makes the module.
+      chip: for which processor.
+    """
+    with _lock:
+        if target not in _kept:
+            compiled = Compiled(module(), chip)
+            compiled.register(handler, target)
+            _kept[target] = compiled

@@ -12,7 +12,6 @@ in: the bits of a token's result depend on that token and the weights alone.
 """
 
 import functools
-import threading
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -21,7 +20,7 @@ from llvmlite import ir
 
 from jpaged.pallas_kernels.cpu import handler, vectors
 from jpaged.pallas_kernels.cpu.chip import Chip, host_chip
-from jpaged.pallas_kernels.cpu.compiled import Compiled
+from jpaged.pallas_kernels.cpu.compiled import ensure
 from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, Value, function, i64
 
 # XLA knows the handler by it, also of programs that were compiled by an earlier process.
@@ -40,9 +39,6 @@ _TO_READ_SOON = 0, 2, 1
 # Multiplications below which another thread is not worth waking.
 _WORTH_THREADS = 2**17
 
-_lock = threading.Lock()
-_kept: list[Compiled] = []
-
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x @ weight.T`.
@@ -54,7 +50,9 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     Returns:
       f32[tokens, features].
     """
-    _register()
+    chip = host_chip()
+    assert chip is not None, "`takes` said so"
+    ensure(TARGET, "product", functools.partial(product_module, chip), chip)
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     with jax.named_scope("product"):
         return jax.ffi.ffi_call(TARGET, shape)(x, weight)
@@ -66,16 +64,6 @@ def takes(x: jax.Array, weight: jax.Array) -> bool:
     if chip is None or inputs % chip.lanes or not x.dtype == weight.dtype == jnp.float32:
         return False
     return tokens <= _MOST_TOKENS or (inputs < _FEW_INPUTS and x.size <= _MOST_NUMBERS)
-
-
-def _register() -> None:
-    """Compiles for this processor, and tells XLA, once."""
-    with _lock:
-        if not _kept:
-            chip = host_chip()
-            assert chip is not None, "`takes` said so"
-            _kept.append(Compiled(product_module(chip), chip))
-            _kept[0].register("product", TARGET)
 
 
 def product_module(chip: Chip) -> ir.Module:
