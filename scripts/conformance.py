@@ -34,7 +34,7 @@ from jpaged.scripts.flags import require_device, run
 _FUNCTIONS = ("paged_attention", "write_kv", "copy_pages")
 for _name in _FUNCTIONS:
     flags.DEFINE_string(_name, None, f"Implementation of {_name}, as module:function.")
-_BACKEND = flags.DEFINE_enum("backend", None, ["tpu", "gpu", "cpu", "xla"], "Of jpaged's own functions.")
+_BACKEND = flags.DEFINE_enum("backend", None, dispatch.BACKENDS, "Of jpaged's own functions.")
 _INTERPRET = flags.DEFINE_bool(
     "interpret",
     False,

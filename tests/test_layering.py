@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "jpaged/device": {"jpaged/host", "models", "pallas_kernels"},
     "jpaged": {"jpaged/host", "jpaged/telemetry", "jpaged/device", "models", "pallas_kernels"},
     "jpaged/planning": {"jpaged/host", "jpaged/device", "models", "pallas_kernels"},
-    "jpaged/jobs": {"jpaged", "jpaged/host", "models"},
+    "jpaged/jobs": {"jpaged", "jpaged/host", "models", "pallas_kernels"},
     "jpaged/integrations": {"jpaged", "jpaged/host", "jpaged/jobs", "models"},
     "jpaged/measure": {
         *("jpaged", "jpaged/host", "jpaged/simulation"),

@@ -18,6 +18,7 @@ from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
 from jpaged.jobs.output import replacing
 from jpaged.models.json_fields import read_json
+from jpaged.pallas_kernels.dispatch import resolve_backend
 
 _VERSION = 1
 # Settings that change no result: where pages lie, how they are kept, and what is written down.
@@ -92,6 +93,8 @@ def run_with(config: EngineConfig) -> dict[str, Any]:
         for field in dataclasses.fields(EngineConfig)
         if field.name not in _NOT_OF_RESULTS
     }
+    # Whose kernels a default stands for differs between machines.
+    engine["backend"] = resolve_backend(config.backend)
     device = jax.local_devices()[0]
     return _as_read(
         {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shards: whatever their number, merged they have the bytes of a job in one."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -28,6 +29,7 @@ from jpaged.jobs.shards import (
     shard_entry,
     shard_path,
 )
+from jpaged.pallas_kernels import dispatch
 from tests.jpaged.jobs.rows import encode
 
 ROWS = [
@@ -187,3 +189,18 @@ def test_what_a_job_writes_is_no_part_of_its_model(tmp_path):
         (tmp_path / name).write_text("other")
         found.append(model_identity(tmp_path, output))
     assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize(("was", "now"), [("cpu", "xla"), ("xla", "cpu")])
+def test_a_default_backend_is_what_it_stands_for(source, tmp_path, monkeypatch, was, now):
+    """On a machine without llvmlite the same settings have other kernels, and other last bits."""
+    job, found = Job(source, tmp_path / "out.jsonl"), []
+    for backend in (was, now):
+        monkeypatch.setattr(dispatch, "_backend_of_cpus", lambda backend=backend: backend)
+        found.append(job.asked | run_with(CONFIG))
+    with pytest.raises(ManifestError, match=f"engine.backend was '{was}', and is '{now}'.*--mix"):
+        check_same(job.output, *found, mix=False)
+    check_same(job.output, *found, mix=True)
+    monkeypatch.setattr(dispatch, "_backend_of_cpus", lambda: was)
+    named = dataclasses.replace(CONFIG, backend="xla")
+    assert run_with(named)["engine"]["backend"] == "xla"
