@@ -2,6 +2,7 @@
 """How kernels become machine code, and how XLA gets to know them."""
 
 import ctypes
+from collections.abc import Callable
 
 import jax
 import llvmlite.binding as llvm
@@ -25,8 +26,12 @@ class Compiled:
         self._engine = llvm.create_mcjit_compiler(parsed, target)
         self._engine.finalize_object()
 
+    def handler(self, function: str) -> Callable[[int], int | None]:
+        """A handler, to be called from Python with the address of an XLA_FFI_CallFrame."""
+        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        return kind(self._engine.get_function_address(function))
+
     def register(self, function: str, target: str) -> None:
         """Tells XLA of a handler. Args: which function it is; what programs call it."""
-        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-        capsule = jax.ffi.pycapsule(kind(self._engine.get_function_address(function)))
+        capsule = jax.ffi.pycapsule(self.handler(function))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")

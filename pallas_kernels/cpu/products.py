@@ -61,9 +61,14 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def takes(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `product` is for such arrays: float32, of whole vectors of inputs, a few tokens."""
+    """Whether `product` is for such arrays: float32, of whole vectors of inputs, a few tokens.
+
+    Those that cannot be multiplied are not: XLA's product says what is wrong with them.
+    """
     chip = host_chip()
-    if chip is None or x.shape[1] % chip.lanes or x.size > MOST_NUMBERS:
+    if chip is None or x.shape[1:] != weight.shape[1:] or not 0 < x.size <= MOST_NUMBERS:
+        return False
+    if x.ndim != 2 or x.shape[1] % chip.lanes or not weight.size:
         return False
     return x.dtype == weight.dtype == jnp.float32
 
