@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds an implementation of the paged-attention contract to dense float64.
 
-    jpaged conformance --backend=xla
+    jpaged conformance --backend=cpu
     jpaged conformance --backend=tpu --interpret
     jpaged conformance --backend=gpu --interpret --gpu=a100 --dtype=bfloat16
     jpaged conformance --paged_attention=my_package.my_module:my_attention --only=decode
@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from jpaged import pallas_kernels
-from jpaged.pallas_kernels import conformance
+from jpaged.pallas_kernels import conformance, dispatch
 from jpaged.pallas_kernels.aot import GPU_TARGETS
 from jpaged.scripts.flags import require_device, run
 
 _FUNCTIONS = ("paged_attention", "write_kv", "copy_pages")
 for _name in _FUNCTIONS:
     flags.DEFINE_string(_name, None, f"Implementation of {_name}, as module:function.")
-_BACKEND = flags.DEFINE_enum("backend", None, ["tpu", "gpu", "xla"], "Of jpaged's own functions.")
+_BACKEND = flags.DEFINE_enum("backend", None, dispatch.BACKENDS, "Of jpaged's own functions.")
 _INTERPRET = flags.DEFINE_bool(
     "interpret",
     False,
