@@ -195,6 +195,18 @@ class TestThreads:
         assert len(xla.scheduled) == threads - 1
         assert not xla.destroyed
 
+    def test_the_caller_waits_for_pieces_of_others(self, product):
+        """One that a task has begun, and all others too, when the caller looks for one."""
+
+        def ahead(task):
+            begun = threading.Event()
+            own_thread(lambda: (begun.set(), task()))
+            begun.wait()
+            time.sleep(0.001)
+
+        # Two pieces of some milliseconds each; a thread takes the following one with its own.
+        check(product, Xla(2, ahead), *case(60_000, 256, 2 * CHIP.rows))
+
     def test_tasks_that_begin_when_the_call_is_over(self, product):
         xla = Xla(5, run=lambda task: None)
         x, weight = case()
