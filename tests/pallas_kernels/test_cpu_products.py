@@ -184,6 +184,39 @@ class TestTakes:
         np.testing.assert_array_equal(got, want)
 
 
+class TestTransformations:
+    """What XLA's product can be, this one can: mapped, and differentiated either way."""
+
+    X, WEIGHT = normal(4, 64), normal(24, 64, seed=1)
+
+    def linear(self, backend):
+        return functools.partial(linear, backend=backend)
+
+    def test_derivatives_are_those_of_a_product(self):
+        cases = normal(4, 24, seed=2), normal(4, 64, seed=3), normal(24, 64, seed=4)
+        of_result, dx, dweight = (case.astype(np.float64) for case in cases)
+        y, pull = jax.vjp(self.linear("cpu"), self.X, self.WEIGHT)
+        np.testing.assert_array_equal(y, kernel(HOST)(self.X, self.WEIGHT))
+        of_x, of_weight = pull(jnp.asarray(cases[0]))
+        np.testing.assert_allclose(of_x, of_result @ self.WEIGHT, atol=1e-4)
+        np.testing.assert_allclose(of_weight, of_result.T @ self.X, atol=1e-4)
+        _, tangent = jax.jvp(self.linear("cpu"), (self.X, self.WEIGHT), cases[1:])
+        np.testing.assert_allclose(tangent, dx @ self.WEIGHT.T + self.X @ dweight.T, atol=1e-4)
+
+    @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+    def test_each_of_many_is_what_it_is_alone(self, axes):
+        x, weight = (
+            normal(3, *one.shape, seed=5) if axis == 0 else one
+            for one, axis in zip((self.X, self.WEIGHT), axes, strict=True)
+        )
+        got = jax.vmap(self.linear("cpu"), axes)(x, weight)
+        for i in range(3):
+            pair = (
+                one[i] if axis == 0 else one for one, axis in zip((x, weight), axes, strict=True)
+            )
+            np.testing.assert_array_equal(got[i], kernel(HOST)(*pair))
+
+
 class TestThreads:
     SHAPES = ((1, 16, 1), (1, 64, 40), (1, 784, 3001), (7, 576, 1536), (16, 1536, 577), (3, 48, 9))
 
