@@ -90,7 +90,7 @@ def linear(
       [tokens, features].
     """
     if (product := dispatch.product_of(backend, x, weight)) is not None:
-        return product(x, weight)
+        return product(x, weight).astype(dtype or x.dtype)
     contracted = (((1,), (1,)), ((), ()))
 
     def tokens_first(x, weight):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds an implementation of the paged-attention contract to dense float64.
 
-    jpaged conformance --backend=xla
+    jpaged conformance --backend=cpu
     jpaged conformance --backend=tpu --interpret
     jpaged conformance --backend=gpu --interpret --gpu=a100 --dtype=bfloat16
     jpaged conformance --paged_attention=my_package.my_module:my_attention --only=decode
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from jpaged import pallas_kernels
-from jpaged.pallas_kernels import conformance
+from jpaged.pallas_kernels import conformance, dispatch
 from jpaged.pallas_kernels.aot import GPU_TARGETS
 from jpaged.scripts.flags import require_device, run
 

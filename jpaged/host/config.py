@@ -99,7 +99,8 @@ class EngineConfig:
         max_num_batched_tokens do.
       scan_layers: scan over the layers (compiles fast) instead of unrolling them (runs fast on
         CPUs and GPUs); None scans on TPUs alone.
-      backend: "tpu", "gpu" or "xla" kernels; None takes those of the default device.
+      backend: "tpu", "gpu", "cpu" or "xla" kernels; None takes those of the default device, and on
+        CPUs "xla" where "cpu" cannot be had: without llvmlite, or on an old processor.
       generation_config: "model" takes what the model's generation_config.json says for sampling
         parameters that are None; "ignore" reads its end-of-sequence tokens only.
       record_steps: file that the steps are written to, one JSON object a line, to be run again with

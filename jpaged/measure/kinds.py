@@ -16,7 +16,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("copies", r"\bjit_\w+_pages\b|(?<!\S)(memcpy|memset|copy-(start|done))"),
     ("copies", rf"(?<!\S)(wrapped_|loop_|input_)?{_MOVES}(_({_MOVES}|fusion))*[._\d]*(?!\S)"),
     ("products", r"dot_general|ragged_dot|(?<!\S)(dot|custom-call|convolution)\b|gemm|gemv|nvjet"),
-    ("products", r"cutlass|cublas|triton_softmax_dot|sm\d+_xmma"),
+    ("products", r"/product/|cutlass|cublas|triton_softmax_dot|sm\d+_xmma"),
 )
 OTHER = "other"
 ALL_KINDS = (*dict.fromkeys(kind for kind, _ in KINDS), OTHER)

@@ -13,6 +13,7 @@ from jpaged.host.checks import at_least, checked
 from jpaged.host.config import EngineConfig, engine_config
 from jpaged.models.config import ModelConfig
 from jpaged.pallas_kernels.aot import GpuCompiler, TpuCompiler
+from jpaged.pallas_kernels.dispatch import BACKEND_OF_PLATFORM
 from jpaged.planning.changes import changes_of
 from jpaged.planning.chips import CHIPS, DeviceMemory
 from jpaged.planning.kernels import check_kernels
@@ -102,10 +103,11 @@ def compile_steps(
     """
     config = engine_config(config)
     asked = Asked(model_config, config, device, num_devices, None, None)
-    if device.target is None or config.backend == "xla":
+    if device.target is None or asked.backend != BACKEND_OF_PLATFORM[device.platform]:
         targets = [name for name, chip in CHIPS.items() if chip.target]
         raise ValueError(
-            f"steps are compiled for {', '.join(targets)} alone, and not with backend='xla'"
+            f"steps are compiled for {', '.join(targets)} alone, each with its own kernels, and "
+            f"not with backend={asked.backend!r} on platform {device.platform!r}"
         )
     if device.platform == "tpu":
         compiler = TpuCompiler()

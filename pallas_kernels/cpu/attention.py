@@ -37,8 +37,8 @@ def paged_attention(
 ) -> jax.Array:
     """See `pallas_kernels.paged_attention`; what there is no kernel for, XLA computes.
 
-    That is: queries or pages that are not float32, heads that are not whole vectors, pages of fewer
-    cells than a vector has lanes, and scores with a cap.
+    That is: queries or pages that are not float32 or have scales, heads that are not whole vectors,
+    pages of fewer cells than a vector has lanes, and scores with a cap.
     """
     chip, head_dim, page_size = host_chip(), q.shape[2], kv_pages.shape[3]
     if (
@@ -47,6 +47,7 @@ def paged_attention(
         or head_dim % chip.lanes
         or page_size % chip.lanes
         or variant.soft_cap is not None
+        or kv_scale is not None
     ):
         return xla.paged_attention(
             q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
@@ -55,12 +56,32 @@ def paged_attention(
     shape = Shape(head_dim, group, variant, sinks is not None)
     target = f"jpaged_attention_{hashlib.sha256(repr((shape, chip)).encode()).hexdigest()[:16]}"
     ensure(target, "attention", functools.partial(attention_module, shape, chip), chip)
-    index = (rows.page_table, rows.kv_lens, rows.cu_q_lens, rows.num_seqs)
     layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
+    return _call(target, variant, q, kv_pages, sinks, rows, layer)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _call(target, variant: AttentionVariant, q, kv_pages, sinks, rows: Rows, layer) -> jax.Array:
+    index = (rows.page_table, rows.kv_lens, rows.cu_q_lens, rows.num_seqs)
     more = () if sinks is None else (sinks,)
-    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(q.shape, q.dtype))(
-        q, kv_pages, *index, layer, *more
+    call = jax.ffi.ffi_call(
+        target, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"
     )
+    return call(q, kv_pages, *index, layer, *more)
+
+
+@_call.defjvp
+def _tangent(target, variant: AttentionVariant, arrays, tangents):
+    """As XLA computes it."""
+    *floats, rows, layer = arrays
+
+    def attend(q, kv_pages, sinks):
+        return xla.paged_attention(
+            q, kv_pages, rows, variant, layer=layer[0], kv_scale=None, sinks=sinks
+        )
+
+    _, tangent = jax.jvp(attend, tuple(floats), tuple(tangents[:3]))
+    return _call(target, variant, *arrays), tangent
 
 
 def attention_module(shape: Shape, chip: Chip) -> ir.Module:

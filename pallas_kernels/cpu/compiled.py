@@ -35,10 +35,13 @@ class Compiled:
         """Where a function's code is."""
         return self._engine.get_function_address(function)
 
+    def handler(self, function: str) -> Callable[[int], int | None]:
+        """A handler, to be called from Python with the address of an XLA_FFI_CallFrame."""
+        return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(self.address(function))
+
     def register(self, function: str, target: str) -> None:
         """Tells XLA of a handler. Args: which function it is; what programs call it."""
-        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-        capsule = jax.ffi.pycapsule(kind(self.address(function)))
+        capsule = jax.ffi.pycapsule(self.handler(function))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
 
 

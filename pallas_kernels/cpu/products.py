@@ -53,15 +53,33 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     chip = host_chip()
     assert chip is not None, "`takes` said so"
     ensure(TARGET, "product", functools.partial(product_module, chip), chip)
-    shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
     with jax.named_scope("product"):
-        return jax.ffi.ffi_call(TARGET, shape)(x, weight)
+        return _call(x, weight)
+
+
+@jax.custom_jvp
+def _call(x: jax.Array, weight: jax.Array) -> jax.Array:
+    shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(TARGET, shape, vmap_method="sequential")(x, weight)
+
+
+@_call.defjvp
+def _tangent(arrays: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]):
+    """Of a product: of each factor's tangent by the other, which XLA multiplies."""
+    (x, weight), (dx, dweight) = arrays, tangents
+    return _call(x, weight), dx @ weight.T + x @ dweight.T
 
 
 def takes(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether `product` is for such arrays: float32, of whole vectors of inputs, of few tokens."""
-    chip, (tokens, inputs) = host_chip(), x.shape
-    if chip is None or inputs % chip.lanes or not x.dtype == weight.dtype == jnp.float32:
+    """Whether `product` is for such arrays: float32, of whole vectors of inputs, of few tokens.
+
+    Those that cannot be multiplied are not: XLA's product says what is wrong with them.
+    """
+    chip = host_chip()
+    if chip is None or x.ndim != 2 or x.shape[1:] != weight.shape[1:] or not x.size * weight.size:
+        return False
+    tokens, inputs = x.shape
+    if inputs % chip.lanes or not x.dtype == weight.dtype == jnp.float32:
         return False
     return tokens <= _MOST_TOKENS or (inputs < _FEW_INPUTS and x.size <= _MOST_NUMBERS)
 

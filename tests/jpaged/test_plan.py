@@ -343,6 +343,12 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"steps are compiled for a100, .* alone"):
             compile_steps(TINY, device=device)
 
+    @pytest.mark.parametrize("backend", ["cpu", "xla", "gpu"])
+    def test_kernels_that_are_not_the_chips(self, backend):
+        message = f"each with its own kernels, and not with backend={backend!r} on platform 'tpu'$"
+        with pytest.raises(ValueError, match=message):
+            compile_steps(TINY, EngineConfig(backend=backend), device=memory_of("v5e"))
+
 
 def test_every_chip_can_be_planned_for():
     for chip in CHIPS:

@@ -20,6 +20,7 @@ from jpaged.host.logits_processors import Processing
 from jpaged.host.step import Draw, Rows, Samples, Scores, Search, StepPlan
 from jpaged.host.step_log import StepLog, StepLogHeader, read_header, read_steps
 from jpaged.host.token_biases import BiasEntries, CountEntries
+from jpaged.pallas_kernels.dispatch import resolve_backend
 from jpaged.placement import runner_of
 from tests.jpaged.exact import EXACT, drawn, run_steps
 from tests.jpaged.tiny import TINY, prompts_of, tiny_engine, tiny_params
@@ -230,9 +231,10 @@ class TestReplay:
         buckets = ShapeBuckets(
             header.max_num_batched_tokens, header.max_num_seqs, single=header.deterministic
         )
-        plan = plan_pool(config, TINY, "xla")
+        backend = resolve_backend(config.backend)
+        plan = plan_pool(config, TINY, backend)
         runner = runner_of(
-            config, TINY, tiny_params(), plan, backend="xla", num_host_pages=header.num_host_pages
+            config, TINY, tiny_params(), plan, backend=backend, num_host_pages=header.num_host_pages
         )
         again = list(replay(read_steps(path), runner, buckets))
         read = [found for result in dispatched for found in result.outcomes()]

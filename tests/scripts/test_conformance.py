@@ -12,8 +12,9 @@ def run(*args):
     return ended("jpaged", "conformance", *args)
 
 
-def test_our_own_functions_pass():
-    done = run("--backend=xla", "--only=9 query heads")
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_our_own_functions_pass(backend):
+    done = run(f"--backend={backend}", "--only=9 query heads")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert (report["passed"], report["failed"], report["refused"]) == (3, 0, 0)

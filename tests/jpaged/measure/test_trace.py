@@ -180,7 +180,9 @@ def test_a_trace_without_steps_has_none():
         (("jit_step", "", "cublas-gemm.2", "nvjet_hsh_128x64"), "products"),
         (("jit_step", "", "", "cutlass_80_tensorop_s16816gemm"), "products"),
         (("jit_step", "jit(step)/experts/ragged_dot", "fusion.1", ""), "products"),
+        (("jit_step", "jit(step)/mlp/up_proj/product/ffi_call", "ffi_call.3", ""), "products"),
         (("jit_step", "jit(step)/norm/mul", "fusion.1", "fusion_1"), "other"),
+        (("jit_step", "jit(step)/reduce_product/mul", "fusion.1", "fusion_1"), "other"),
         (("", "", "", ""), "other"),
     ],
 )
