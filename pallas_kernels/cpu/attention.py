@@ -9,6 +9,7 @@ else, neither on how its prompt was cut into chunks nor on what else is in the s
 
 import functools
 import hashlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +39,14 @@ def paged_attention(
     """See `pallas_kernels.paged_attention`; what there is no kernel for, XLA computes.
 
     That is: queries or pages that are not float32 or have scales, heads that are not whole vectors,
-    pages of fewer cells than a vector has lanes, and scores with a cap.
+    and scores with a cap.
     """
     chip, head_dim, page_size = host_chip(), q.shape[2], kv_pages.shape[3]
+    cells = math.gcd(page_size, chip.lanes) if chip is not None else 0
     if (
         chip is None
         or not q.dtype == kv_pages.dtype == jnp.float32
         or head_dim % chip.lanes
-        or page_size % chip.lanes
         or variant.soft_cap is not None
         or kv_scale is not None
     ):
@@ -53,7 +54,7 @@ def paged_attention(
             q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
         )
     group = q.shape[1] // kv_pages.shape[2]
-    shape = Shape(head_dim, group, variant, sinks is not None)
+    shape = Shape(head_dim, group, cells, variant, sinks is not None)
     target = f"jpaged_attention_{hashlib.sha256(repr((shape, chip)).encode()).hexdigest()[:16]}"
     ensure(target, "attention", functools.partial(attention_module, shape, chip), chip)
     layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
@@ -153,6 +154,7 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     )
     pages_per_seq = handler.dims(code, buffers[_TABLE], 1)
     state = code.place(4 * shape.tokens * shape.group * online_softmax.state_size(shape, chip))
+    pages = code.place(8 * chip.lanes // shape.page_size)
 
     number = functools.partial(_number, code)
     tile = _tile(code, shape, buffers)
@@ -194,23 +196,25 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
             code.sdiv(code.sub(code.add(position, count), i64(1)), i64(chip.lanes)), i64(1)
         )
 
-        def keys_of(index: Value) -> tuple[Value, Value]:
-            """A block's first position, and where its cells are."""
-            start = code.mul(index, i64(chip.lanes))
+        last_position = code.sub(code.add(position, count), i64(1))
+
+        def cells_at(start: Value) -> Value:
+            """Where the cells from a position on are, or the last ones that there are."""
+            start = code.smaller(start, last_position)
+            start = code.sub(start, code.urem(start, i64(shape.page_size)))
             entry = code.add(code.mul(row, pages_per_seq), code.udiv(start, page_size))
             page = code.add(of_layer, number(table, entry))
             page = code.add(code.mul(page, num_kv_heads), head)
             cell = code.mul(code.urem(start, page_size), kv_dim)
-            return start, code.at(pool, code.add(code.mul(page, cells), cell))
+            return code.at(pool, code.add(code.mul(page, cells), cell))
 
         with code.loop(code.sdiv(lowest, i64(chip.lanes)), blocks_end, i64(1)) as number_of_block:
-            start, keys = keys_of(number_of_block)
-            # Pages lie anywhere: the processor does not know which cells come next.
-            following = code.add(number_of_block, i64(1))
-            following = code.select(
-                code.icmp_signed("<", following, blocks_end), following, number_of_block
-            )
-            code.call(ask, [keys_of(following)[1], code.mul(kv_dim, i64(chip.lanes))])
+            start = code.mul(number_of_block, i64(chip.lanes))
+            for part in range(0, chip.lanes, shape.page_size):
+                code.write(pages, 8 * part // shape.page_size, cells_at(code.add(start, i64(part))))
+                # Pages lie anywhere: the processor does not know which cells come next.
+                following = cells_at(code.add(start, i64(chip.lanes + part)))
+                code.call(ask, [following, code.mul(kv_dim, i64(shape.page_size))])
             with code.loop(i64(0), queries, i64(1)) as each:
                 own = code.add(position, code.udiv(each, i64(shape.group)))
                 high = code.sub(code.add(own, i64(1)), start)
@@ -227,7 +231,7 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
                         i64(shape.head_dim),
                     )
                     own_state = code.at(state, code.mul(each, size))
-                    arguments = (code.at(query(q, token), at), keys, kv_dim, own_state, low, high)
+                    arguments = (code.at(query(q, token), at), pages, kv_dim, own_state, low, high)
                     code.call(block, arguments)
         sinks = code.read(buffers[_SINKS], handler.DATA, PTR) if shape.has_sinks else None
         with code.loop(i64(0), queries, i64(1)) as each:

@@ -29,12 +29,14 @@ class Shape:
     Attributes:
       head_dim: lanes of a key.
       group: query heads of a KV head.
+      page_size: cells of a page, or as many as a vector has lanes where a page has whole blocks.
       variant: which attention.
       has_sinks: whether heads have sinks.
     """
 
     head_dim: int
     group: int
+    page_size: int
     variant: AttentionVariant
     has_sinks: bool
 
@@ -62,17 +64,24 @@ def emit_begin(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
 
 
 def emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
-    """(query, keys, kv_dim, state, low, high) has a query see keys `low .. high` of a block."""
+    """(query, pages, kv_dim, state, low, high) has a query see keys `low .. high` of a block.
+
+    `pages` are pointers to its cells, for as many as `Shape.page_size` has in a row.
+    """
     block = function(module, "attention_block", [PTR, PTR, I64, PTR, I64, I64])
     block.attributes.add("noinline")
-    query, keys, kv_dim, state, low, high = block.args
+    query, pages, kv_dim, state, low, high = block.args
     code, lanes = Emitter(block), chip.lanes
     kind = ir.VectorType(F32, lanes)
 
     def load(pointer: Value, at: int) -> Value:
         return code.load(code.at(pointer, i64(at)), typ=kind, align=4)
 
-    rows = [code.at(keys, code.mul(kv_dim, i64(key))) for key in range(lanes)]
+    starts = [code.read(pages, 8 * page, PTR) for page in range(lanes // shape.page_size)]
+    rows = [
+        code.at(starts[key // shape.page_size], code.mul(kv_dim, i64(key % shape.page_size)))
+        for key in range(lanes)
+    ]
     places = range(0, shape.head_dim, lanes)
     parts = [load(query, at) for at in places]
     products = []

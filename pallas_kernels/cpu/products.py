@@ -33,7 +33,7 @@ _PIECES = 16
 _BLOCK = 768
 # Tokens, and numbers that they have together if inputs are fewer than that, at most: XLA's products
 # of more take as long or less (docs/decisions.md).
-_MOST_TOKENS, _FEW_INPUTS, _MOST_NUMBERS = 8, 1024, 2**16
+_MOST_TOKENS, _FEW_INPUTS, MOST_NUMBERS = 8, 1024, 2**16
 # To read, into the second cache, data: as LLVM's prefetch takes it.
 _TO_READ_SOON = 0, 2, 1
 # Multiplications below which another thread is not worth waking.
@@ -81,7 +81,7 @@ def takes(x: jax.Array, weight: jax.Array) -> bool:
     tokens, inputs = x.shape
     if inputs % chip.lanes or not x.dtype == weight.dtype == jnp.float32:
         return False
-    return tokens <= _MOST_TOKENS or (inputs < _FEW_INPUTS and x.size <= _MOST_NUMBERS)
+    return tokens <= _MOST_TOKENS or (inputs < _FEW_INPUTS and x.size <= MOST_NUMBERS)
 
 
 def product_module(chip: Chip) -> ir.Module:
@@ -129,7 +129,7 @@ def _emit_piece(
         for which, index in ((handler.ARGUMENTS, 0), (handler.ARGUMENTS, 1), (handler.RESULTS, 0))
     )
     # Between blocks of inputs; one block needs none.
-    sums = code.place(4 * chip.lanes * chip.rows * (_MOST_NUMBERS // _BLOCK + 1))
+    sums = code.place(4 * chip.lanes * chip.rows * (MOST_NUMBERS // _BLOCK + 1))
     rows = _rows(code, chip, inputs, features)
     first = code.mul(index, rows)
     last = code.smaller(code.add(first, rows), features)

@@ -68,7 +68,7 @@ def check(case, **kwargs):
 
 
 @pytest.mark.parametrize("lens", [DECODE, PREFILL, MIXED], ids=["decode", "prefill", "mixed"])
-@pytest.mark.parametrize("page_size", [16, 48, 256])
+@pytest.mark.parametrize("page_size", [1, 4, 16, 24, 48, 256])
 def test_equals_dense_attention(chip, lens, page_size):
     check(make_case(lens, page_size=page_size, head_dim=64, pad_tokens=0 if lens is DECODE else 3))
 
@@ -91,6 +91,10 @@ def test_heads(heads, head_dim):
 @pytest.mark.parametrize("window", [1, 4, 16, 17, 129])
 def test_sliding_window(chip, window):
     check(make_case(MIXED, head_dim=32, page_size=16), sliding_window=window)
+    check(
+        make_case(MIXED, head_dim=32, page_size=4, released=True, sliding_window=window),
+        sliding_window=window,
+    )
     check(make_case(DECODE, head_dim=32, page_size=16, pad_tokens=0), sliding_window=window)
 
 
@@ -145,7 +149,7 @@ def test_scores_of_any_size():
         min_size=1,
         max_size=5,
     ),
-    page_size=st.sampled_from([16, 32, 48, 128]),
+    page_size=st.sampled_from([1, 2, 3, 8, 16, 24, 48, 128]),
     group=st.integers(1, 3),
     window=st.sampled_from([None, 1, 5, 16, 100]),
     seed=st.integers(0, 99),
@@ -182,14 +186,15 @@ class TestBits:
             own = np.asarray(attend(q[first:last], pool, table, *lens, **named))
             np.testing.assert_array_equal(own, whole[first:last])
 
-    def test_page_sizes(self):
-        """Pages of 16 cells and of 64, with the same keys and values."""
-        small = self.CASE([(7, 130), (1, 90)], page_size=16)
+    @pytest.mark.parametrize("page_size", [1, 4, 6, 16])
+    def test_page_sizes(self, page_size):
+        """Pages of some size and of 64, with the same keys and values."""
+        small = self.CASE([(7, 130), (1, 90)], page_size=page_size)
         large = self.CASE([(7, 130), (1, 90)], page_size=64)
         for row, length in enumerate((130, 90)):
             for position in range(length):
                 cell = small.kv_pages[
-                    :, small.rows.page_table[row, position // 16], :, position % 16
+                    :, small.rows.page_table[row, position // page_size], :, position % page_size
                 ]
                 page = large.rows.page_table[row, position // 64]
                 large.kv_pages[:, page, :, position % 64] = cell
@@ -225,12 +230,11 @@ class TestBits:
 @pytest.mark.parametrize(
     ("shape", "kwargs"),
     [
-        ({"page_size": 4}, {}),
         ({"head_dim": 20}, {}),
         ({}, {"soft_cap": 2.0}),
         ({"dtype": jnp.bfloat16}, {}),
     ],
-    ids=["small pages", "lanes that are no vectors", "capped", "bfloat16"],
+    ids=["lanes that are no vectors", "capped", "bfloat16"],
 )
 def test_xla_computes_the_rest(shape, kwargs):
     case = make_case(MIXED, **({"head_dim": 32, "page_size": 16} | shape))

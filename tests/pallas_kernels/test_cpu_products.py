@@ -145,7 +145,7 @@ class TestTakes:
     def test_what_it_is_for(self):
         inputs = 16 * HOST.lanes
         tokens = products.MOST_NUMBERS // inputs
-        for x in (self.X, (1, HOST.lanes), (tokens, inputs)):
+        for x in (self.X, (1, HOST.lanes), (tokens, inputs), (8, 1024), (8, 14336)):
             x = jnp.ones(x)
             assert products.takes(x, jnp.ones((24, x.shape[1])))
 
@@ -156,6 +156,7 @@ class TestTakes:
         yield normal(4, HOST.lanes - 1), normal(24, HOST.lanes - 1)
         yield normal(4, HOST.lanes + 2), normal(24, HOST.lanes + 2)
         yield normal(products.MOST_NUMBERS // 64 + 1, 64), normal(*self.WEIGHT)
+        yield normal(9, 1024), normal(24, 1024)
         yield normal(4, 0), normal(24, 0)
         yield normal(0, 64), normal(*self.WEIGHT)
         yield normal(*self.X), normal(0, 64)
