@@ -88,7 +88,10 @@ def _backend_of_cpus() -> str:
     try:
         _package("cpu").check_platform()
     except ValueError as error:
-        logger.info("products take longer: %s", error)
+        # It is an extra, and no fault of anybody that it is not there.
+        is_there = importlib.util.find_spec("llvmlite") is not None
+        level = logging.WARNING if is_there else logging.INFO
+        logger.log(level, "steps take longer, by backend 'xla': %s", error)
         return "xla"
     return "cpu"
 
@@ -155,7 +158,9 @@ def paged_attention(
       sinks: bf16|f16|f32[num_q_heads], a score of each head beside those of the keys, neither
         scaled nor capped, that takes its share of the weights and has no value; -inf is none.
       backend: "tpu", "gpu", "cpu" or "xla"; by default the one of JAX's default device, and on
-        CPUs "xla" where what "cpu" needs is not there.
+        CPUs "xla" where what "cpu" needs is not there. What is sharded, or exported by
+        `jax.export`, takes "xla": compilers neither split other kernels nor promise to keep them;
+        within `jax.shard_map` all can be used.
 
     Returns:
       Same shape and dtype as `q`, accumulated in float32; zeros for padding tokens.

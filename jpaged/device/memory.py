@@ -281,7 +281,7 @@ def check_pages(model_config: ModelConfig, plan: PoolPlan, dtype: np.dtype, back
       ValueError: if they do not take them; the message has the rule.
     """
     if backend in ("cpu", "xla"):
-        return  # whose attention is XLA's, which compiles for everything
+        return  # which compiles for everything, and has what the other's kernels do not take
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     index: Any = ints((4, plan.pages_per_seq)), ints((4,)), ints((5,)), ints((1,))
     rows = Rows(*index)

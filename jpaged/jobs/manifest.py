@@ -18,6 +18,7 @@ from jpaged.host.config import EngineConfig
 from jpaged.host.params import SamplingParams
 from jpaged.jobs.output import replacing
 from jpaged.models.json_fields import read_json
+from jpaged.pallas_kernels.cpu.chip import host_chip
 from jpaged.pallas_kernels.dispatch import resolve_backend
 
 _VERSION = 1
@@ -93,13 +94,17 @@ def run_with(config: EngineConfig) -> dict[str, Any]:
         for field in dataclasses.fields(EngineConfig)
         if field.name not in _NOT_OF_RESULTS
     }
-    # Whose kernels a default stands for differs between machines.
-    engine["backend"] = resolve_backend(config.backend)
     device = jax.local_devices()[0]
+    computes = {"platform": device.platform, "kind": device.device_kind}
+    if device.platform == "cpu":
+        # Whose kernels a default stands for differs between machines, and their order of sums.
+        engine["backend"] = resolve_backend(config.backend)
+        chip = host_chip() if engine["backend"] == "cpu" else None
+        computes["vector_lanes"] = chip.lanes if chip is not None else None
     return _as_read(
         {
             "engine": engine,
-            "device": {"platform": device.platform, "kind": device.device_kind},
+            "device": computes,
             "versions": {"jpaged": jpaged.__version__, "jax": jax.__version__},
         }
     )

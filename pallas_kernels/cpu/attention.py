@@ -42,7 +42,6 @@ def paged_attention(
     and scores with a cap.
     """
     chip, head_dim, page_size = host_chip(), q.shape[2], kv_pages.shape[3]
-    cells = math.gcd(page_size, chip.lanes) if chip is not None else 0
     if (
         chip is None
         or not q.dtype == kv_pages.dtype == jnp.float32
@@ -54,7 +53,8 @@ def paged_attention(
             q, kv_pages, rows, variant, layer=layer, kv_scale=kv_scale, sinks=sinks
         )
     group = q.shape[1] // kv_pages.shape[2]
-    shape = Shape(head_dim, group, cells, variant, sinks is not None)
+    run = math.gcd(page_size, chip.lanes)
+    shape = Shape(head_dim, group, run, variant, sinks is not None)
     target = f"jpaged_attention_{hashlib.sha256(repr((shape, chip)).encode()).hexdigest()[:16]}"
     ensure(target, "attention", functools.partial(attention_module, shape, chip), chip)
     layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
@@ -154,7 +154,7 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     )
     pages_per_seq = handler.dims(code, buffers[_TABLE], 1)
     state = code.place(4 * shape.tokens * shape.group * online_softmax.state_size(shape, chip))
-    pages = code.place(8 * chip.lanes // shape.page_size)
+    pages = code.place(8 * chip.lanes // shape.run)
 
     number = functools.partial(_number, code)
     tile = _tile(code, shape, buffers)
@@ -169,12 +169,14 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     seqs = number(num_seqs, i64(0))
     live = code.smaller(number(cu_q_lens, seqs), last)
     of_layer = code.mul(number(layer, i64(0)), num_pages)
-    cells = code.mul(page_size, kv_dim)
+    of_head = code.mul(page_size, kv_dim)
 
-    def query(pointer: Value, token: Value) -> Value:
-        """Where the first query of this head of a token is."""
-        heads = code.add(code.mul(token, num_q_heads), code.mul(head, i64(shape.group)))
-        return code.at(pointer, code.mul(heads, i64(shape.head_dim)))
+    def query(pointer: Value, token: Value, each: Value) -> Value:
+        """Where a query of this head is, of all that it has from a token on."""
+        token = code.add(token, code.udiv(each, i64(shape.group)))
+        heads = code.add(code.mul(head, i64(shape.group)), code.urem(each, i64(shape.group)))
+        number_of_query = code.add(code.mul(token, num_q_heads), heads)
+        return code.at(pointer, code.mul(number_of_query, i64(shape.head_dim)))
 
     with code.repeat(first, live) as (token, go_on):
         # Whose token it is: of the first row that ends after it.
@@ -192,29 +194,26 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
         if shape.variant.sliding_window is not None:
             lowest = code.sub(position, i64(shape.variant.sliding_window - 1))
             lowest = code.larger(lowest, i64(0))
-        blocks_end = code.add(
-            code.sdiv(code.sub(code.add(position, count), i64(1)), i64(chip.lanes)), i64(1)
-        )
-
         last_position = code.sub(code.add(position, count), i64(1))
+        blocks_end = code.add(code.sdiv(last_position, i64(chip.lanes)), i64(1))
 
         def cells_at(start: Value) -> Value:
-            """Where the cells from a position on are, or the last ones that there are."""
-            start = code.smaller(start, last_position)
-            start = code.sub(start, code.urem(start, i64(shape.page_size)))
+            """Where the cells from a position on are, or the closest ones that are looked at."""
+            start = code.larger(code.smaller(start, last_position), lowest)
+            start = code.sub(start, code.urem(start, i64(shape.run)))
             entry = code.add(code.mul(row, pages_per_seq), code.udiv(start, page_size))
             page = code.add(of_layer, number(table, entry))
             page = code.add(code.mul(page, num_kv_heads), head)
             cell = code.mul(code.urem(start, page_size), kv_dim)
-            return code.at(pool, code.add(code.mul(page, cells), cell))
+            return code.at(pool, code.add(code.mul(page, of_head), cell))
 
         with code.loop(code.sdiv(lowest, i64(chip.lanes)), blocks_end, i64(1)) as number_of_block:
             start = code.mul(number_of_block, i64(chip.lanes))
-            for part in range(0, chip.lanes, shape.page_size):
-                code.write(pages, 8 * part // shape.page_size, cells_at(code.add(start, i64(part))))
+            for part in range(0, chip.lanes, shape.run):
+                code.write(pages, 8 * part // shape.run, cells_at(code.add(start, i64(part))))
                 # Pages lie anywhere: the processor does not know which cells come next.
                 following = cells_at(code.add(start, i64(chip.lanes + part)))
-                code.call(ask, [following, code.mul(kv_dim, i64(shape.page_size))])
+                code.call(ask, [following, code.mul(kv_dim, i64(shape.run))])
             with code.loop(i64(0), queries, i64(1)) as each:
                 own = code.add(position, code.udiv(each, i64(shape.group)))
                 high = code.sub(code.add(own, i64(1)), start)
@@ -223,30 +222,22 @@ def _emit_piece(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
                     low = code.larger(code.sub(high, i64(shape.variant.sliding_window)), i64(0))
                 high = code.smaller(high, i64(chip.lanes))
                 with code.if_then(code.icmp_signed("<", low, high)):
-                    at = code.mul(
-                        code.add(
-                            code.mul(code.udiv(each, i64(shape.group)), num_q_heads),
-                            code.urem(each, i64(shape.group)),
-                        ),
-                        i64(shape.head_dim),
-                    )
                     own_state = code.at(state, code.mul(each, size))
-                    arguments = (code.at(query(q, token), at), pages, kv_dim, own_state, low, high)
+                    arguments = (query(q, token, each), pages, kv_dim, own_state, low, high)
                     code.call(block, arguments)
         sinks = code.read(buffers[_SINKS], handler.DATA, PTR) if shape.has_sinks else None
         with code.loop(i64(0), queries, i64(1)) as each:
-            own_head = code.urem(each, i64(shape.group))
-            at = code.add(code.mul(code.udiv(each, i64(shape.group)), num_q_heads), own_head)
-            result = code.at(query(out, token), code.mul(at, i64(shape.head_dim)))
             sink = ()
             if sinks is not None:
+                own_head = code.urem(each, i64(shape.group))
                 own_head = code.add(code.mul(head, i64(shape.group)), own_head)
                 sink = (code.load(code.at(sinks, own_head), typ=F32),)
-            code.call(end, [code.at(state, code.mul(each, size)), result, *sink])
+            own_state = code.at(state, code.mul(each, size))
+            code.call(end, [own_state, query(out, token, each), *sink])
         go_on(stop)
     # Padding.
     with code.loop(code.larger(live, first), last, i64(1)) as token:
-        result, width = query(out, token), shape.group * shape.head_dim
+        result, width = query(out, token, i64(0)), shape.group * shape.head_dim
         zero = vectors.splat(ir.VectorType(F32, chip.lanes), 0.0)
         with code.loop(i64(0), i64(width), i64(chip.lanes)) as lane:
             code.store(zero, code.at(result, lane), align=4)

@@ -33,7 +33,7 @@ API_VERSION = 0, 3
 
 # What the threads of one call share, in cache lines of their own: the next piece, pieces done, who
 # still looks at it, and then what does not change.
-_NEXT, _DONE, _HOLDERS, _TOTAL, _FRAME, _BYTES = 0, 64, 128, 192, 200, 256
+_NEXT, _DONE, _HOLDERS, _TOTAL, _FRAME, _THREADS, _BYTES = 0, 64, 128, 192, 200, 208, 256
 # Looks at what others have done before the processor is given to them.
 _LOOKS = 64
 
@@ -79,16 +79,26 @@ def emit_handler(
                 code.write(metadata, offset, ir.Constant(I32, number))
             code.ret(none)
     total, worth = count(code, frame)
-    threads = code.select(worth, _num_threads(code, frame), i64(1))
-    helpers = code.sub(code.smaller(threads, total), i64(1))
-    with code.if_then(code.icmp_signed("<", helpers, i64(1))):
+    number, shared = code.place(8), code.place(8)
+    code.write(number, 0, i64(1))
+    code.write(shared, 0, none)
+    with code.if_then(worth):
+        code.write(number, 0, code.smaller(_num_threads(code, frame), total))
+    threads = code.read(number, 0, I64)
+    helpers = code.sub(threads, i64(1))
+    with code.if_then(code.icmp_signed(">", helpers, i64(0))):
+        # There may be no memory for it.
+        code.write(shared, 0, code.call(function(module, "malloc", [I64], PTR), [i64(_BYTES)]))
+    job = code.read(shared, 0, PTR)
+    with code.if_then(code.icmp_unsigned("==", job, none)):
         with code.loop(i64(0), total, i64(1)) as index:
             code.call(piece, [frame, index, code.add(index, i64(1))])
         code.ret(none)
-    job = code.call(function(module, "malloc", [I64], PTR), [i64(_BYTES)])
-    for offset, value in ((_NEXT, i64(0)), (_DONE, i64(0)), (_TOTAL, total), (_FRAME, frame)):
+    for offset, value in (
+        *((_NEXT, i64(0)), (_DONE, i64(0)), (_HOLDERS, threads)),
+        *((_TOTAL, total), (_FRAME, frame), (_THREADS, threads)),
+    ):
         code.write(job, offset, value)
-    code.write(job, _HOLDERS, code.add(helpers, i64(1)))
     arguments = _arguments(code, 40, code.read(frame, CONTEXT, PTR), untyped(task), job)
     with code.loop(i64(0), helpers, i64(1)):
         failed = _call_api(code, frame, SCHEDULE, arguments)
@@ -105,6 +115,7 @@ def _emit_work(module: ir.Module, name: str, piece: ir.Function) -> ir.Function:
     work = function(module, name, [PTR])
     code, (job,) = Emitter(work), work.args
     total, frame = code.read(job, _TOTAL, I64), code.read(job, _FRAME, PTR)
+    threads, place = code.read(job, _THREADS, I64), code.place(8)
     look, do = code.append_basic_block("look"), code.append_basic_block("do")
     done = code.append_basic_block("done")
 
@@ -118,10 +129,17 @@ def _emit_work(module: ir.Module, name: str, piece: ir.Function) -> ir.Function:
     index.add_incoming(first, before)
     code.cbranch(code.icmp_signed("<", index, total), do, done)
     code.position_at_end(do)
-    following = take()
-    code.call(piece, [frame, index, following])
+    # What comes next is known beforehand as long as there is a piece for every other thread too.
+    next_one = code.load_atomic(code.field(job, _NEXT), "monotonic", 8, typ=I64)
+    early = code.icmp_signed("<", code.add(next_one, threads), total)
+    code.write(place, 0, total)
+    with code.if_then(early):
+        code.write(place, 0, take())
+    code.call(piece, [frame, index, code.read(place, 0, I64)])
     code.atomic_rmw("add", code.field(job, _DONE), i64(1), "acq_rel")
-    index.add_incoming(following, code.block)
+    with code.if_then(code.not_(early)):
+        code.write(place, 0, take())
+    index.add_incoming(code.read(place, 0, I64), code.block)
     code.branch(look)
     code.position_at_end(done)
     code.ret_void()
@@ -152,7 +170,7 @@ def _emit_task(
 
 
 def _emit_wait(code: Emitter, module: ir.Module, job: Value, total: Value) -> None:
-    """Waits for pieces that others have begun; all are begun, so none waits for a thread."""
+    """Waits for pieces that others have taken; all are taken, so none waits for a thread."""
     give_way = function(module, "sched_yield", [], I32)
     look, looked = code.append_basic_block("look"), code.append_basic_block("looked")
     over, before = code.append_basic_block("over"), code.block

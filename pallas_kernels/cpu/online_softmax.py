@@ -18,7 +18,8 @@ from jpaged.pallas_kernels.variant import AttentionVariant
 _QUERIES = 32
 # Vectors of a value that are summed at once, at most: each in a register.
 _CHUNK = 8
-# Less than any score; finite, so that a query that has seen no key yet subtracts to 0, not to NaN.
+# Less than any score that is worth telling; finite, so that a query that has seen no key yet
+# subtracts to 0 and not to NaN.
 _NOTHING = -1e30
 
 
@@ -29,14 +30,14 @@ class Shape:
     Attributes:
       head_dim: lanes of a key.
       group: query heads of a KV head.
-      page_size: cells of a page, or as many as a vector has lanes where a page has whole blocks.
+      run: cells that lie in a row wherever a block begins: the most that divide page and block.
       variant: which attention.
       has_sinks: whether heads have sinks.
     """
 
     head_dim: int
     group: int
-    page_size: int
+    run: int
     variant: AttentionVariant
     has_sinks: bool
 
@@ -66,7 +67,7 @@ def emit_begin(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
 def emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     """(query, pages, kv_dim, state, low, high) has a query see keys `low .. high` of a block.
 
-    `pages` are pointers to its cells, for as many as `Shape.page_size` has in a row.
+    `pages` are pointers to its cells, for as many as `Shape.run` has in a row.
     """
     block = function(module, "attention_block", [PTR, PTR, I64, PTR, I64, I64])
     block.attributes.add("noinline")
@@ -77,9 +78,9 @@ def emit_block(module: ir.Module, shape: Shape, chip: Chip) -> ir.Function:
     def load(pointer: Value, at: int) -> Value:
         return code.load(code.at(pointer, i64(at)), typ=kind, align=4)
 
-    starts = [code.read(pages, 8 * page, PTR) for page in range(lanes // shape.page_size)]
+    starts = [code.read(pages, 8 * page, PTR) for page in range(lanes // shape.run)]
     rows = [
-        code.at(starts[key // shape.page_size], code.mul(kv_dim, i64(key % shape.page_size)))
+        code.at(starts[key // shape.run], code.mul(kv_dim, i64(key % shape.run)))
         for key in range(lanes)
     ]
     places = range(0, shape.head_dim, lanes)
@@ -138,7 +139,7 @@ def _emit_values(
     parts = range(0, shape.head_dim, lanes)
     for begin in range(0, len(parts), _CHUNK):
         chunk = parts[begin : begin + _CHUNK]
-        # Sums of every so manieth key, so that one need not wait for the other.
+        # Sums of every `ways`-th key, so that one need not wait for the other.
         ways = max(1, _CHUNK // len(chunk))
         sums = [[zero] * len(chunk) for _ in range(ways)]
         for key, row in enumerate(rows):

@@ -27,8 +27,8 @@ from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, Value
 TARGET = "jpaged_product"
 # Numbers of weights that a thread takes at a time: what its second cache holds beside tokens.
 _PIECE = 2**15
-# Pieces at least, so that threads end together.
-_PIECES = 16
+# Pieces at least, if there are as many tiles: for many threads, and so that they end together.
+_PIECES = 32
 # Inputs that a tile goes through at a time, at most: what the first cache holds of its rows.
 _BLOCK = 768
 # Tokens, and numbers that they have together if inputs are fewer than that, at most: XLA's products

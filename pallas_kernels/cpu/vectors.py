@@ -84,9 +84,14 @@ def largest(code: Emitter, vector: Value) -> Value:
 
 
 def exp(code: Emitter, x: Value) -> Value:
-    """Exponentials, to some two units in the last place; of what is below -87.3, that of -87.3."""
+    """Exponentials, to some two units in the last place; of what is below -87.3, that of -87.3.
+
+    That of what is no number is none.
+    """
     kind = x.type
-    x = _call(code, "minnum", larger(code, x, splat(kind, _LEAST)), splat(kind, _MOST))
+    for limit, beyond in ((_LEAST, "<"), (_MOST, ">")):
+        is_beyond = code.fcmp_ordered(beyond, x, splat(kind, limit))
+        x = code.select(is_beyond, splat(kind, limit), x)
     whole = _call(code, "rint", code.fmul(x, splat(kind, math.log2(math.e))))
     rest = x
     for part in _LN2:

@@ -18,7 +18,7 @@ from jpaged.pallas_kernels import reference
 from jpaged.pallas_kernels.rows import Rows
 from jpaged.pallas_kernels.variant import AttentionVariant
 
-OWN = ("gpu", "gpu-mosaic", "gpu-narrow", "gpu-triton", "tpu", "xla")
+OWN = ("cpu", "gpu", "gpu-mosaic", "gpu-narrow", "gpu-triton", "tpu", "xla")
 PEERS = ("xla", "jax_triton", "cudnn", "torch_sdpa", "torch_flex")
 UNCACHED_BYTES = 2**27  # more than any GPU's cache holds
 
@@ -194,7 +194,7 @@ def _jax_runner(name: str, inputs: Inputs):
             def trip(i, q):
                 for layer in range(layers):
                     # XLA's own could be moved out of the loop in part, did it know the layer.
-                    q = call(q, (i + layer) % layers if name == "xla" else layer, operands)
+                    q = call(q, (i + layer) % layers if name in ("cpu", "xla") else layer, operands)
                 return q
 
             # XLA is told how many trips there are; else the host would look after each of them.

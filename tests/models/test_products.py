@@ -127,7 +127,7 @@ def test_logits_and_pages_are_those_of_xla(scan):
 
 
 def test_a_dense_model_is_differentiable():
-    """Kernels are not: `apply_dense` has none, whatever the backend."""
+    """`apply_dense` has no kernels, whatever the backend."""
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     decoders = [Decoder(CONFIG, False, backend) for backend in (None, "cpu", "xla")]
     params = decoders[0].init(jax.random.key(0))

@@ -27,6 +27,8 @@ from jpaged.pallas_kernels.cpu.compiled import Compiled
 from jpaged.pallas_kernels.cpu.emitter import F32, I64, PTR, Emitter, function, i64
 
 HOST = host_chip()
+if HOST is None:
+    pytest.skip("no kernels for this processor", allow_module_level=True)
 # Of the same processor, with shorter vectors: LLVM lets a machine of wide ones have short ones too.
 CHIPS = {lanes: Chip(lanes, 3, 3, HOST.cpu, HOST.features) for lanes in (4, 8)}
 CHIPS[HOST.lanes] = HOST
@@ -75,7 +77,7 @@ def test_equals_dense_attention(chip, lens, page_size):
 
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (9, 3), (8, 8), (40, 1)])
 @pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
-def test_heads(heads, head_dim):
+def test_heads(chip, heads, head_dim):
     """40 queries of a KV head are more than a piece of several tokens has; 256 lanes are chunks."""
     num_q_heads, num_kv_heads = heads
     case = make_case(
@@ -210,6 +212,28 @@ class TestBits:
         np.testing.assert_array_equal(after[0], before[0])
         assert np.isnan(after[1:4]).all()
 
+    @pytest.mark.parametrize("what", ["a query", "a key", "a query that is too large"])
+    def test_what_is_no_number_stays_none(self, chip, what):
+        """Of the token that has it, and of what sees it; as XLA has it."""
+        case = self.CASE([(4, 40)], page_size=16)
+        if what == "a key":
+            case.kv_pages[1, case.rows.page_table[0, 2], 1, 7 - 1, :64] = np.nan  # position 38
+        else:
+            case.q[2, 3:] = np.nan if what == "a query" else 3e38
+        got, (_, arguments, named) = run(case), attend_with(case)
+        xla = functools.partial(pallas_kernels.paged_attention, backend="xla")
+        want = np.asarray(jax.jit(xla)(*arguments, **named))
+        assert np.isnan(want).any() and not np.isnan(want[:2]).any()
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+
+    def test_released_pages_are_not_read(self, chip):
+        """What the table has of them may be anything."""
+        case = self.CASE([(1, 50), (3, 40)], page_size=4)
+        want = run(case, sliding_window=10)
+        case.rows.page_table[0, :10] = 2**31 - 1  # positions 0 to 39 of which 40 are seen
+        case.rows.page_table[1, :7] = 2**31 - 1
+        np.testing.assert_array_equal(run(case, sliding_window=10), want)
+
     def test_many_threads_at_once(self):
         case = self.CASE([(1, 2000)] * 8, page_size=16, pad_tokens=0)
         attend, arguments, named = attend_with(case)
@@ -243,6 +267,28 @@ def test_xla_computes_the_rest(shape, kwargs):
     xla = functools.partial(pallas_kernels.paged_attention, backend="xla", **kwargs)
     want = jax.jit(xla)(*arguments, **named)
     np.testing.assert_array_equal(attend(*arguments, **named), want)
+
+
+class TestTransformations:
+    @pytest.mark.parametrize("sinks", [None, [0.5, -1.0]])
+    def test_derivatives(self, sinks):
+        case = make_case(MIXED, head_dim=16, page_size=16, sinks=sinks)
+        _, (q, pool, *index), named = attend_with(case)
+        tangents = jnp.sin(jnp.arange(q.size, dtype=q.dtype)).reshape(q.shape), jnp.zeros_like(pool)
+
+        def of(backend):
+            call = functools.partial(pallas_kernels.paged_attention, backend=backend)
+            return jax.jvp(lambda q, pool: call(q, pool, *index, **named), (q, pool), tangents)
+
+        for ours, theirs in zip(of("cpu"), of("xla"), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+    def test_maps(self):
+        case = make_case(MIXED, head_dim=16, page_size=16)
+        attend, (q, *others), named = attend_with(case)
+        both = jax.vmap(lambda q: attend(q, *others, **named))(jnp.stack([q, 2 * q]))
+        for each, own in zip((q, 2 * q), both, strict=True):
+            np.testing.assert_array_equal(own, attend(each, *others, **named))
 
 
 def test_arguments_are_checked_as_everywhere():

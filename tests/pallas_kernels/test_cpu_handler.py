@@ -8,10 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from llvmlite import ir
 
 from jpaged.pallas_kernels.cpu import handler, products
 from jpaged.pallas_kernels.cpu.chip import host_chip
 from jpaged.pallas_kernels.cpu.compiled import Compiled
+from jpaged.pallas_kernels.cpu.emitter import F32, I32, I64, PTR, Emitter, function, i64
 from tests.pallas_kernels.ffi_header import constant, define, struct
 
 CHIP = host_chip()
@@ -204,8 +206,35 @@ class TestThreads:
             begun.wait()
             time.sleep(0.001)
 
-        # Two pieces of some milliseconds each; a thread takes the following one with its own.
+        # Two pieces of some milliseconds each.
         check(product, Xla(2, ahead), *case(60_000, 256, 2 * CHIP.rows))
+
+    @pytest.mark.parametrize("pieces", [2, 5, 8])
+    def test_each_thread_has_a_piece_if_there_are_as_many(self, pieces):
+        """Each piece waits until all are begun, or a long time."""
+        module = ir.Module()
+        begun = ir.GlobalVariable(module, I64, "begun")
+        begun.initializer = i64(0)
+        piece = function(module, "piece", [PTR, I64, I64])
+        code, (frame, index, _) = Emitter(piece), piece.args
+        code.atomic_rmw("add", begun, i64(1), "acq_rel")
+        y = code.read(handler.buffer(code, frame, handler.RESULTS, 0), handler.DATA, PTR)
+        give_way = function(module, "sched_yield", [], I32)
+        with code.loop(i64(0), i64(2**21), i64(1)):
+            number = code.load_atomic(begun, "acquire", 8, typ=I64)
+            all_are = code.icmp_signed("==", number, i64(pieces))
+            code.store(code.uitofp(all_are, F32), code.at(y, index))
+            with code.if_then(all_are):
+                code.ret_void()
+            code.call(give_way, [])
+        code.ret_void()
+        handler.emit_handler(
+            module, "each", lambda code, frame: (i64(pieces), ir.Constant(ir.IntType(1), 1)), piece
+        )
+        compiled = Compiled(module, CHIP)
+        xla = Xla(pieces, own_thread)
+        x, weight = np.zeros((1, 4), np.float32), np.zeros((pieces, 4), np.float32)
+        np.testing.assert_array_equal(xla.call(compiled.handler("each"), x, weight), 1)
 
     def test_tasks_that_begin_when_the_call_is_over(self, product):
         xla = Xla(5, run=lambda task: None)

@@ -10,6 +10,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import llvmlite
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
@@ -362,6 +363,26 @@ class TestBackend:
                 # Of the module alone: all of Python asks this.
                 monkeypatch.setattr(chip, "os", types.SimpleNamespace(name="nt"))
                 return "its kernels are for Linux and macOS, not for 'nt'"
+            if what == "a new llvmlite":
+                monkeypatch.setattr(llvmlite, "__version__", "0.45.1")
+                return (
+                    "llvmlite is 0.45.1, and must be 0.46 or newer; `pip install 'jpaged[cpu]'` "
+                    "installs another"
+                )
+            if what == "a whole llvmlite":
+
+                def import_module(name):
+                    raise OSError("libstdc++.so.6 is missing")
+
+                monkeypatch.setattr(
+                    chip, "importlib", types.SimpleNamespace(
+                        import_module=import_module, util=importlib.util
+                    )
+                )  # fmt: skip
+                return (
+                    "llvmlite cannot be imported (libstdc++.so.6 is missing); "
+                    "`pip install 'jpaged[cpu]'` installs another"
+                )
             monkeypatch.setattr(chip, "host_chip", lambda: None)
             return "its kernels are for processors with AVX2 and FMA, or with NEON"
 
@@ -375,15 +396,17 @@ class TestBackend:
         assert dispatch.resolve_backend("cpu") == "cpu"
         assert dispatch.resolve_backend("xla") == "xla"
 
-    @pytest.mark.parametrize("what", ["llvmlite", "posix", "processor"])
+    @pytest.mark.parametrize(
+        "what", ["llvmlite", "a new llvmlite", "a whole llvmlite", "posix", "processor"]
+    )
     def test_cpus_get_the_xla_kernels_where_there_are_no_others(self, what, without, caplog):
         reason = without(what)
         with caplog.at_level("INFO", "jpaged"):
             assert [dispatch.resolve_backend(None) for _ in range(3)] == ["xla"] * 3
         (record,) = caplog.records  # once
         message = f"backend 'cpu' on platform 'cpu': {reason}; pass backend='xla'"
-        assert record.levelname == "INFO"
-        assert record.getMessage() == f"products take longer: {message}"
+        assert record.levelname == ("INFO" if what == "llvmlite" else "WARNING")
+        assert record.getMessage() == f"steps take longer, by backend 'xla': {message}"
         # Who asks for them is not given others.
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             dispatch.resolve_backend("cpu")
@@ -425,6 +448,15 @@ class TestBackend:
         # A register for each row and token of a tile, and beside those one for each row and one.
         registers = {16: 32, 8: 16, 4: 32}[lanes]
         assert found.rows * found.tokens + found.rows + 1 <= registers
+
+    @pytest.mark.parametrize("machine", ["arm64", "aarch64", "x86_64"])
+    def test_llvm_knows_no_features_of_apples(self, machine, monkeypatch):
+        known = llvm.get_host_cpu_features()
+        known.clear()
+        monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: known)
+        monkeypatch.setattr(chip.platform, "machine", lambda: machine)
+        found = chip.host_chip.__wrapped__()
+        assert found is None if machine == "x86_64" else found.lanes == 4
 
     @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
     def test_gpu_kernels_run_on_gpus_or_interpreted(self, capability, monkeypatch):

@@ -201,6 +201,11 @@ def test_a_default_backend_is_what_it_stands_for(source, tmp_path, monkeypatch, 
     with pytest.raises(ManifestError, match=f"engine.backend was '{was}', and is '{now}'.*--mix"):
         check_same(job.output, *found, mix=False)
     check_same(job.output, *found, mix=True)
+    wide, narrow = (
+        found[0] | {"device": found[0]["device"] | {"vector_lanes": lanes}} for lanes in (16, 8)
+    )
+    with pytest.raises(ManifestError, match=r"device\.vector_lanes was 16, and is 8"):
+        check_same(job.output, wide, narrow, mix=False)
     monkeypatch.setattr(dispatch, "_backend_of_cpus", lambda: was)
     named = dataclasses.replace(CONFIG, backend="xla")
     assert run_with(named)["engine"]["backend"] == "xla"

@@ -164,7 +164,7 @@ class TestProgram:
     @pytest.mark.parametrize(
         ("args", "message"),
         [
-            (["--backends=cuda"], "--backends=cuda: choose among gpu,"),
+            (["--backends=cuda"], "--backends=cuda: choose among cpu, gpu,"),
             (["--peers=vllm"], "--peers=vllm: choose among xla,"),
             (["--steps=1*5@4"], "'1*5@4' is no sequences*queries@context"),
             (["--rows=x"], "is no sequences*queries@context"),
