@@ -78,10 +78,11 @@ def test_steps_of_many_tokens_are_xlas(calls):
     assert calls and max(calls) * TINY.hidden_size <= products.MOST_NUMBERS
 
 
-def test_a_deterministic_engine_is_exact_to_the_bit():
-    """Alone, in a crowd and under preemption: one shape of steps, of products by kernels."""
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
+def test_a_deterministic_engine_is_exact_to_the_bit(backend):
+    """Alone, in a crowd and under preemption: one shape of steps, of products by kernels or not."""
     prompts = prompts_of(LENGTHS)
-    shape = dict(max_num_seqs=6, max_num_batched_tokens=16, deterministic=True, backend="cpu")
+    shape = dict(max_num_seqs=6, max_num_batched_tokens=16, deterministic=True, backend=backend)
     alone = tiny_engine(**shape)
     want = everything([alone.generate([prompt], GREEDY)[0] for prompt in prompts])
     for config in ({}, dict(num_pages=14, page_size=8), dict(scan_layers=True)):
