@@ -170,15 +170,16 @@ def test_any_lengths(lens, page_size, group, window, seed):
     check(case, sliding_window=window)
 
 
+wide_case = functools.partial(make_case, num_q_heads=6, num_kv_heads=2, head_dim=64)
+
+
 class TestBits:
     """A query's bits depend on its own keys and values, and on nothing else."""
-
-    CASE = functools.partial(make_case, num_q_heads=6, num_kv_heads=2, head_dim=64)
 
     @pytest.mark.parametrize("window", [None, 40])
     def test_chunks_and_company(self, chip, window):
         """A prompt at once, in chunks, its last token alone, and beside other rows."""
-        case = self.CASE([(200, 200)], page_size=16, pad_tokens=0, pad_rows=0)
+        case = wide_case([(200, 200)], page_size=16, pad_tokens=0, pad_rows=0)
         attend, arguments, named = attend_with(case, sliding_window=window)
         whole = np.asarray(attend(*arguments, **named))
         q, pool, table, *_ = arguments
@@ -191,8 +192,8 @@ class TestBits:
     @pytest.mark.parametrize("page_size", [1, 4, 6, 16])
     def test_page_sizes(self, page_size):
         """Pages of some size and of 64, with the same keys and values."""
-        small = self.CASE([(7, 130), (1, 90)], page_size=page_size)
-        large = self.CASE([(7, 130), (1, 90)], page_size=64)
+        small = wide_case([(7, 130), (1, 90)], page_size=page_size)
+        large = wide_case([(7, 130), (1, 90)], page_size=64)
         for row, length in enumerate((130, 90)):
             for position in range(length):
                 cell = small.kv_pages[
@@ -204,7 +205,7 @@ class TestBits:
         np.testing.assert_array_equal(run(small)[:8], run(large)[:8])
 
     def test_another_row_has_no_numbers(self):
-        case = self.CASE([(1, 50), (3, 40)], page_size=16)
+        case = wide_case([(1, 50), (3, 40)], page_size=16)
         before = run(case)
         pages = case.rows.page_table[1, :3]
         case.kv_pages[:, pages] = np.nan
@@ -215,7 +216,7 @@ class TestBits:
     @pytest.mark.parametrize("what", ["a query", "a key", "a query that is too large"])
     def test_what_is_no_number_stays_none(self, chip, what):
         """Of the token that has it, and of what sees it; as XLA has it."""
-        case = self.CASE([(4, 40)], page_size=16)
+        case = wide_case([(4, 40)], page_size=16)
         if what == "a key":
             case.kv_pages[1, case.rows.page_table[0, 2], 1, 7 - 1, :64] = np.nan  # position 38
         else:
@@ -228,14 +229,14 @@ class TestBits:
 
     def test_released_pages_are_not_read(self, chip):
         """What the table has of them may be anything."""
-        case = self.CASE([(1, 50), (3, 40)], page_size=4)
+        case = wide_case([(1, 50), (3, 40)], page_size=4)
         want = run(case, sliding_window=10)
         case.rows.page_table[0, :10] = 2**31 - 1  # positions 0 to 39 of which 40 are seen
         case.rows.page_table[1, :7] = 2**31 - 1
         np.testing.assert_array_equal(run(case, sliding_window=10), want)
 
     def test_many_threads_at_once(self):
-        case = self.CASE([(1, 2000)] * 8, page_size=16, pad_tokens=0)
+        case = wide_case([(1, 2000)] * 8, page_size=16, pad_tokens=0)
         attend, arguments, named = attend_with(case)
         want, different = np.asarray(attend(*arguments, **named)), []
 
