@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
