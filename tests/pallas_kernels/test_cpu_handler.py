@@ -155,11 +155,20 @@ class _Buffer:
         )
 
 
+def kept(module):
+    """Code that outlives its tests: a task may begin when its call is over, and its test."""
+    _kept.append(Compiled(module, CHIP))
+    return _kept[-1]
+
+
+_kept = []
+
+
 @pytest.fixture(scope="module")
 def compiled():
     if CHIP is None:
         pytest.skip("no kernels for this processor")
-    return Compiled(products.product_module(CHIP), CHIP)
+    return kept(products.product_module(CHIP))
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +240,7 @@ class TestThreads:
         handler.emit_handler(
             module, "each", lambda code, frame: (i64(pieces), ir.Constant(ir.IntType(1), 1)), piece
         )
-        compiled = Compiled(module, CHIP)
+        compiled = kept(module)
         xla = Xla(pieces, own_thread)
         x, weight = np.zeros((1, 4), np.float32), np.zeros((pieces, 4), np.float32)
         np.testing.assert_array_equal(xla.call(compiled.handler("each"), x, weight), 1)
